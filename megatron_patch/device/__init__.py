@@ -1,0 +1,45 @@
+"""Which accelerator is here.  One file per kind, all with the same functions, so one more kind is one more file.
+
+Each kind provides:
+    NAME                        "cuda" or "cpu", as in torch.device
+    current_device()            the torch.device of this process
+    install()                   make torch ready for Megatron; called once, before anything imports megatron
+    megatron_words(have_te)     the words for Megatron's parser that this kind needs
+"""
+
+from types import ModuleType
+
+import torch
+
+from megatron_patch.device import cpu, cuda
+
+
+def backend() -> ModuleType:
+    """The kind in use: CUDA where torch sees a GPU, else the CPU (hide GPUs with CUDA_VISIBLE_DEVICES="" to force it)."""
+    return cuda if torch.cuda.is_available() else cpu
+
+
+def current_device() -> torch.device:
+    """Device on which this process keeps parameters and batches."""
+    return backend().current_device()
+
+
+def install() -> None:
+    """Prepare torch on this machine.  Must run before the first import of megatron; later calls do nothing."""
+    backend().install()
+
+
+def have_transformer_engine() -> bool:
+    """True when Transformer Engine imports.  Only asked on CUDA: its empty CPU shell raises on import."""
+    if backend() is not cuda:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
+
+
+def megatron_words() -> list[str]:
+    """Words for Megatron's parser that follow from the device and from Transformer Engine being there."""
+    return backend().megatron_words(have_transformer_engine())

@@ -1,0 +1,180 @@
+"""CPU: stand-ins for the parts of torch.cuda that Megatron's trainer calls without asking.
+
+Megatron-core runs on gloo and CPU tensors, but its trainer takes "cuda" for granted: it asks for the current device,
+times with CUDA streams and compares tensor types by name.  Each stand-in below names the place that needs it
+(megatron-core 0.19.2).  `torch.cuda.is_available()` stays False, so everybody who asks still gets the truth.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.utils._device
+
+from megatron_patch.errors import UserError
+
+NAME = "cpu"
+CPU = torch.device("cpu")
+
+# Factories that Megatron calls with device="cuda" or pin_memory=True (training.py, schedules.py, clip_grads.py, ...).
+FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like"),
+    *("rand_like", "randn_like", "empty_strided"),
+)
+
+_installed = False
+
+
+def current_device() -> torch.device:
+    """The one CPU device."""
+    return CPU
+
+
+def megatron_words(have_transformer_engine: bool) -> list[str]:
+    """Local layers on gloo; the fusions left out are CUDA kernels."""
+    del have_transformer_engine
+    return [
+        *("--transformer-impl", "local", "--distributed-backend", "gloo"),
+        *("--no-rope-fusion", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
+        *("--no-masked-softmax-fusion", "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion"),
+        "--no-bias-dropout-fusion",
+    ]
+
+
+def install() -> None:
+    """Put the stand-ins in place.  Later calls do nothing.
+
+    Raises:
+        UserError: this torch lacks a symbol that is replaced here; the message names it.
+    """
+    global _installed
+    if _installed:
+        return
+    # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _replace_cuda_module()
+    _replace_factories()
+    _replace_tensor_methods()
+    _installed = True
+
+
+def _replace(owner: object, name: str, substitute: Callable) -> None:
+    if not hasattr(owner, name):
+        raise UserError(
+            f"torch {torch.__version__} has no {getattr(owner, '__name__', owner)}.{name}, which the CPU stand-ins "
+            "replace; install a torch version named in requirements.txt"
+        )
+    setattr(owner, name, substitute)
+
+
+class _Stream:
+    """A stream that is always done: CPU work is synchronous."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait_stream(self, _: "_Stream") -> None: ...
+
+    def wait_event(self, _: "_Event") -> None: ...
+
+    def record_event(self, _: object = None) -> "_Event":
+        return _Event()
+
+    def synchronize(self) -> None: ...
+
+
+class _Event(_Stream):
+    def record(self, *_: object) -> None: ...
+
+    def wait(self, *_: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: "_Event") -> float:
+        return 0.0
+
+
+def _replace_cuda_module() -> None:
+    cuda = torch.cuda
+
+    def nothing(*_: object, **__: object) -> None: ...
+
+    _replace(cuda, "current_device", lambda: CPU)  # core/timers.py and every device=torch.cuda.current_device()
+    # initialize.py skips the model-parallel groups and the RNG tracker when the count is 0
+    _replace(cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
+        _replace(cuda, name, nothing)
+    _replace(cuda, "Stream", _Stream)  # training.py: get_model builds DDP on a side stream
+    _replace(cuda, "Event", _Event)
+    _replace(cuda, "current_stream", lambda *_: _Stream())
+    _replace(cuda, "stream", lambda *_: contextlib.nullcontext())
+    # validate_args asks for the generation of the chip when TP or CP > 1; 10 keeps CUDA_DEVICE_MAX_CONNECTIONS out of it
+    _replace(cuda, "get_device_properties", lambda *_: SimpleNamespace(major=10, minor=0, total_memory=0, name="cpu"))
+    _replace(cuda, "get_device_capability", lambda *_: (10, 0))
+    _replace(cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state())  # tensor_parallel/random.py
+    _replace(cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state())
+    _replace(cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))  # checkpointing.py
+    # not torch.manual_seed, which calls torch.cuda.manual_seed again
+    _replace(cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        _replace(cuda, name, lambda *_, **__: 0)
+    _replace(cuda, "memory_stats", lambda *_, **__: {})
+    _replace(cuda.nvtx, "range_push", nothing)
+    _replace(cuda.nvtx, "range_pop", nothing)
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+
+
+def _replace_factories() -> None:
+    # `with torch.device("meta")` recognises factories by identity, in a set that is built at its first use.  Built after
+    # the wrapping it would hold the wrappers, the context would do nothing, and transformers would load models with
+    # uninitialised rotary frequencies: wrong text, no error.  So it is built now.
+    torch.utils._device._device_constructors()
+
+    def on_cpu(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def build(*args: object, **kwargs: object) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return build
+
+    for name in FACTORIES:
+        _replace(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _replace_tensor_methods() -> None:
+    original_type, original_to = torch.Tensor.type, torch.Tensor.to
+    original_barrier = torch.distributed.barrier
+
+    def type_name(self: torch.Tensor, dtype: object = None, *args: object, **kwargs: object) -> object:
+        # the optimizers accept parameters by name: "torch.cuda.FloatTensor" (distrib_optimizer.py, clip_grads.py)
+        if dtype is not None or args or kwargs:
+            return original_type(self, dtype, *args, **kwargs)
+        name = original_type(self)
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+
+    def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original_to(self, *args, **kwargs)
+
+    def barrier(*args: object, **kwargs: object) -> object:
+        kwargs.pop("device_ids", None)
+        return original_barrier(*args, **kwargs)
+
+    _replace(torch.Tensor, "type", type_name)
+    _replace(torch.Tensor, "to", to)
+    _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)  # clip_vit_model.py, tensor_parallel/data.py
+    _replace(torch.nn.Module, "cuda", lambda self, *_, **__: self)  # training.py: get_model
+    _replace(torch.distributed, "barrier", barrier)

@@ -1,0 +1,80 @@
+"""megatron-core 0.19.2, core/optimizer/distrib_optimizer.py:839, 1030, 1193: Adam's step without Apex and TE.
+
+With torch's own Adam (neither Transformer Engine nor Apex installed, on any device) the distributed optimizer
+  - asserts exactly one step in state_dict(), also at loading, when the state is still empty, and on a rank that owns
+    no parameter (all of its stage frozen);
+  - gives all parameters the same step tensor in load_state_dict(), so each of them advances the others' step;
+  - asks the loaded state for a `step` that it does not hold in _set_main_param_and_optimizer_states().
+A resume then crashes or goes on with a wrong Adam step: the first iteration looks right, the tenth does not.
+Remove when test_kill_and_resume passes without this file for the distributed optimizer.
+"""
+
+import functools
+
+TARGETS = (
+    ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._set_main_param_and_optimizer_states"),
+)
+
+
+def applies(backend: str) -> bool:
+    """Wherever torch's own Adam is used: decided in apply(), since it takes an import of megatron to know."""
+    del backend
+    return True
+
+
+def apply() -> None:
+    """Give every parameter a state of its own, with its own step."""
+    import torch
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return  # their FusedAdam keeps the step in the parameter group
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    original_state_dict = optimizer_class.state_dict
+    original_load = optimizer_class.load_state_dict
+    original_set = optimizer_class._set_main_param_and_optimizer_states
+
+    def seed_adam_state(self: object) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+    @functools.wraps(original_state_dict)
+    def state_dict(self: object) -> dict:
+        seed_adam_state(self)
+        if self.optimizer.state:
+            return original_state_dict(self)
+        # No parameter here, so no step of our own; the groups still carry one for the ranks that load them.
+        inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+        for group in inner["param_groups"]:
+            del group["params"]
+            group["step"] = 0.0
+        state = {"optimizer": inner}
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: object, state_dict: dict) -> None:
+        seed_adam_state(self)
+        original_load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].detach().clone()
+
+    @functools.wraps(original_set)
+    @torch.no_grad()
+    def set_states(self: object, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        # None means "leave the step as load_state_dict() set it from the parameter group"
+        original_set(self, model_param, {"step": None, **tensors})
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states
