@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up the environment if needed, then runs the tests.
+#   bash tests/run_tests.sh                 all that are not marked slow
+#   bash tests/run_tests.sh --all           the slow proofs too
+#   bash tests/run_tests.sh [--all] WORDS   the words go to pytest (files, -k NAME, -x, ...)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+selection=(-m "not slow")
+if [[ ${1:-} == --all ]]; then
+    selection=()
+    shift
+fi
+PYTHON=$("$BASH" examples/setup_environment.sh)
+export PYTHON
+# Many tests start two processes: one thread each, or they fight over the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON" -m pytest "${selection[@]}" "$@"
