@@ -1,0 +1,576 @@
+# shellcheck shell=bash
+# The one library of the launchers; sourced under bash, never run.
+#
+# First half, for every launcher: rows `NAME|rule|meaning` give --help, the checks and the values in `arg`. The rule is
+# English and is what --help and a refusal show; `fits` is its meaning. Second half: LLaVA training, shared by its two
+# stages. Nothing is evaluated, and nothing is written before torchrun (or Python) takes over.
+
+if [[ -z ${BASH_VERSINFO:-} ]] || ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    printf 'error: bash %s is too old, 4.4 or newer is needed\n' "${BASH_VERSION:-}" >&2
+    exit 2
+fi
+set +o posix # as `sh` bash would refuse some of what follows
+set -euo pipefail
+unset CDPATH
+
+repository=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
+
+declare -A arg=()         # value of every row by its name
+declare -A wrong=()       # names whose value is missing or breaks its own rule
+declare -a names=()       # names of the positional rows, in order
+declare -a complaints=()  # one line each
+declare -a environment=() # NAME=VALUE for the started program
+declare -a command=()     # the started program, one word each
+detail=                   # what `fits` found, when the rule alone does not tell
+
+MODEL_SIZES="0.5B 1.5B 3B 7B 14B 32B 72B tiny 0.1B 1B 8B 13B"
+COUNT="a whole number from 1 to 999999999"
+COUNT_OR_ZERO="a whole number from 0 to 999999999"
+PARALLEL="a whole number from 1 to 99999"
+
+# --- Rules -----------------------------------------------------------------------------------------------------------
+
+# fits RULE VALUE: does VALUE obey RULE?
+fits() {
+    local rule=$1 value=$2
+    detail=
+    case $rule in
+        "one of "*)
+            [[ -n $value && $value != *[[:space:]]* && " ${rule#one of } " == *" $value "* ]]
+            ;;
+        "a whole number from "*)
+            local low high
+            read -r low _ high <<<"${rule#a whole number from }"
+            [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((value >= low && value <= high))
+            ;;
+        "a number above 0")
+            is_number "$value" && [[ ${value%%[eE]*} == *[1-9]* ]]
+            ;;
+        "a number from 0")
+            is_number "$value"
+            ;;
+        "a number from 0 to below 1")
+            is_number "$value" && ! at_most 1 "$value"
+            ;;
+        "an energon dataset: folder with .nv-meta, or .yaml file")
+            [[ -d $value/.nv-meta || (-f $value && $value == *.y?(a)ml) ]] || explain_path "$value" ".nv-meta"
+            ;;
+        "a converted checkpoint, or none" | "a converted checkpoint")
+            [[ $rule == *", or none" && $value == none ]] || is_checkpoint "$value"
+            ;;
+        "a Hugging Face model folder or a converted checkpoint")
+            [[ -f $value/config.json ]] || is_checkpoint "$value"
+            ;;
+        "a Hugging Face model folder" | "a Hugging Face model folder, or none")
+            [[ ($rule == *", or none" && $value == none) || -f $value/config.json ]] ||
+                explain_path "$value" config.json
+            ;;
+        "a folder with a tokenizer")
+            [[ -f $value/tokenizer_config.json || -f $value/tokenizer.json ]] ||
+                explain_path "$value" "tokenizer_config.json"
+            ;;
+        "a folder to write into, not /")
+            is_writable_place "$value"
+            ;;
+        "a new or empty folder, not /")
+            is_writable_place "$value" && is_empty "$value"
+            ;;
+        "a host name or address")
+            [[ $value =~ ^[[:alnum:]:][[:alnum:]._:-]*$ ]]
+            ;;
+        "a program")
+            command -v -- "$value" >/dev/null
+            ;;
+        *)
+            printf 'error: the launcher has a row with the unknown rule "%s"\n' "$rule" >&2
+            exit 70
+            ;;
+    esac
+}
+
+is_number() { [[ $1 =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?$ ]]; }
+
+# at_most A B: A <= B for two numbers, compared as text of equal width.
+at_most() {
+    local LC_ALL=C a b
+    printf -v a '%0240.100f' "$1"
+    printf -v b '%0240.100f' "$2"
+    [[ $a < $b || $a == "$b" ]]
+}
+
+# explain_path PATH PART: says in `detail` whether PATH or the PART of it is missing; fails always.
+explain_path() {
+    detail="it has no $2"
+    [[ -d $1 ]] || detail="it is not a folder"
+    [[ -e $1 ]] || detail="it does not exist"
+    return 1
+}
+
+# is_checkpoint FOLDER: weights of the newest iteration and the llava/ folder are there.
+is_checkpoint() {
+    local tracker=latest_checkpointed_iteration.txt newest=
+    [[ -f $1/$tracker ]] || { explain_path "$1" "$tracker" || return 1; }
+    read -r newest <"$1/$tracker" || true
+    [[ $newest =~ ^[0-9]{1,9}$ ]] && printf -v newest 'iter_%07d' "$((10#$newest))"
+    [[ $newest == release || $newest == iter_* ]] || { detail="its $tracker names no iteration" && return 1; }
+    [[ -d $1/$newest ]] || { explain_path "$1" "$newest, which its $tracker names" || return 1; }
+    [[ -f $1/llava/config.json ]] || explain_path "$1" llava/config.json
+}
+
+# is_writable_place FOLDER: exists and is writable, or can be made.
+is_writable_place() {
+    local place
+    [[ -n $1 ]] || { detail="it is empty" && return 1; }
+    place=$(readlink -m -- "$1")
+    [[ $place != / ]] || { detail="it is the root of the file system" && return 1; }
+    while [[ ! -e $place ]]; do place=$(dirname -- "$place"); done
+    [[ -d $place ]] || { detail="$place is a file" && return 1; }
+    [[ -w $place ]] || { detail="$place is not writable" && return 1; }
+}
+
+# is_empty FOLDER: nothing is in it, or it is not there.
+is_empty() {
+    local entry
+    for entry in "$1"/* "$1"/.[!.]* "$1"/..?*; do
+        [[ ! -e $entry && ! -L $entry ]] || { detail="it is not empty" && return 1; }
+    done
+}
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+# complain LABEL TEXT: one more thing wrong, said once.
+complain() {
+    local line known
+    line="  $1 $2"
+    for known in "${complaints[@]}"; do [[ $known != "$line" ]] || return 0; done
+    complaints+=("$line")
+}
+
+# refuse NAME TEXT: like complain, for a row by its name: position, name and value go in front.
+refuse() {
+    wrong[$1]=1
+    complain "$(label "$1")" "$2"
+}
+
+label() {
+    local index
+    for index in "${!names[@]}"; do
+        if [[ ${names[index]} == "$1" ]]; then
+            printf "argument %d %s=%s" "$((index + 1))" "$1" "${arg[$1]@Q}"
+            return
+        fi
+    done
+    printf "environment %s=%s" "$1" "${arg[$1]@Q}"
+}
+
+# right NAME...: were all of these given and right so far?
+right() {
+    local name
+    for name; do [[ ! -v wrong[$name] ]] || return 1; done
+}
+
+# check_row NAME RULE: complains when arg[NAME] breaks RULE.
+check_row() {
+    fits "$2" "${arg[$1]}" || refuse "$1" "must be $2${detail:+ ($detail)}"
+}
+
+# read_arguments ROWS FIRST_OPTIONAL [VALUE...]: positional rows; from FIRST_OPTIONAL on they may be absent.
+read_arguments() {
+    local rows=$1 first_optional=$2 name rule
+    shift 2
+    while IFS='|' read -r name rule _; do
+        names+=("$name")
+        if (($# > 0)); then
+            arg[$name]=$1
+            shift
+            check_row "$name" "$rule"
+        else
+            arg[$name]=
+            wrong[$name]=1
+            ((${#names[@]} >= first_optional)) ||
+                complain "argument ${#names[@]} $name" "is missing: must be $rule"
+        fi
+    done <<<"$rows"
+}
+
+# read_options ROWS: rows NAME|default|rule|meaning from the environment; a default in (brackets) is worked out later.
+read_options() {
+    local name default rule
+    while IFS='|' read -r name default rule _; do
+        [[ $default != "("* ]] || default=
+        arg[$name]=${!name:-$default}
+        [[ -z ${arg[$name]} ]] || check_row "$name" "$rule"
+    done <<<"$1"
+}
+
+# read_cluster ROWS: rows NAME|rule|meaning from the environment, all required.
+read_cluster() {
+    local name rule
+    while IFS='|' read -r name rule _; do
+        arg[$name]=${!name:-}
+        if [[ -z ${arg[$name]} ]]; then
+            wrong[$name]=1
+            complain "environment $name" "is missing: must be $rule"
+        else
+            check_row "$name" "$rule"
+        fi
+    done <<<"$1"
+}
+
+# stop_if_wrong: says all that is wrong at once and ends.
+stop_if_wrong() {
+    ((${#complaints[@]})) || return 0
+    printf 'error: %d wrong or missing; nothing was started or written\n' "${#complaints[@]}" >&2
+    printf '%s\n' "${complaints[@]}" >&2
+    printf '  all rules: bash %q --help\n' "$0" >&2
+    exit 2
+}
+
+# absolute NAME...: a path that begins with a dash must not look like an option later.
+absolute() {
+    local name
+    for name; do
+        [[ ${arg[$name]} == /* || ${arg[$name]} == none || -z ${arg[$name]} ]] || arg[$name]=$PWD/${arg[$name]}
+    done
+}
+
+# show_rows TITLE ROWS [numbered|options]: a table of --help.
+show_rows() {
+    local first second third fourth number=0
+    printf '\n%s\n' "$1"
+    while IFS='|' read -r first second third fourth; do
+        case ${3:-} in
+            numbered) printf '  %2d  %-24s  %s\n      %s\n' "$((++number))" "$first" "$second" "$third" ;;
+            options) printf '  %-30s  %-16s  %s\n      %s\n' "$first" "$second" "$third" "$fourth" ;;
+            *) printf '  %-30s  %s\n      %s\n' "$first" "$second" "$third" ;;
+        esac
+    done <<<"$2"
+}
+
+# choose_python: sets arg[PYTHON] to the interpreter that runs everything.
+choose_python() {
+    [[ -z ${arg[PYTHON]} ]] || return 0
+    arg[PYTHON]=python3
+    [[ ! -x $repository/.venv/bin/python ]] || arg[PYTHON]=$repository/.venv/bin/python
+    check_row PYTHON "a program"
+}
+
+# start: becomes `command` in `environment`, or prints both, one word per line.
+start() {
+    if [[ ${arg[DRY_RUN]} == 1 ]]; then
+        printf '%s\n' env "${environment[@]}" "${command[@]}"
+        exit 0
+    fi
+    export "${environment[@]}"
+    exec "${command[@]}"
+}
+
+COMMON_OPTIONS="PYTHON|(.venv or python3)|a program|the Python interpreter that runs everything
+DRY_RUN|0|one of 0 1|1: print the command, one word per line, and write nothing"
+
+# --- The machine -----------------------------------------------------------------------------------------------------
+
+# count_gpus: how many GPUs a process started here would see.
+count_gpus() {
+    local listed id count=0
+    if listed=$(nvidia-smi -L 2>/dev/null); then
+        count=$(grep -c '^GPU ' <<<"$listed" || true)
+    else
+        for id in /dev/nvidia[0-9]*; do [[ ! -e $id ]] || count=$((count + 1)); done
+    fi
+    if ((count > 0)) && [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        local -a visible=()
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        count=0
+        for id in "${visible[@]}"; do
+            [[ $id != -* ]] || break # CUDA ends the list at the first invalid entry
+            count=$((count + 1))
+        done
+    fi
+    printf '%d' "$count"
+}
+
+# choose_machine MODEL_PARALLEL: sets accelerator, processes (on this node), nodes, node_rank, master_addr, master_port.
+# MODEL_PARALLEL processes hold one model; it is the number started on CPU unless NPROC_PER_NODE says otherwise.
+choose_machine() {
+    local gpus
+    gpus=$(count_gpus)
+    accelerator=${arg[ACCELERATOR]}
+    [[ $accelerator != auto ]] || accelerator=$( ((gpus > 0)) && echo cuda || echo cpu)
+    processes=${arg[NPROC_PER_NODE]}
+    nodes=1 node_rank=0 master_addr=127.0.0.1 master_port=${arg[MASTER_PORT]}
+    if [[ ${arg[ENV]} == dlc ]]; then
+        nodes=${arg[WORLD_SIZE]} node_rank=${arg[RANK]} master_addr=${arg[MASTER_ADDR]}
+        processes=${processes:-${arg[KUBERNETES_CONTAINER_RESOURCE_GPU]}}
+        return
+    fi
+    [[ -n $master_port ]] || master_port=$(free_port)
+    if [[ $accelerator == cpu ]]; then
+        processes=${processes:-$1}
+    elif ((gpus == 0)) && [[ -z $processes ]]; then
+        refuse ACCELERATOR "found no GPU on this machine; set NPROC_PER_NODE to the number of GPUs, or use ACCELERATOR=cpu"
+    elif ((gpus > 0 && ${processes:-0} > gpus)); then
+        refuse NPROC_PER_NODE "is more than the $gpus GPUs seen here (CUDA_VISIBLE_DEVICES, nvidia-smi -L)"
+    fi
+    processes=${processes:-$gpus}
+}
+
+# free_port: a port nobody listens on, below the range from which the system lends its own.
+free_port() {
+    local port
+    while port=$((10000 + RANDOM % 20000)); do
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+    done
+    printf '%d' "$port"
+}
+
+# torchrun_words OUTPUT: environment and command up to the script that torchrun starts.
+torchrun_words() {
+    local cores threads
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    threads=$((cores / processes))
+    environment+=(
+        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+        "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
+        # A checkpoint of 7B is written for longer than the 30 s that torchrun leaves after SIGTERM.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+        # With the empty role below: no prefix on the lines of the console.
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
+    )
+    if [[ $accelerator == cpu ]]; then
+        environment+=(CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1)
+        if ((nodes == 1)) && [[ -e /sys/class/net/lo ]]; then
+            environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
+        fi
+    else
+        environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
+    fi
+    command=(
+        "${arg[PYTHON]}" -u -m torch.distributed.run
+        --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
+        --master_addr "$master_addr" --master_port "$master_port"
+        # Every process's output goes to the console and, by rank, to files.
+        --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)" --tee 3 --role=
+    )
+}
+
+# --- LLaVA training --------------------------------------------------------------------------------------------------
+
+TRAINING_ARGUMENTS="ENV|one of dsw dlc|dsw: all processes on this machine; dlc: one node of a cluster job (variables below)
+MODEL_SIZE|one of $MODEL_SIZES|size of the language model; compared with the checkpoint, or the preset to start from
+BATCH_SIZE|$COUNT|samples per data-parallel rank and forward pass (micro-batch)
+GLOBAL_BATCH_SIZE|$COUNT|samples per optimizer step; a multiple of BATCH_SIZE x data-parallel size
+LR|a number above 0|highest learning rate
+MIN_LR|a number from 0|learning rate at the end of the cosine; at most LR
+SEQ_LEN|$COUNT|image tokens of one picture (576 for CLIP-L/14 at 336 pixels)
+DECODER_SEQ_LEN|$COUNT|image and text tokens of one sample; more than SEQ_LEN
+PR|one of fp16 bf16 fp8 fp32|precision; fp8 (with bf16 around it) needs a GPU and Transformer Engine
+TP|$PARALLEL|tensor-parallel size; above 1 with sequence parallelism
+PP|$PARALLEL|pipeline-parallel size
+CP|$PARALLEL|context-parallel size
+DO|one of true false|distributed optimizer: its state is shared out over the data-parallel ranks
+FL|one of true false|true: the fastest attention there is (flash-attn or cuDNN); false: on a GPU cuDNN only
+AC|one of sel full offload false true|activations: recompute attention (sel; true means sel) or whole layers, move them to the host, keep them
+OPTIMIZER_OFFLOAD|one of false static auto|optimizer state in host memory; needs DO=true and a GPU
+SAVE_INTERVAL|$COUNT|iterations from one checkpoint to the next
+DATASET_PATH|an energon dataset: folder with .nv-meta, or .yaml file|training data
+VALID_DATASET_PATH|an energon dataset: folder with .nv-meta, or .yaml file|validation data; may be the folder of the training data
+PRETRAIN_CHECKPOINT_PATH|a converted checkpoint, or none|weights to start from, configuration and tokenizer; none: start from nothing
+TRAIN_ITERS|$COUNT|iterations, warm-up included
+LR_WARMUP_ITERS|$COUNT_OR_ZERO|iterations of linear warm-up; fewer than TRAIN_ITERS
+OUTPUT_BASEPATH|a folder to write into, not /|checkpoint/, tensorboard/ and log/ below it; the same folder again resumes"
+
+CLUSTER_VARIABLES="WORLD_SIZE|a whole number from 1 to 99999|nodes of the job
+RANK|a whole number from 0 to 99998|number of this node, from 0
+MASTER_ADDR|a host name or address|node 0
+MASTER_PORT|a whole number from 1 to 65535|port on node 0
+KUBERNETES_CONTAINER_RESOURCE_GPU|a whole number from 1 to 4096|GPUs of this node"
+
+# training_options FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE: rows, with the defaults in which the stages differ.
+training_options() {
+    cat <<OPTIONS
+FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
+FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
+FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
+CONVERSATION_TEMPLATE|$2|one of auto plain v1 mistral qwen|how turns become text; auto: the one that fits the language model
+IMAGE_ASPECT_RATIO|crop|one of crop pad|how a picture becomes square
+TOKENIZER_PATH|(the checkpoint's)|a folder with a tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required
+ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
+NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
+MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
+NUM_WORKERS|2|a whole number from 0 to 999|loader processes per rank; keep it when resuming
+SEED|1234|$COUNT|seed of weights, order of the data and dropout
+LOG_INTERVAL|1|$COUNT|iterations from one line of the log to the next
+EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
+EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
+WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
+ADAM_BETA2|0.95|a number from 0 to below 1|second beta of AdamW; the first is 0.9
+CLIP_GRAD|1.0|a number from 0|largest gradient norm; 0: not limited
+$COMMON_OPTIONS
+OPTIONS
+}
+
+# launch_llava TITLE FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE [ARGUMENT...]: one stage of LLaVA training.
+launch_llava() {
+    local title=$1 options
+    options=$(training_options "$2" "$3")
+    shift 3
+    if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+        show_training_help "$title" "$options"
+        exit 0
+    fi
+    read_arguments "$TRAINING_ARGUMENTS" 24 "${@:1:23}"
+    read_options "$options"
+    [[ ${arg[ENV]} != dlc ]] || read_cluster "$CLUSTER_VARIABLES"
+    choose_python
+    check_extra_words "${@:24}"
+    check_training
+    stop_if_wrong
+    absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
+    torchrun_words "${arg[OUTPUT_BASEPATH]}"
+    command+=("$repository/examples/llava_mcore/pretrain_llava.py")
+    training_words
+    command+=("${@:24}")
+    start
+}
+
+show_training_help() {
+    printf 'usage: bash %q %s [MEGATRON WORDS]\n\n%s\n' "$0" "$(cut -d'|' -f1 <<<"$TRAINING_ARGUMENTS" | xargs)" "$1"
+    printf 'Words after the 23rd argument go to Megatron as they are; the first of them begins with --.\n'
+    show_rows "Arguments" "$TRAINING_ARGUMENTS" numbered
+    show_rows "Options, from the environment: name, default, value" "$2" options
+    show_rows "Required in the environment when ENV=dlc" "$CLUSTER_VARIABLES"
+}
+
+check_extra_words() {
+    [[ -z ${1+set} || $1 == --?* ]] ||
+        complain "word 24 ${1@Q}" "must begin with -- (after 23 arguments come Megatron's words); quote values that hold spaces"
+}
+
+# check_training: the rules that hold between rows; each looks only at rows that are right by themselves.
+check_training() {
+    local world model_parallel data_parallel batch
+    if right LR MIN_LR && ! at_most "${arg[MIN_LR]}" "${arg[LR]}"; then
+        refuse MIN_LR "must be at most LR=${arg[LR]}"
+    fi
+    if right SEQ_LEN DECODER_SEQ_LEN && ((arg[DECODER_SEQ_LEN] <= arg[SEQ_LEN])); then
+        refuse DECODER_SEQ_LEN "must be more than SEQ_LEN=${arg[SEQ_LEN]}: it counts the image tokens and the text"
+    fi
+    if right TRAIN_ITERS LR_WARMUP_ITERS && ((arg[LR_WARMUP_ITERS] >= arg[TRAIN_ITERS])); then
+        refuse LR_WARMUP_ITERS "must be less than TRAIN_ITERS=${arg[TRAIN_ITERS]}"
+    fi
+    if right PRETRAIN_CHECKPOINT_PATH TOKENIZER_PATH; then
+        if [[ ${arg[PRETRAIN_CHECKPOINT_PATH]} == none && -z ${arg[TOKENIZER_PATH]} ]]; then
+            refuse PRETRAIN_CHECKPOINT_PATH "needs TOKENIZER_PATH in the environment: a folder with the tokenizer"
+        elif [[ ${arg[PRETRAIN_CHECKPOINT_PATH]} != none && -n ${arg[TOKENIZER_PATH]} ]]; then
+            refuse TOKENIZER_PATH "is only for PRETRAIN_CHECKPOINT_PATH=none: a checkpoint brings its own tokenizer"
+        fi
+    fi
+    if right DO OPTIMIZER_OFFLOAD && [[ ${arg[OPTIMIZER_OFFLOAD]} != false && ${arg[DO]} != true ]]; then
+        refuse OPTIMIZER_OFFLOAD "needs DO=true: only the distributed optimizer can keep its state in host memory"
+    fi
+    if right WORLD_SIZE RANK && [[ ${arg[ENV]} == dlc ]] && ((arg[RANK] >= arg[WORLD_SIZE])); then
+        refuse RANK "must be less than WORLD_SIZE=${arg[WORLD_SIZE]} (nodes, counted from 0)"
+    fi
+    right TP PP CP || return 0
+    model_parallel=$((arg[TP] * arg[PP] * arg[CP]))
+    if right DECODER_SEQ_LEN; then
+        local slice=$((arg[TP] * arg[CP])) # context parallelism gives every rank two slices, sequence parallelism cuts them
+        ((arg[CP] == 1 || arg[TP] % 2 == 0)) || slice=$((2 * slice))
+        ((arg[DECODER_SEQ_LEN] % slice == 0)) ||
+            refuse DECODER_SEQ_LEN "must be divisible by $slice: TP=${arg[TP]} and CP=${arg[CP]} cut the sequence"
+    fi
+    right ENV ACCELERATOR NPROC_PER_NODE MASTER_PORT || return 0
+    [[ ${arg[ENV]} != dlc ]] || right WORLD_SIZE RANK MASTER_ADDR KUBERNETES_CONTAINER_RESOURCE_GPU || return 0
+    choose_machine "$model_parallel"
+    if [[ $accelerator == cpu ]]; then
+        [[ ${arg[PR]} != fp8 ]] || refuse PR "needs a GPU, and this run is on CPU"
+        [[ ${arg[AC]} != offload ]] || refuse AC "needs a GPU: on CPU the activations are in host memory already"
+        [[ ${arg[OPTIMIZER_OFFLOAD]} != @(static|auto) ]] ||
+            refuse OPTIMIZER_OFFLOAD "needs a GPU: on CPU the optimizer state is in host memory already"
+    fi
+    right ACCELERATOR NPROC_PER_NODE || return 0
+    world=$((processes * nodes))
+    if ((world % model_parallel)); then
+        refuse TP "x PP=${arg[PP]} x CP=${arg[CP]} = $model_parallel must divide the $world processes ($nodes nodes x $processes)"
+        return
+    fi
+    data_parallel=$((world / model_parallel))
+    if right BATCH_SIZE GLOBAL_BATCH_SIZE; then
+        batch=$((arg[BATCH_SIZE] * data_parallel))
+        ((arg[GLOBAL_BATCH_SIZE] % batch == 0)) ||
+            refuse GLOBAL_BATCH_SIZE "must be divisible by $batch: BATCH_SIZE=${arg[BATCH_SIZE]} x data-parallel size $data_parallel"
+    fi
+}
+
+# training_words: the words for Megatron's parser and our own flags. Geometry, tokenizer and device words are not among
+# them: pretrain_llava.py takes those from the checkpoint and the machine.
+training_words() {
+    local output=${arg[OUTPUT_BASEPATH]}
+    command+=(
+        --micro-batch-size "${arg[BATCH_SIZE]}" --global-batch-size "${arg[GLOBAL_BATCH_SIZE]}"
+        --lr "${arg[LR]}" --min-lr "${arg[MIN_LR]}" --lr-decay-style cosine
+        --lr-warmup-iters "${arg[LR_WARMUP_ITERS]}"
+        --train-iters "${arg[TRAIN_ITERS]}" --lr-decay-iters "${arg[TRAIN_ITERS]}" # the warm-up is inside
+        --weight-decay "${arg[WEIGHT_DECAY]}" --adam-beta1 0.9 --adam-beta2 "${arg[ADAM_BETA2]}"
+        --clip-grad "${arg[CLIP_GRAD]}"
+        --attention-dropout 0 --hidden-dropout 0
+        --seq-length "${arg[DECODER_SEQ_LEN]}"
+        --tensor-model-parallel-size "${arg[TP]}" --pipeline-model-parallel-size "${arg[PP]}"
+        --context-parallel-size "${arg[CP]}"
+        # Ranks see different numbers of labels: without it their mean is of means, 5.6e-2 off under CP.
+        --calculate-per-token-loss
+        --save "$output/checkpoint" --load "$output/checkpoint" --save-interval "${arg[SAVE_INTERVAL]}"
+        --ckpt-format torch_dist
+        --exit-signal-handler # SIGTERM: finish the iteration, save, end
+        --tensorboard-dir "$output/tensorboard" --log-interval "${arg[LOG_INTERVAL]}"
+        --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
+        --eval-interval "${arg[EVAL_INTERVAL]}" --eval-iters "${arg[EVAL_ITERS]}"
+        --num-workers "${arg[NUM_WORKERS]}" --seed "${arg[SEED]}" --distributed-timeout-minutes 60
+    )
+    ((arg[TP] == 1)) || command+=(--sequence-parallel)
+    precision_words
+    memory_words
+    # Ours.
+    command+=(
+        --train-dataset-path "${arg[DATASET_PATH]}" --valid-dataset-path "${arg[VALID_DATASET_PATH]}"
+        --init-from "${arg[PRETRAIN_CHECKPOINT_PATH]}" --model-size "${arg[MODEL_SIZE]}"
+        --image-tokens "${arg[SEQ_LEN]}" --image-aspect-ratio "${arg[IMAGE_ASPECT_RATIO]}"
+        --conversation-template "${arg[CONVERSATION_TEMPLATE]}"
+        --optimizer-offload-policy "${arg[OPTIMIZER_OFFLOAD]}"
+    )
+    [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
+    [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
+    [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
+    [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)
+}
+
+precision_words() {
+    case ${arg[PR]} in
+        fp16) command+=(--fp16 --initial-loss-scale 65536) ;; # Megatron's 2^32 skips the first 16 steps or so
+        bf16) command+=(--bf16) ;;
+        fp8) command+=(--bf16 --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max) ;;
+    esac
+    # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; "auto" falls back for fp32.
+    if [[ $accelerator == cuda ]]; then
+        local attention=auto
+        [[ ${arg[FL]} == true || ${arg[PR]} == fp32 ]] || attention=fused
+        command+=(--attention-backend "$attention")
+    fi
+}
+
+memory_words() {
+    case ${arg[AC]} in
+        true)
+            printf 'AC=true means AC=sel: attention is recomputed in the backward pass\n' >&2
+            command+=(--recompute-granularity selective)
+            ;;
+        sel) command+=(--recompute-granularity selective) ;;
+        full) command+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+        offload)
+            environment+=(NVTE_CPU_OFFLOAD_V1=1) # Transformer Engine 2.10 and newer would move the weights too
+            command+=(--fine-grained-activation-offloading --offload-modules qkv_linear core_attn attn_proj)
+            ;;
+    esac
+    [[ ${arg[DO]} != true ]] || command+=(--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable)
+}

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Hugging Face language model + CLIP vision tower -> Megatron checkpoint, and back to Hugging Face. --help tells all.
+[ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called with dash
+# shellcheck source=examples/launcher.sh
+. "$(dirname -- "$(readlink -f -- "$0")")/../../../examples/launcher.sh"
+
+ARGUMENTS="MODEL_SIZE|one of $MODEL_SIZES|size of the language model; compared with its configuration
+SOURCE_LLM_CKPT_PATH|a Hugging Face model folder or a converted checkpoint|mg2hf=false: the Hugging Face language model, or a whole LLaVA; mg2hf=true: the checkpoint to export
+SOURCE_CLIP_CKPT_PATH|a Hugging Face model folder, or none|the vision tower; none when the first source holds it
+TARGET_CKPT_PATH|a new or empty folder, not /|where the result goes
+TP|$PARALLEL|tensor-parallel size the checkpoint is meant for; any size can read it
+PP|$PARALLEL|pipeline-parallel size the checkpoint is meant for; any size can read it
+mg2hf|one of true false|false: Hugging Face to Megatron; true: Megatron to Hugging Face
+PR|one of fp16 bf16 fp32|precision of the written weights
+HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it came from, compared before the export"
+
+show_help() {
+    printf 'usage: bash %q %s\n\n' "$0" "$(cut -d'|' -f1 <<<"$ARGUMENTS" | xargs)"
+    printf 'Converts Hugging Face models to a Megatron checkpoint, and back. The 9th argument is needed when mg2hf=true.\n'
+    show_rows "Arguments" "$ARGUMENTS" numbered
+    show_rows "Options, from the environment: name, default, value" "$COMMON_OPTIONS" options
+}
+
+# is_llava FOLDER: is it a whole Hugging Face LLaVA?
+is_llava() {
+    [[ -f $1/config.json && $(<"$1/config.json") =~ \"model_type\"[[:space:]]*:[[:space:]]*\"llava\" ]]
+}
+
+# check_conversion: the rules that hold between rows.
+check_conversion() {
+    right mg2hf || return 0
+    local source=${arg[SOURCE_LLM_CKPT_PATH]}
+    if [[ ${arg[mg2hf]} == true ]]; then
+        if right SOURCE_LLM_CKPT_PATH && ! is_checkpoint "$source"; then
+            refuse SOURCE_LLM_CKPT_PATH "must be a converted checkpoint with mg2hf=true ($detail)"
+        fi
+    elif right SOURCE_LLM_CKPT_PATH && [[ ! -f $source/config.json ]]; then
+        refuse SOURCE_LLM_CKPT_PATH "must be a Hugging Face model folder with mg2hf=false (it has no config.json)"
+    elif right SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH && [[ ${arg[SOURCE_CLIP_CKPT_PATH]} == none ]]; then
+        is_llava "$source" || refuse SOURCE_CLIP_CKPT_PATH \
+            "must be a Hugging Face CLIP folder: SOURCE_LLM_CKPT_PATH holds no vision tower (its model_type is not llava)"
+    fi
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    show_help
+    exit 0
+fi
+read_arguments "$ARGUMENTS" 9 "${@:1:9}"
+(($# < 10)) || complain "word 10 ${10@Q}" "is one too many: there are 9 arguments; quote values that hold spaces"
+read_options "$COMMON_OPTIONS"
+choose_python
+check_conversion
+(($# >= 9)) || [[ ${arg[mg2hf]} != true ]] ||
+    complain "argument 9 HF_CKPT_PATH" "is missing: with mg2hf=true it must be a Hugging Face model folder"
+stop_if_wrong
+absolute SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH TARGET_CKPT_PATH HF_CKPT_PATH
+environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}")
+command=(
+    "${arg[PYTHON]}" -u "$repository/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
+    --model-size "${arg[MODEL_SIZE]}"
+    --source-llm "${arg[SOURCE_LLM_CKPT_PATH]}" --source-clip "${arg[SOURCE_CLIP_CKPT_PATH]}"
+    --target "${arg[TARGET_CKPT_PATH]}"
+    --tensor-model-parallel-size "${arg[TP]}" --pipeline-model-parallel-size "${arg[PP]}"
+    --precision "${arg[PR]}"
+)
+if [[ ${arg[mg2hf]} == true ]]; then
+    command+=(--mg2hf --hf-checkpoint "${arg[HF_CKPT_PATH]}")
+elif (($# >= 9)); then
+    printf 'HF_CKPT_PATH is not used with mg2hf=false\n' >&2
+fi
+start
