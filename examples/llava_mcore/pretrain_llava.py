@@ -1,0 +1,20 @@
+"""Train a LLaVA with Megatron's loop: both stages, every layout.  Called by the launchers through torchrun."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_patch import device  # noqa: E402  (the toolkit is run from its folder, not installed)
+
+
+def main() -> None:
+    """Prepare torch for this device before Megatron is imported, then train."""
+    device.install()
+    from megatron_patch.training.run import train_llava
+
+    train_llava()
+
+
+if __name__ == "__main__":  # a save starts a helper process, which imports this file again
+    main()

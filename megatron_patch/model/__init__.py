@@ -1,0 +1,10 @@
+"""The LLaVA of the paper, composed of megatron-core parts.
+
+geometry.py     numbers read from Hugging Face configs
+attention.py    core attention on torch's scaled_dot_product_attention, for the local layers
+layer_specs.py  transformer layers of decoder, tower and projector, with and without Transformer Engine
+llava.py        the model: tower -> projector -> scatter into the text -> decoder -> loss at labelled positions
+
+Letters of shapes: B micro-batch, S sequence (image placeholders included), H decoder width, V vocabulary,
+N pictures of the micro-batch, P image tokens of one picture, T tower width, L labelled positions.
+"""

@@ -1,0 +1,316 @@
+"""LLaVA-1.5: tower -> projector -> scatter into the embedded text -> decoder -> loss at labelled positions.
+
+Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeline owns tower and projector.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_patch.errors import UserError
+from megatron_patch.model.attention import zigzag_positions
+from megatron_patch.model.geometry import LlavaGeometry, TowerGeometry
+from megatron_patch.model.layer_specs import decoder_block, norm_builder, projector_layers, tower_block
+
+IGNORE_LABEL = -100  # Hugging Face's, torch's and LLaVA's own mark of "not trained"
+
+
+def quick_gelu(states: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): the activation of OpenAI's CLIP."""
+    return states * torch.sigmoid(1.702 * states)
+
+
+def gelu_tanh(states: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(states, approximate="tanh")
+
+
+TOWER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+# What the tower and the projector take over from the decoder's config.  Everything else (widths, heads, norms, biases,
+# pipeline split) is their own: a tower that inherits the decoder's width or pipeline split is silently wrong.
+SHARED_WITH_DECODER = (
+    *("tensor_model_parallel_size", "params_dtype", "fp16", "bf16", "transformer_impl", "attention_backend"),
+    *("attention_softmax_in_fp32", "perform_initialization", "use_cpu_initialization", "deterministic_mode"),
+    *("gradient_accumulation_fusion", "persist_layer_norm", "masked_softmax_fusion", "timers"),
+    *("fp8", "fp8_recipe", "fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+)
+
+
+def _side_config(decoder: TransformerConfig, **own: object) -> TransformerConfig:
+    shared = {name: getattr(decoder, name) for name in SHARED_WITH_DECODER}
+    return TransformerConfig(
+        **shared,
+        **own,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        calculate_per_token_loss=decoder.calculate_per_token_loss,
+    )
+
+
+def tower_config(decoder: TransformerConfig, tower: TowerGeometry) -> TransformerConfig:
+    """Config of the vision tower: its own numbers, the decoder's precision and tensor parallelism.
+
+    Raises:
+        UserError: an activation that is not known.
+    """
+    if tower.activation not in TOWER_ACTIVATIONS:
+        raise UserError(
+            f"vision_config.hidden_act is {tower.activation!r}, this toolkit knows {', '.join(TOWER_ACTIVATIONS)}; "
+            "choose a tower of that kind"
+        )
+    return _side_config(
+        decoder,
+        num_layers=tower.layers,
+        hidden_size=tower.hidden,
+        ffn_hidden_size=tower.ffn_hidden,
+        num_attention_heads=tower.heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=tower.norm_epsilon,
+        activation_func=TOWER_ACTIVATIONS[tower.activation],
+        recompute_granularity=decoder.recompute_granularity,
+        recompute_modules=decoder.recompute_modules,
+        recompute_method=decoder.recompute_method,
+        recompute_num_layers=min(decoder.recompute_num_layers or 0, tower.layers) or None,
+    )
+
+
+def projector_config(decoder: TransformerConfig) -> TransformerConfig:
+    """Config of the projector: every width is the decoder's hidden size, exact GELU, biases."""
+    return _side_config(
+        decoder,
+        num_layers=1,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        activation_func=F.gelu,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Which parts keep their weights."""
+
+    language_model: bool = False
+    vision_tower: bool = False
+    projector: bool = False
+
+
+class LlavaModel(MegatronModule):
+    """The part of a LLaVA that lives on one pipeline stage.
+
+    Args:
+        config: the decoder's config; words of the parser, numbers of the Hugging Face config.
+        geometry: all numbers of the model.
+        padded_vocabulary: rows of the embedding, at least the geometry's; the rows beyond get no probability.
+        pixel_mean, pixel_std: [3], of pixels in 0..1.
+        frozen: the parts without gradients.
+        pre_process, post_process: this is the pipeline's first, last stage.
+        pg_collection: process groups; None takes Megatron's global ones.
+        vp_stage: virtual stage of an interleaved pipeline.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        geometry: LlavaGeometry,
+        padded_vocabulary: int,
+        pixel_mean: tuple[float, float, float],
+        pixel_std: tuple[float, float, float],
+        frozen: Frozen | None = None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.geometry, self.frozen = geometry, frozen or Frozen()
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        language = geometry.language
+
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=decoder_block(config, vp_stage),
+            vocab_size=padded_vocabulary,
+            max_sequence_length=language.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=language.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=language.rope_base,
+            scatter_embedding_sequence_parallel=False,  # pictures are scattered in first
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        self.share_embeddings_and_output_weights = language.tied_embeddings
+        if post_process:
+            # the hidden states are gathered before positions are chosen, so the head never sees a cut sequence
+            self.language_model.output_layer.sequence_parallel = False
+
+        self.vision_model = self.vision_projection = None
+        if pre_process:
+            self._build_tower_and_projector(config)
+            self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1) * 255, persistent=False)
+            self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1) * 255, persistent=False)
+        self._freeze()
+
+    def _build_tower_and_projector(self, config: TransformerConfig) -> None:
+        tower = self.geometry.tower
+        vision_config = tower_config(config, tower)
+        self.vision_model = CLIPViTModel(
+            vision_config,
+            tower_block(vision_config),
+            ln_pre_impl=norm_builder(vision_config),
+            patch_dim=tower.patch_px,
+            img_h=tower.side_px,
+            img_w=tower.side_px,
+            pg_collection=self.pg_collection,
+        )
+        side_config = projector_config(config)
+        self.vision_projection = MultimodalProjector(
+            side_config,
+            projector_layers(side_config, self.geometry.projector_type),
+            "mlp" if self.geometry.projector_type == "mlp2x_gelu" else "affine",
+            input_size=tower.hidden,
+            pg_collection=self.pg_collection,
+        )
+
+    def _freeze(self) -> None:
+        for module, freeze in (
+            (self.language_model, self.frozen.language_model),
+            (self.vision_model, self.frozen.vision_tower),
+            (self.vision_projection, self.frozen.projector),
+        ):
+            if module is not None and freeze:
+                module.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states [S, B, H] from the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, for Megatron's reduction of its gradient between first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(self, tokens: Tensor | None, labels: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
+        """One micro-batch.
+
+        Args:
+            tokens: int64 [B, S], image placeholders already expanded to P per picture; first stage only.
+            labels: int64 [B, S], the token to predict at each position or IGNORE_LABEL; last stage only.
+            pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
+
+        Returns:
+            Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses in
+            nats over the labelled positions of this context-parallel rank, and their number.  Without labels: logits
+            [B, S, V].
+        """
+        decoder_input = self._embed(tokens, pixels) if self.pre_process else None
+        if labels is not None:
+            labels = self._on_this_context_rank(labels, dim=1)
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,  # causal; padding stands at the end, where no real token looks
+            decoder_input=decoder_input,
+            labels=labels,
+            output_processor=self._loss_or_logits,
+        )
+
+    def _embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
+        """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], cut for context and sequence parallel."""
+        text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
+        pictures = self._project(pixels)  # [N, P, H]
+        if pixels is None or pixels.shape[0] == 0:
+            # Text alone: the projector still takes part, with weight 0, so that every rank reduces its gradient.
+            embedded = text + 0.0 * pictures.sum().to(text.dtype)
+        else:
+            is_picture = (tokens == self.geometry.image_token_id).unsqueeze(-1)
+            embedded = text.masked_scatter(is_picture, pictures.to(text.dtype))
+        embedded = self._on_this_context_rank(embedded, dim=1).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
+        return embedded
+
+    def _project(self, pixels: Tensor | None) -> Tensor:
+        """pixels uint8 [N, 3, side, side] -> features [N, P, H]; without pictures the features of a blank one."""
+        tower, weight = self.geometry.tower, self.vision_model.conv1.weight
+        if pixels is None or pixels.shape[0] == 0:
+            if self.frozen.vision_tower:
+                return self.vision_projection(weight.new_zeros(1, tower.image_tokens, tower.hidden))
+            pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
+        normalised = (pixels.float() - self.pixel_mean.float()) / self.pixel_std.float()
+        with torch.no_grad() if self.frozen.vision_tower else contextlib.nullcontext():
+            features = self.vision_model(normalised.to(weight.dtype))[:, 1:]  # without the class token
+        return self.vision_projection(features)
+
+    def _on_this_context_rank(self, states: Tensor, dim: int) -> Tensor:
+        size = self.config.context_parallel_size
+        if size == 1:
+            return states
+        rank = self.pg_collection.cp.rank()
+        return states.index_select(dim, zigzag_positions(states.shape[dim] // size, rank, size, states.device))
+
+    def _loss_or_logits(
+        self, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor, labels: Tensor, **_: object
+    ) -> Tensor:
+        """hidden_states [S, B, H] -> [2] (sum of losses, number of labels) with labels [B, S], else logits [B, S, V].
+
+        Only labelled positions meet the head: with 576 image tokens and 40 of text it would otherwise work 15 times
+        as much, and hold [B, S, V] logits.
+        """
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        hidden_states = hidden_states.transpose(0, 1)  # [B, S, H]
+        if labels is None:
+            logits, _ = output_layer(hidden_states, weight=output_weight)
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
+            return logits[..., : self.geometry.language.vocabulary]
+        trained = labels != IGNORE_LABEL
+        count = trained.sum()
+        if count == 0:
+            # Every rank's backward must run, so one position takes part with weight 0.
+            trained = torch.zeros_like(trained)
+            trained[0, 0] = True
+        logits, _ = output_layer(hidden_states[trained].unsqueeze(1), weight=output_weight)  # [L, 1, V / TP]
+        logits = self._without_padded_vocabulary(logits)
+        targets = labels[trained].clamp(min=0).unsqueeze(1)
+        losses = vocab_parallel_cross_entropy(logits, targets, tp_group=self.pg_collection.tp)
+        return torch.stack([losses.sum() * (count > 0), count.to(losses.dtype)])
+
+    def _without_padded_vocabulary(self, logits: Tensor) -> Tensor:
+        """logits [L, 1, V / TP] with -inf at the rows that only pad the vocabulary, so padding cannot move the loss."""
+        width = logits.shape[-1]
+        real = self.geometry.language.vocabulary - self.pg_collection.tp.rank() * width
+        if real >= width:
+            return logits
+        is_padding = torch.arange(width, device=logits.device) >= real
+        return logits.masked_fill(is_padding, float("-inf"))

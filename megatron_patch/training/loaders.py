@@ -1,0 +1,116 @@
+"""Our energon loaders as Megatron's data provider, and their state beside each checkpoint.
+
+Megatron asks the training iterator for `save_state()` whenever it saves, before it marks the checkpoint as finished, and
+writes the answer to `iter_XXXXXXX/mp_rank_00/train_dataloader_dprankDDD.pt`.  Here it is read back on resume.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_patch.data.loaders import build_train_loader, build_valid_loader
+from megatron_patch.data.settings import DataSettings
+from megatron_patch.errors import UserError
+from megatron_patch.training.words import RunSettings
+
+
+class TrainIterator:
+    """An endless iterator over micro-batches whose state can be saved."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.batches = loader, iter(loader)
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        return next(self.batches)
+
+    def save_state(self) -> dict[str, Any]:
+        """Position after the micro-batches taken so far, in types that torch.load(weights_only=True) reads."""
+        return self.loader.save_state()
+
+
+class RepeatingIterator:
+    """An iterator that starts over after `period` micro-batches, so that every evaluation sees the same records."""
+
+    def __init__(self, loader: Any, period: int) -> None:
+        self.loader, self.period, self.taken = loader, period, 0
+        self.batches: Iterator = iter(())
+
+    def __iter__(self) -> "RepeatingIterator":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self.taken % self.period == 0:
+            self.batches = iter(self.loader)
+        self.taken += 1
+        return next(self.batches)
+
+
+def data_settings(settings: RunSettings, args: Any) -> DataSettings:
+    """What the data room needs to know, from the run's settings and Megatron's arguments."""
+    geometry = settings.geometry
+    # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if args.context_parallel_size > 1:
+        multiple *= 2 * args.context_parallel_size
+    return DataSettings(
+        tokenizer_path=str(settings.llava_folder),
+        template=settings.template,
+        image_token_id=geometry.image_token_id,
+        image_tokens=geometry.tower.image_tokens,
+        side_px=geometry.tower.side_px,
+        image_mean=settings.pixel_mean,
+        image_aspect_ratio=args.image_aspect_ratio,
+        decoder_seq_len=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        length_multiple=multiple,
+        seed=args.seed,
+        num_workers=args.num_workers,
+    )
+
+
+def saved_state_file(folder: Path, iteration: int, data_parallel_rank: int) -> Path:
+    """Where Megatron put the loader's state of one data-parallel rank."""
+    return folder / f"iter_{iteration:07d}" / "mp_rank_00" / f"train_dataloader_dprank{data_parallel_rank:03d}.pt"
+
+
+def read_saved_state(folder: Path, iteration: int, rank: int) -> dict[str, Any]:
+    """Loader state saved at `iteration`.
+
+    Raises:
+        UserError: it is not there, so the data position would silently start over.
+    """
+    where = saved_state_file(folder, iteration, rank)
+    if not where.is_file():
+        raise UserError(
+            f"{where}: no data position for data-parallel rank {rank} in the checkpoint; resume with the number of "
+            "processes that wrote it, or start a new run in another OUTPUT_BASEPATH with this checkpoint as the start"
+        )
+    return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+
+
+def build_loaders(settings: RunSettings) -> tuple[TrainIterator | None, RepeatingIterator | None, None]:
+    """Training and validation iterators of this process; none on pipeline stages that need no data.
+
+    First and last stage read the same records: the one the pictures and tokens, the other the labels.  Both decode, so
+    that a record skipped by one is skipped by both.
+    """
+    args = get_args()
+    if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
+        return None, None, None
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    wanted = data_settings(settings, args)
+    state = read_saved_state(Path(args.load), args.iteration, rank) if args.iteration > 0 else None
+    train = build_train_loader(args.train_dataset_path, wanted, rank, size, state=state)
+    valid = None
+    if args.eval_iters:
+        micro_batches = args.eval_iters * (args.global_batch_size // (args.micro_batch_size * size))
+        valid = RepeatingIterator(build_valid_loader(args.valid_dataset_path, wanted, rank, size), micro_batches)
+    return TrainIterator(train), valid, None

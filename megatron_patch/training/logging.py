@@ -1,0 +1,32 @@
+"""What Megatron's log lacks: samples per second, on the console and in TensorBoard."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training import get_args, get_tensorboard_writer
+from megatron.training.utils import print_rank_last
+
+
+def log_samples_per_second(training_log: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's training_log(loss_dict, total_loss_dict, learning_rate, iteration, ...).
+
+    The rate is that of the iterations since the last line, checkpoints and evaluations between them included.
+    """
+    since = {"time": time.perf_counter(), "iteration": None}
+
+    def wrapped(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *args, **kwargs) -> Any:
+        result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        settings, now = get_args(), time.perf_counter()
+        if since["iteration"] is None:
+            since.update(time=now, iteration=iteration)  # the first iteration warms up
+        elif iteration % settings.log_interval == 0:
+            samples = (iteration - since["iteration"]) * settings.global_batch_size
+            rate = samples / (now - since["time"])
+            print_rank_last(f" samples per second: {rate:.2f} | per device: {rate / settings.world_size:.2f}")
+            if writer := get_tensorboard_writer():
+                writer.add_scalar("samples per second", rate, iteration)
+            since.update(time=now, iteration=iteration)
+        return result
+
+    return wrapped

@@ -1,0 +1,94 @@
+"""A run from its command line to Megatron's pretrain()."""
+
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_patch import device, patches
+from megatron_patch.arguments import add_arguments
+from megatron_patch.errors import UserError
+from megatron_patch.training.words import LLAVA_FOLDER, RunSettings, read_settings, refuse
+
+
+def _silence_known_warnings() -> None:
+    # Each says that Apex or Transformer Engine is absent, which the device room has decided already.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig.*")
+
+
+def _save_llava_folder(settings: RunSettings, save: str | None) -> None:
+    """Copy configs and tokenizer beside the checkpoints to come, whole or not at all."""
+    if save is None:
+        return
+    target = Path(save) / LLAVA_FOLDER
+    if target.exists() or target.resolve() == settings.llava_folder.resolve():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(settings.llava_folder, unfinished)
+    unfinished.rename(target)
+
+
+def train_llava() -> None:
+    """Train as sys.argv says.  Exits with code 2 and one sentence when the words do not fit."""
+    try:
+        settings = read_settings(sys.argv[1:])
+        patches.check_version()
+    except UserError as error:
+        refuse(error)
+    sys.argv[1:] = settings.words
+    _silence_known_warnings()
+    patches.apply_all(device.backend().NAME)
+
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import training
+    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.global_vars import get_args
+
+    from megatron_patch.model.llava import Frozen, LlavaModel
+    from megatron_patch.training.loaders import build_loaders
+    from megatron_patch.training.logging import log_samples_per_second
+    from megatron_patch.training.step import forward_step
+
+    def build_llava(pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None) -> LlavaModel:
+        args = get_args()
+        config = config or core_transformer_config_from_args(args)
+        config.variable_seq_lengths = True  # batches are as long as their longest record
+        return LlavaModel(
+            config,
+            settings.geometry,
+            args.padded_vocab_size,
+            settings.pixel_mean,
+            settings.pixel_std,
+            Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+    def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
+        del vp_stage
+        try:
+            if torch.distributed.get_rank() == 0:
+                _save_llava_folder(settings, get_args().save)
+            return build_loaders(settings)
+        except UserError as error:
+            refuse(error)
+
+    args = parse_and_validate_args(add_arguments)
+    args.dataloader_save = args.save  # Megatron saves the loaders' state with each checkpoint
+    training.training_log = log_samples_per_second(training.training_log)
+    training.pretrain(
+        pretrain_cfg_container_from_args(args),
+        provide_loaders,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=build_llava,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

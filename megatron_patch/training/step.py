@@ -1,0 +1,76 @@
+"""One micro-batch: from the loader to every tensor-parallel peer, through the model, to a sum of losses."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_patch import device
+from megatron_patch.model.llava import LlavaModel
+
+HEADER = 4  # B, S, N, picture side
+
+
+def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Send the micro-batch of tensor-parallel rank 0 to its peers.
+
+    Args:
+        batch: on rank 0 tokens [B, S], labels [B, S] int64 and pixels [N, 3, side, side] uint8; elsewhere None.
+
+    Returns:
+        The same three tensors on this process's device.
+    """
+    here = device.current_device()
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        return {name: batch[name].to(here, non_blocking=True) for name in ("tokens", "labels", "pixels")}
+    source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+
+    def send(tensor: Tensor) -> Tensor:
+        torch.distributed.broadcast(tensor, source, group=group)
+        return tensor
+
+    if batch is None:
+        size, length, pictures, side = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        text = torch.empty(2, size, length, dtype=torch.int64, device=here)
+        pixels = torch.empty(pictures, 3, side, side, dtype=torch.uint8, device=here)
+    else:
+        text = torch.stack([batch["tokens"], batch["labels"]]).to(here)
+        pixels = batch["pixels"].to(here)
+        send(torch.tensor([*text.shape[1:], pixels.shape[0], pixels.shape[-1]], dtype=torch.int64, device=here))
+    send(text)
+    if pixels.numel():
+        send(pixels)
+    return {"tokens": text[0], "labels": text[1], "pixels": pixels}
+
+
+def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Model output [2] -> (sum of losses in nats, number of labels, what to report).
+
+    Megatron divides gradients and the reported sum by the number of labels of all ranks and micro-batches.
+    """
+    total, count = output[0], output[1].detach()
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
+        )
+    return total, count.to(torch.int), {"lm loss": torch.stack([total.detach(), count])}
+
+
+def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tuple[Tensor, Callable]:
+    """Megatron's hook: one micro-batch through the part of the model on this pipeline stage."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    batch = {"tokens": None, "labels": None, "pixels": None}
+    if first or last:
+        batch = broadcast_batch(next(data_iterator) if data_iterator is not None else None)
+    timers("batch-generator").stop()
+    output = model(
+        tokens=batch["tokens"] if first else None,
+        labels=batch["labels"] if last else None,
+        pixels=batch["pixels"] if first else None,
+    )
+    return output, loss_function
