@@ -1,0 +1,261 @@
+"""Config, tokenizer and processor files.  The only file of the room that needs transformers; it is imported when one
+of these functions runs, never with the package."""
+
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.conversion.table import LLM_FAMILIES, TOWER_FAMILIES, check_known
+from megatron_patch.errors import UserError
+
+IMAGE_TOKEN = "<image>"
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_PROBES = ("What is in the picture?", " a  b\tc\nd", "Grüße, 世界! 42 + 1.5", "USER: x ASSISTANT: y</s>")
+
+
+@contextmanager
+def _quiet_transformers():
+    """transformers without its advice (about torchvision, files saved, ...): our messages are what the user reads."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: not there, or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; wanted a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def model_type(folder: Path) -> str:
+    """model_type of a hub folder's config.json."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; wanted a Hugging Face model folder")
+    return str(read_json(folder / "config.json").get("model_type"))
+
+
+def _auto_config(folder: Path):
+    from transformers import AutoConfig
+
+    with _quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{folder}/config.json is refused by transformers: {error}") from error
+
+
+def full_config(folder: Path) -> dict[str, Any]:
+    """config.json of a hub folder with every default that transformers fills in."""
+    return json.loads(_auto_config(folder).to_json_string(use_diff=False))
+
+
+@dataclass
+class Tokens:
+    """A tokenizer ready for LLaVA: it has `<image>` and a pad token."""
+
+    tokenizer: Any
+    image_id: int
+    largest_id: int
+    notes: list[str]
+
+
+def prepare_tokenizer(folder: Path) -> Tokens:
+    """The folder's tokenizer, `<image>` added when missing, a pad token named when missing (unk, else eos).
+
+    Raises:
+        UserError: there is no tokenizer that transformers can load from these files.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        notes = []
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+            notes.append(f"{IMAGE_TOKEN} added to the tokenizer as id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            if tokenizer.pad_token is None:
+                raise UserError(f"{folder}: the tokenizer has no pad, unk or eos token; give it a pad token")
+            notes.append(f"the tokenizer had no pad token; it pads with {tokenizer.pad_token!r}")
+    ids = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(f"{folder}: the tokenizer cuts {IMAGE_TOKEN} into {len(ids)} tokens; make it a special token")
+    return Tokens(tokenizer, ids[0], max(tokenizer.get_vocab().values()), notes)
+
+
+def llava_config(
+    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str
+) -> dict[str, Any]:
+    """Full LLaVA config of an LLM folder and a CLIP folder, LLaVA-1.5's choices for the rest.
+
+    Raises:
+        UserError: an LLM or tower the table does not know.
+    """
+    from transformers import LlavaConfig
+
+    check_known("LLM model_type", model_type(llm), LLM_FAMILIES)
+    tower_type = model_type(clip)
+    check_known("vision tower model_type", tower_type, (*TOWER_FAMILIES, "clip"))
+    text, vision = _auto_config(llm), _auto_config(clip)
+    if tower_type == "clip":
+        vision = vision.vision_config
+    text.vocab_size = vocabulary
+    patches = (vision.image_size // vision.patch_size) ** 2
+    with _quiet_transformers():
+        config = LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=image_id,
+            image_seq_length=patches,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            projector_hidden_act="gelu",
+            multimodal_projector_bias=True,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+        return finish_config(json.loads(config.to_json_string(use_diff=False)), precision, projector)
+
+
+def finish_config(config: dict[str, Any], precision: str, projector: str) -> dict[str, Any]:
+    """The same config with our dtype, its class and, for projectors the hub's LLaVA does not have, the projector."""
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
+    config |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "dtype": dtype}
+    for part in ("text_config", "vision_config"):
+        config[part] = {name: value for name, value in config[part].items() if name != "_name_or_path"} | {
+            "dtype": dtype
+        }
+    if projector != "mlp2x_gelu":
+        config["mm_projector_type"] = projector
+    return config
+
+
+def _square(size: object, shape: bool) -> object:
+    """Image sizes as transformers 5 spells them, from the single number of older files."""
+    if not isinstance(size, int):
+        return size
+    return {"height": size, "width": size} if shape else {"shortest_edge": size}
+
+
+def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """preprocessor_config.json of a tower folder, spelled for transformers 5; CLIP's own numbers when there is none.
+
+    Raises:
+        UserError: it crops to another size than the tower takes.
+    """
+    side = config["vision_config"]["image_size"]
+    path, notes = folder / "preprocessor_config.json", []
+    nested = folder / "processor_config.json"
+    if path.is_file():
+        values = read_json(path)
+    elif nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
+        values = read_json(nested)["image_processor"]
+    else:
+        values = {}
+        notes.append(f"{folder.name} has no preprocessor_config.json: CLIP's mean, std and bicubic crop to {side} px")
+    defaults = {
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "do_convert_rgb": True,
+    }
+    values = {name: value for name, value in values.items() if not name.endswith(("_type", "_class", "extractor"))}
+    values = defaults | values
+    values["size"], values["crop_size"] = _square(values["size"], False), _square(values["crop_size"], True)
+    if values["crop_size"] != {"height": side, "width": side}:
+        raise UserError(f"{folder}: pictures are cropped to {values['crop_size']}, but the tower takes {side} px")
+    return {"image_processor_type": "CLIPImageProcessor"} | values, notes
+
+
+def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: Path, tower: Path) -> list[str]:
+    """Write config, tokenizer, processor and generation config, then load tokenizer and processor from there.
+
+    Returns:
+        Notes for the user.
+    Raises:
+        UserError: what was written does not load, or tokenizes differently than the source.
+    """
+    from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", config)
+    images, notes = image_processor(tower, config)
+    _write_json(folder / "preprocessor_config.json", images)
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": IMAGE_TOKEN,
+            "patch_size": config["vision_config"]["patch_size"],
+            "num_additional_image_tokens": 1,  # the class token, which the strategy "default" subtracts again
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+        },
+    )
+    with _quiet_transformers():
+        tokens.tokenizer.save_pretrained(str(folder))
+        if (llm / "generation_config.json").is_file():
+            shutil.copyfile(llm / "generation_config.json", folder / "generation_config.json")
+        else:
+            generation = GenerationConfig.from_model_config(_auto_config(folder).get_text_config())
+            generation.save_pretrained(str(folder))
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            raise UserError(f"the tokenizer or processor of {llm} does not survive saving: {error}") from error
+    for probe in (*_PROBES, f"a {IMAGE_TOKEN}\nb"):
+        for name, other in (("tokenizer", loaded), ("processor", processor.tokenizer)):
+            if other(probe)["input_ids"] != tokens.tokenizer(probe)["input_ids"]:
+                raise UserError(
+                    f"the saved {name} cuts {probe!r} into other tokens than the one in {llm}; save the source's "
+                    "tokenizer with transformers 5 first"
+                )
+    return notes
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What a source folder held: name, sizes of its files, SHA-256 of the small JSON ones."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            entry: dict[str, Any] = {"bytes": path.stat().st_size}
+            if path.suffix == ".json" and path.stat().st_size < 2**24:
+                entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            files[path.name] = entry
+    return {"name": folder.name, "files": files}

@@ -1,0 +1,358 @@
+"""Weight files of the hub: their dialects of names, reading single rows of single tensors, writing shards.
+
+Files are read by pread, not through mapped pages: mapped pages count as resident memory and grow to the size of the
+model.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_patch.conversion.layouts import Shape
+from megatron_patch.conversion.table import HubTensor
+from megatron_patch.errors import UserError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK_BYTES = 64 * 2**20  # tensors that may be streamed are read in blocks of about this size
+
+
+def pread_into(descriptor: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor [*shape] filled with the bytes of the file from offset on.
+
+    Raises:
+        OSError: the file ends before the tensor does.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    if tensor.numel() == 0:
+        return tensor
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise OSError(f"file ended {len(view)} bytes early")
+        view, offset = view[count:], offset + count
+    return tensor
+
+
+def row_blocks(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) row of blocks of about BLOCK_BYTES; the whole range for small tensors."""
+    rows = shape[0] if shape else 1
+    row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor at rest: its dtype, shape, and a function that reads rows [first, last) of it."""
+
+    dtype: torch.dtype
+    shape: Shape
+    read_rows: Callable[[int, int], Tensor]
+    origin: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        return self.read_rows(0, self.shape[0] if self.shape else 1)
+
+
+def in_memory(tensor: Tensor, origin: str) -> Stored:
+    """A tensor that was made, not read."""
+    return Stored(tensor.dtype, tuple(tensor.shape), lambda first, last: tensor[first:last], origin)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _safetensors_entries(path: Path) -> dict[str, Stored]:
+    """Header of a safetensors file, checked against the file's size."""
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY)  # kept open for the life of the process: a conversion reads few files
+    try:
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError("the header is cut off")
+        header = json.loads(os.pread(descriptor, length, 8))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"its header promises {8 + length + end} bytes, it has {size}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        os.close(descriptor)
+        raise UserError(f"{path} is not a whole safetensors file: {error}; fetch it again") from None
+
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; wanted one of {', '.join(DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        begin, stop = entry["data_offsets"]
+        if stop - begin != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path}: {name} has {stop - begin} bytes, not those of {dtype} {list(shape)}")
+
+        def read_rows(first: int, last: int, start=8 + length + begin, dtype=dtype, shape=shape) -> Tensor:
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            wanted = (last - first, *shape[1:]) if shape else ()
+            return pread_into(descriptor, start + first * row_bytes, wanted, dtype)
+
+        entries[name] = Stored(dtype, shape, read_rows, path.name)
+    return entries
+
+
+def _pickle_entries(path: Path) -> dict[str, Stored]:
+    """A pytorch_model.bin, unpickled with weights only (no code runs) on mapped storages."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read with weights_only=True: {error}") from None
+    entries = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and tensor.dtype not in DTYPE_NAMES):
+            raise UserError(f"{path}: {name} is no float32, float16 or bfloat16 tensor")
+        entries[name] = Stored(
+            tensor.dtype,
+            tuple(tensor.shape),
+            lambda first, last, tensor=tensor: (tensor[first:last] if tensor.dim() else tensor).clone(),
+            path.name,
+        )
+    return entries
+
+
+def open_weight_file(path: Path) -> dict[str, Stored]:
+    """Raw name -> tensor of one weight file.
+
+    Raises:
+        UserError: the file is cut off, no weight file, or holds an unknown dtype.
+    """
+    return _safetensors_entries(path) if path.suffix == ".safetensors" else _pickle_entries(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a hub folder: safetensors if there are any, else pytorch_model*.bin.
+
+    Raises:
+        UserError: there are none, or an index names a file that is not there.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            absent = [name for name in names if not (folder / name).is_file()]
+            if absent:
+                raise UserError(f"{index} names files that are not there: {', '.join(absent)}; fetch them")
+            return [folder / name for name in names]
+        if (folder / f"{stem}.{suffix}").is_file():
+            return [folder / f"{stem}.{suffix}"]
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
+
+
+def open_hub_weights(folder: Path) -> dict[str, Stored]:
+    """Raw name -> tensor of a hub folder.  Only headers are read here.
+
+    Raises:
+        UserError: a file is missing, cut off, of an unknown dtype, or a name occurs twice.
+    """
+    tensors: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        entries = open_weight_file(path)
+        twice = sorted(set(entries) & set(tensors))
+        if twice:
+            raise UserError(f"{path}: {twice[0]} is also in {tensors[twice[0]].origin}")
+        tensors |= entries
+    return tensors
+
+
+# ---------------------------------------------------------------- names
+
+# A rule: (pattern at the begin of a raw name, what stands there in hub LLaVA files).  The first match counts.
+_LLM_RULES = [
+    (r"model\.(?!language_model|vision_tower|multi_modal)", "language_model.model."),
+    (r"lm_head\.", "language_model.lm_head."),
+]
+_LLAVA_RULES = [
+    (r"language_model\.(?=model\.|lm_head\.)", "language_model."),  # hub files
+    (r"vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),  # transformers 5 writes no vision_model
+    (r"multi_modal_projector\.", "multi_modal_projector."),
+    (r"model\.language_model\.", "language_model.model."),  # as in memory in transformers 5
+    (r"model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"lm_head\.", "language_model.lm_head."),
+]
+_CLIP_RULES = [
+    (r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_tower.vision_model."),
+]
+RULES = {"LLM": _LLM_RULES, "LLaVA": _LLAVA_RULES, "CLIP": _CLIP_RULES}
+
+# Names that may be there and are not weights of a LLaVA: buffers that the config determines, and, in a whole CLIP
+# model, its text tower and the projections into the shared space.
+IGNORED = {
+    "LLM": r".*\.rotary_emb\.inv_freq",
+    "LLaVA": r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids",
+    "CLIP": r"(?:.*\.)?embeddings\.position_ids|text_model\..*|logit_scale|(?:text|visual)_projection\.weight",
+}
+
+
+def hub_name(kind: str, raw: str) -> str | None:
+    """Name in hub LLaVA files of a tensor found in a source of this kind (LLM, CLIP, LLaVA); None when unknown."""
+    for pattern, replacement in RULES[kind]:
+        found = re.match(pattern, raw)
+        if found:
+            return replacement + raw[found.end() :]
+    return None
+
+
+@dataclass
+class Accounting:
+    """What a source holds against what the table wants."""
+
+    unknown: list[str]  # in the source, and no name the table could ever want
+    missing: list[str]  # wanted, and not in the source
+    left_over: list[str]  # in the source under a name like a wanted one, and not wanted: another layer, a duplicate
+    wrong_shape: list[str]
+
+    def check(self, source: str) -> None:
+        """Stop when a list is not empty.
+
+        Raises:
+            UserError: with all lists.
+        """
+        lists = {
+            "unknown": self.unknown,
+            "missing": self.missing,
+            "left over": self.left_over,
+            "of another shape": self.wrong_shape,
+        }
+        if not any(lists.values()):
+            return
+        lines = [f"the weights in {source} do not fit their config:"]
+        for title, names in lists.items():
+            shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
+            lines.append(f"  {title} ({len(names)}): {shown or 'none'}")
+        raise UserError("\n".join(lines))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".{layer}.", name)
+
+
+def account(kind: str, source: Mapping[str, Stored], wanted: Iterable[HubTensor]) -> dict[str, Stored]:
+    """Hub name -> tensor for every wanted tensor, every name of the source accounted for.
+
+    Raises:
+        UserError: names are unknown, missing or left over, or a shape differs; all of them listed.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in wanted}
+    known = {_pattern(name) for name in shapes}
+    report, found = Accounting([], [], [], []), {}
+    for raw, stored in source.items():
+        if re.fullmatch(IGNORED[kind], raw):
+            continue
+        name = hub_name(kind, raw)
+        if name is None or _pattern(name) not in known:
+            report.unknown.append(raw)
+        elif name not in shapes or name in found:
+            report.left_over.append(raw)
+        else:
+            found[name] = stored
+            if stored.shape != shapes[name]:
+                report.wrong_shape.append(f"{raw} is {list(stored.shape)}, the config says {list(shapes[name])}")
+    report.missing = [name for name in shapes if name not in found]
+    origins = sorted({stored.origin for stored in source.values()})
+    report.check(", ".join(origins[:3]) + (", ..." if len(origins) > 3 else ""))
+    return found
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _file_header(tensors: Sequence[HubTensor], dtype: torch.dtype) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        stop = offset + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Sequence[HubTensor],
+    dtype: torch.dtype,
+    blocks: Callable[[HubTensor], Iterator[Tensor]],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write one safetensors file, block by block.
+
+    Args:
+        blocks: yields the rows of a tensor from first to last, in any number of blocks.
+        advance: called with the number of bytes just written.
+    """
+    with open(path, "wb") as file:
+        file.write(_file_header(tensors, dtype))
+        for tensor in tensors:
+            written = 0
+            for block in blocks(tensor):
+                data = block.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+                file.write(memoryview(data))
+                written += data.nbytes
+                advance(data.nbytes)
+            wanted = math.prod(tensor.shape) * dtype.itemsize
+            assert written == wanted, f"{tensor.name}: {written} bytes written, {wanted} promised"
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_hub_weights(
+    folder: Path,
+    tensors: Sequence[HubTensor],
+    dtype: torch.dtype,
+    blocks: Callable[[HubTensor], Iterator[Tensor]],
+    advance: Callable[[int], None],
+    shard_bytes: int = 5 * 10**9,
+) -> list[str]:
+    """Write model.safetensors, or shards of at most shard_bytes (one tensor at least) with their index.
+
+    Returns:
+        The names of the weight files.
+    """
+    shards: list[list[HubTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += nbytes
+    count = len(shards)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, dtype, blocks, advance)
+    if count > 1:
+        total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names

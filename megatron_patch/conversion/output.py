@@ -1,0 +1,83 @@
+"""Where results go: disk checked first, written beside, renamed at the end, progress shown."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_patch.errors import UserError
+
+
+def check_target(target: Path) -> None:
+    """Refuse a target that exists and is not an empty folder.
+
+    Raises:
+        UserError: naming the target and the remedy.
+    """
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{target} is a link to nothing; remove it or choose another target")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; wanted a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target} exists and is not empty; remove it or choose another target")
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Refuse when the disk of the target has less than the needed bytes free (and 1% and 16 MB to spare).
+
+    Raises:
+        UserError: with both numbers.
+    """
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free, wanted = shutil.disk_usage(parent).free, needed + needed // 100 + 16 * 2**20
+    if free < wanted:
+        raise UserError(
+            f"{parent} has {free / 1e9:.2f} GB free, the result needs {wanted / 1e9:.2f} GB; "
+            "free some space or choose a target on another disk"
+        )
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A new folder TARGET.tmp-<pid>, renamed to TARGET at the end and removed on any failure.
+
+    Raises:
+        UserError: the folder cannot be made, or another process made the target meanwhile.
+    """
+    check_target(target)
+    target = target.absolute()
+    stage = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        try:
+            stage.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot make {stage}: {error.strerror}") from None
+        yield stage
+        try:
+            os.rename(stage, target)  # onto an empty folder or nothing; atomic
+        except OSError as error:
+            raise UserError(f"{target} appeared while this ran ({error.strerror}); nothing was written") from None
+    except OSError as error:
+        raise UserError(f"writing {stage} failed: {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in made:  # nearest first; stays when the target is in it
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+@contextmanager
+def progress_bar(total_bytes: int, title: str, shown: bool):
+    """Yield advance(bytes): a tqdm bar in GB and GB/s on stderr, or nothing."""
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, mininterval=0.5) as bar:
+        yield bar.update

@@ -1,0 +1,357 @@
+"""Megatron's torch_dist checkpoints, written and read without a model, a process group or Megatron.
+
+A checkpoint is a folder with `metadata.json` (the format's name), `.metadata` (a pickle of torch's distributed
+checkpoint metadata: every tensor's global shape and its chunks) and `.distcp` files, in which every chunk is the
+output of one torch.save.  Megatron 0.19 keeps what is not a tensor in byte entries of the same files.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+
+from megatron_patch.conversion.hub_weights import pread_into
+from megatron_patch.conversion.layouts import Shape
+from megatron_patch.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DATA_FILE = "__0_0.distcp"
+_STORAGE_NAMES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor and the function that makes it; make() returns a tensor of this size."""
+
+    offset: Shape
+    size: Shape
+    make: Callable[[], Tensor]
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.save without CRC-32 of every record: computing it takes half the time on a fast disk."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder, chunk by chunk; finish() makes it readable."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._dtype = folder, dtype
+        self._file = open(folder / DATA_FILE, "wb")  # noqa: SIM115 - closed by finish() and __exit__
+        self._entries: dict[str, dcp.STORAGE_TYPES] = {}
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = {}
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.close()
+
+    def _record(self, index: dcp.MetadataIndex, save: Callable[[], None]) -> None:
+        begin = self._file.tell()
+        save()
+        self._places[index] = _StorageInfo(DATA_FILE, begin, self._file.tell() - begin)
+
+    def add_tensor(
+        self, key: str, shape: Shape, chunks: Sequence[Chunk], advance: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Write a tensor [*shape], whose chunks tile it."""
+        boxes = []
+        with _without_crc():
+            for chunk in chunks:
+                tensor = chunk.make().reshape(chunk.size)
+                assert tensor.dtype == self._dtype, f"{key}: {tensor.dtype}"
+                if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                    tensor = tensor.clone()  # torch.save of a view stores the whole storage
+                boxes.append(dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
+                index = dcp.MetadataIndex(key, chunk.offset)
+                self._record(index, lambda tensor=tensor: torch.save(tensor, self._file))
+                advance(tensor.nbytes)
+        assert sum(math.prod(box.sizes) for box in boxes) == math.prod(shape), f"{key}: chunks do not tile {shape}"
+        properties = dcp.TensorProperties(dtype=self._dtype)
+        self._entries[key] = dcp.TensorStorageMetadata(properties, torch.Size(shape), boxes)
+
+    def add_object(self, key: str, value: object, shard: int = 0, shards: int = 1) -> None:
+        """Write what Megatron calls a sharded object: torch.save of a list with one value."""
+        name = f"{key}/shard_{shard}_{shards}"
+        self._entries[name] = dcp.BytesStorageMetadata()
+        self._record(dcp.MetadataIndex(name), lambda: torch.save([value], self._file))
+
+    def finish(self) -> None:
+        """Write the metadata.  The common state is the smallest that loads well: without a checkpoint_version
+        Megatron takes the checkpoint for one of its oldest and reorders query, key and value."""
+        self.add_object("common_state", {"checkpoint_version": 3.0, "iteration": 0})
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        metadata = dcp.Metadata(
+            state_dict_metadata=self._entries,
+            storage_data=self._places,
+            storage_meta=dcp.StorageMeta(),
+            version=CURRENT_DCP_VERSION,
+        )
+        (self._folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        (self._folder / "metadata.json").write_text(
+            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Inert:
+    """Stands for Megatron classes in old checkpoints' metadata that carry nothing we read."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Allows the metadata's own data classes and nothing else: a checkpoint must not be able to run code."""
+
+    _DCP = (
+        dcp.Metadata,
+        dcp.TensorStorageMetadata,
+        dcp.BytesStorageMetadata,
+        dcp.ChunkStorageMetadata,
+        dcp.MetadataIndex,
+        dcp.TensorProperties,
+        dcp.StorageMeta,
+        dcp._MEM_FORMAT_ENCODING,
+    )
+    _ALLOWED = {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Inert,
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Inert,
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Inert,
+        ("collections", "OrderedDict"): dict,
+        ("pathlib", "PosixPath"): str,
+        ("pathlib", "Path"): str,
+        ("pathlib._local", "PosixPath"): str,
+    } | {("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in _DCP}
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise UserError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs; not read")
+
+
+def newest_iteration(checkpoint: Path) -> Path:
+    """Folder of the newest iteration of a CKPT folder, as its tracker file says.
+
+    Raises:
+        UserError: no tracker, or no such folder, or not the torch_dist format.
+    """
+    tracker = checkpoint / TRACKER
+    if not tracker.is_file():
+        raise UserError(f"{checkpoint} is no Megatron checkpoint: it has no {TRACKER}")
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise UserError(f"{tracker} says {text!r}; wanted 'release' or an iteration number")
+    folder = checkpoint / ("release" if text == "release" else f"iter_{int(text):07}")
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"{tracker} says {text!r}, but {folder} is no whole torch_dist checkpoint (no .metadata)")
+    return folder
+
+
+class _TensorFacts(pickle.Unpickler):
+    """Reads the pickle of one saved tensor into its facts (record, first element, size, stride); runs nothing."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, first, size, stride, *rest: (storage, first, tuple(size), tuple(stride))
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, identifier: tuple) -> object:
+        return identifier[1], identifier[2]  # storage type, record
+
+
+class CheckpointReader:
+    """Reads boxes of tensors out of one iteration's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            with open(folder / ".metadata", "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{folder}/.metadata cannot be read: {error}") from None
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.tensors: dict[str, dcp.TensorStorageMetadata] = {}
+        self.objects: list[str] = []
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, dcp.TensorStorageMetadata):
+                self.tensors[key] = entry
+            else:
+                self.objects.append(key)
+        self._descriptors: dict[str, int] = {}
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Refuse data files that are missing or shorter than the metadata promises."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            path = self._folder / name
+            if not path.is_file() or path.stat().st_size < end:
+                size = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
+                raise UserError(f"{path} is {size}; the checkpoint's metadata promises {end} bytes")
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def _descriptor(self, name: str) -> int:
+        if name not in self._descriptors:
+            self._descriptors[name] = os.open(self._folder / name, os.O_RDONLY)
+        return self._descriptors[name]
+
+    def read(self, key: str, offset: Shape, size: Shape) -> Tensor:
+        """The box [offset, offset + size) of a tensor.
+
+        Raises:
+            UserError: the chunks in the checkpoint do not cover the box.
+        """
+        entry = self.tensors[key]
+        result, covered = None, 0
+        for chunk in entry.chunks:
+            low = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, size, chunk.offsets, chunk.sizes, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            inner = [(a - b, c - b) for a, c, b in zip(low, high, chunk.offsets, strict=True)]
+            part = self._read_chunk(key, chunk, entry.properties.dtype, inner)
+            covered += part.numel()
+            if part.shape == torch.Size(size):
+                result = part
+                continue
+            if result is None:
+                result = torch.empty(tuple(size), dtype=entry.properties.dtype)
+            box = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            result[box] = part
+        if covered != math.prod(size):
+            raise UserError(f"{self._folder}: {key} is incomplete: {covered} of {math.prod(size)} values are stored")
+        return result
+
+    def _read_chunk(
+        self, key: str, chunk: dcp.ChunkStorageMetadata, dtype: torch.dtype, inner: list[tuple[int, int]]
+    ) -> Tensor:
+        """The inner box of a chunk: the rows it spans are read, not the whole chunk."""
+        place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
+        if getattr(place, "transform_descriptors", None):
+            raise UserError(f"{self._folder}: {key} was written compressed, which is not supported")
+        descriptor = self._descriptor(place.relative_path)
+        start = _contiguous_start(descriptor, place, tuple(chunk.sizes), dtype)
+        if start is None:
+            data = io.BytesIO(os.pread(descriptor, place.length, place.offset))
+            whole = torch.load(data, map_location="cpu", weights_only=True)
+            return whole.reshape(tuple(chunk.sizes))[tuple(slice(a, b) for a, b in inner)].clone()
+        # Leading axes of length one select nothing: the first longer axis is the one whose rows are read.
+        sizes = list(chunk.sizes)
+        axis = next((i for i, n in enumerate(sizes) if n > 1), len(sizes) - 1)
+        first, last = inner[axis] if sizes else (0, 1)
+        row_bytes = math.prod(sizes[axis + 1 :]) * dtype.itemsize
+        shape = [*sizes[:axis], last - first, *sizes[axis + 1 :]] if sizes else []
+        rows = pread_into(descriptor, start + first * row_bytes, shape, dtype)
+        keep = [slice(a, b) if i != axis else slice(None) for i, (a, b) in enumerate(inner)]
+        return rows[tuple(keep)]
+
+
+def _contiguous_start(descriptor: int, place: _StorageInfo, size: Shape, dtype: torch.dtype) -> int | None:
+    """File position of a saved tensor's first byte; None when its bytes are not simply the tensor in order."""
+
+    def span(info: zipfile.ZipInfo) -> tuple[int, int]:
+        """(file position, bytes) of a record.  Not ZipFile.read: it refuses records without a checksum."""
+        header = os.pread(descriptor, 30, place.offset + info.header_offset)  # a zip's local file header
+        name_bytes, extra_bytes = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        return place.offset + info.header_offset + 30 + name_bytes + extra_bytes, info.file_size
+
+    def content(info: zipfile.ZipInfo) -> bytes:
+        begin, length = span(info)
+        return os.pread(descriptor, length, begin)
+
+    try:
+        with zipfile.ZipFile(_Window(descriptor, place.offset, place.length)) as archive:
+            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        facts = _TensorFacts(io.BytesIO(content(records["data.pkl"]))).load()
+        (storage, record), first, saved_size, stride = facts
+        order = content(records["byteorder"]) if "byteorder" in records else b"little"
+        data = records[f"data/{record}"]
+    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError):
+        return None
+    expected = [math.prod(saved_size[axis + 1 :]) for axis in range(len(saved_size))]
+    in_order = all(n == 1 or a == b for n, a, b in zip(saved_size, stride, expected, strict=True))
+    if not in_order or math.prod(saved_size) != math.prod(size) or order != b"little":
+        return None
+    begin, length = span(data)
+    if data.compress_type != zipfile.ZIP_STORED or length < (first + math.prod(size)) * dtype.itemsize:
+        return None
+    if storage != _STORAGE_NAMES.get(dtype):
+        return None
+    return begin + first * dtype.itemsize
+
+
+class _Window(io.RawIOBase):
+    """Part of a file, as a file of its own."""
+
+    def __init__(self, descriptor: int, begin: int, length: int) -> None:
+        self._descriptor, self._begin, self._length, self._at = descriptor, begin, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        left = self._length - self._at
+        data = os.pread(self._descriptor, left if count < 0 else min(count, left), self._begin + self._at)
+        self._at += len(data)
+        return data

@@ -1,0 +1,86 @@
+"""Command line of the conversion room: hub folders -> Megatron checkpoint, or back with --mg2hf.
+
+Started by hf2mcore_convertor_llava.sh, whose nine arguments become these words.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
+from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
+from megatron_patch.conversion.model_sizes import MODEL_SIZES  # noqa: E402
+from megatron_patch.conversion.table import PROJECTORS  # noqa: E402
+from megatron_patch.errors import UserError  # noqa: E402
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-size", required=True, help=f"one of {', '.join(MODEL_SIZES)}; checked against the LLM")
+    parser.add_argument("--source-llm", required=True, help="hub folder of an LLM or LLaVA; with --mg2hf a checkpoint")
+    parser.add_argument("--source-clip", default="none", help="hub folder of a CLIP model, or none")
+    parser.add_argument("--target", required=True, help="folder to make; it must not exist or be empty")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="checked against the model")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="checked against the model")
+    parser.add_argument("--mg2hf", action="store_true", help="from Megatron to Hugging Face")
+    parser.add_argument("--precision", required=True, choices=list(PRECISIONS), help="dtype of the result")
+    parser.add_argument("--hf-checkpoint", default="none", help="with --mg2hf: the LLM or LLaVA it came from, or none")
+    parser.add_argument("--projector", choices=PROJECTORS, default="mlp2x_gelu", help="kind of a new projector")
+    parser.add_argument("--seed", type=int, default=1234, help="of a new projector's weights")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    return parser.parse_args(words)
+
+
+def _folder(text: str) -> Path | None:
+    return None if text in ("none", "") else Path(text)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    common = {
+        "model_size": arguments.model_size,
+        "precision": arguments.precision,
+        "tensor_parallel": arguments.tensor_model_parallel_size,
+        "pipeline_parallel": arguments.pipeline_model_parallel_size,
+        "progress": not arguments.no_progress,
+    }
+    if arguments.mg2hf:
+        source, target = Path(arguments.source_llm), Path(arguments.target)
+        report = convert_to_huggingface(source, target, hf_checkpoint=_folder(arguments.hf_checkpoint), **common)
+        following = [f"LlavaForConditionalGeneration.from_pretrained({str(target)!r}) and AutoProcessor load it."]
+    else:
+        report = convert_to_megatron(
+            arguments.source_llm,
+            _folder(arguments.source_clip),
+            arguments.target,
+            projector=arguments.projector,
+            seed=arguments.seed,
+            **common,
+        )
+        shown = shlex.quote(os.path.abspath(arguments.target))
+        following = [
+            f"next: pass {shown} as PRETRAIN_CHECKPOINT_PATH (argument 20) of",
+            "  bash examples/llava_mcore/run_mcore_llava.sh      (bash ... --help lists the 23 arguments)",
+        ]
+    for line in (*report.notes, f"wrote {report.summary}", *following):
+        print(line)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the staged folder goes too
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
