@@ -1,0 +1,246 @@
+"""Train and valid loaders over an energon folder.
+
+Position p of the endless sequence holds one record (order.py).  Micro-batch number k of data-parallel rank r of R
+takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch size.  So in a step R ranks see
+what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's number k * R + r, and workers
+change nothing.
+A record that cannot be used leaves an empty row behind: counted, named, and nobody else's position moves.
+"""
+
+import logging
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_patch.data import state as data_state
+from megatron_patch.data.batch import collate
+from megatron_patch.data.encoder import EncodedRecord, RecordEncoder
+from megatron_patch.data.order import ShuffledOrder, StoredOrder
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.settings import DataSettings
+from megatron_patch.data.source import EnergonFolder
+from megatron_patch.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ALWAYS_TOLERATED = 10  # skipped records below this never stop a run, however few it has seen
+NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
+
+Batch = dict[str, Any]
+Skipped = tuple[str, str, str]  # record, reason, detail
+
+
+def build_train_loader(
+    path: str,
+    settings: DataSettings,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    with_pixels: bool = True,
+    state_file: str | None = None,
+    state: dict[str, Any] | None = None,
+) -> "TrainLoader":
+    """Endless loader over the train split, from its start or from a saved state.  Raises UserError."""
+    loader = TrainLoader(
+        _Batches(path, "train", settings, with_pixels), settings, data_parallel_rank, data_parallel_size
+    )
+    if state_file is not None:
+        state = data_state.read(state_file)
+    if state is not None:
+        loader.load_state(state)
+    return loader
+
+
+def build_valid_loader(
+    path: str, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int, with_pixels: bool = True
+) -> "ValidLoader":
+    """Loader over the val split whose every iter() starts at the first record again.  Raises UserError."""
+    return ValidLoader(_Batches(path, "val", settings, with_pixels), settings, data_parallel_rank, data_parallel_size)
+
+
+class _Batches(Dataset):
+    """`batches[position]` -> the micro-batch that starts there, with the account of its records."""
+
+    def __init__(self, path: str, split: str, settings: DataSettings, with_pixels: bool) -> None:
+        self.folder = EnergonFolder(path, split)
+        self._order = (
+            ShuffledOrder(self.folder.shard_counts, settings.seed)
+            if split == "train"
+            else StoredOrder(self.folder.shard_counts)
+        )
+        self._encoder = RecordEncoder(settings, with_pixels)
+        self._settings = settings
+        self._with_pixels = with_pixels
+
+    def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
+        rows: list[EncodedRecord | None] = []
+        counts = {"kept": 0, "truncated": 0}
+        skipped: list[Skipped] = []
+        for offset in range(self._settings.micro_batch_size):
+            index = self._order[position + offset]
+            try:
+                row = self._encode(index)
+                counts["kept"] += 1
+                counts["truncated"] += row.truncated
+            except RecordError as error:
+                row = None
+                skipped.append((self.folder.name(index), error.reason, error.detail))
+            rows.append(row)
+        pad_token_id = self._encoder.conversation.pad_token_id
+        return collate(rows, self._settings, pad_token_id, self._with_pixels), counts, skipped
+
+    def _encode(self, index: int) -> EncodedRecord:
+        try:
+            parts = self.folder[index]
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise RecordError("malformed", f"shard: {type(error).__name__}: {error}") from error
+        if parts is None:
+            raise RecordError("excluded", "by split.yaml")
+        return self._encoder.encode(parts)
+
+
+class _Positions(Sampler[int]):
+    """First positions of one rank's micro-batches, for ever."""
+
+    def __init__(self, start: int, stride: int) -> None:
+        self._start = start
+        self._stride = stride
+
+    def __iter__(self) -> Iterator[int]:
+        position = self._start
+        while True:
+            yield position
+            position += self._stride
+
+
+def _unchanged(item: Any) -> Any:
+    """Collate function: batches arrive whole."""
+    return item
+
+
+class _Loader:
+    """What train and valid loaders share: positions, workers, and the account of records taken."""
+
+    def __init__(
+        self, batches: _Batches, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int
+    ) -> None:
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise UserError(f"data-parallel rank {data_parallel_rank} is not within 0..{data_parallel_size - 1}")
+        self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
+        self._batches = batches
+        self._settings = settings
+        self._rank = data_parallel_rank
+        self._size = data_parallel_size
+
+    @property
+    def records(self) -> int:
+        """Records of the split."""
+        return len(self._batches.folder)
+
+    def _iterate(self, position: int) -> Iterator[tuple[Batch, dict[str, int], list[Skipped]]]:
+        """Micro-batches of this rank from a position of the sequence on."""
+        batch_size, workers = self._settings.micro_batch_size, self._settings.num_workers
+        positions = _Positions(position + self._rank * batch_size, self._size * batch_size)
+        # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        return iter(
+            DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=positions,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                generator=generator,
+                prefetch_factor=2 if workers else None,
+                multiprocessing_context="fork" if workers else None,
+            )
+        )
+
+    def _account(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
+        """Add a batch that is being handed out; UserError when too many records had to be skipped."""
+        for name, count in counts.items():
+            self.counts[name] += count
+        for record, reason, detail in skipped:
+            if reason == "excluded":  # by the user's own list: counted, but no fault
+                self.counts["excluded"] = self.counts.get("excluded", 0) + 1
+                continue
+            self.counts["skipped"] += 1
+            self.counts[f"skipped: {reason}"] = self.counts.get(f"skipped: {reason}", 0) + 1
+            if self.counts["skipped"] <= NAMED_IN_LOG:
+                logger.warning("%s: record %s skipped: %s: %s", self._batches.folder.path, record, reason, detail)
+        seen = self.counts["kept"] + self.counts["skipped"]
+        limit = max(ALWAYS_TOLERATED, self._settings.max_skipped_share * seen)
+        if self.counts["skipped"] > limit:
+            reasons = "; ".join(f"{name[9:]} {count}" for name, count in self.counts.items() if name[:9] == "skipped: ")
+            record, reason, detail = skipped[-1]
+            share = f"{self._settings.max_skipped_share:.0%}"
+            raise UserError(
+                f"{self._batches.folder.path}: {self.counts['skipped']} of {seen} records had to be skipped "
+                f"({reasons}), the last one {record}: {reason}: {detail}; tolerated are {share}; "
+                "check DECODER_SEQ_LEN, the template, and the ledger beside the shards"
+            )
+
+
+class TrainLoader(_Loader):
+    """Endless iterator over micro-batches; its state is exact for the batches that were taken from it."""
+
+    def __init__(
+        self, batches: _Batches, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int
+    ) -> None:
+        super().__init__(batches, settings, data_parallel_rank, data_parallel_size)
+        self._position = 0  # where the next micro-batch of rank 0 starts, the same number on every rank
+        self._iterator: Iterator[tuple[Batch, dict[str, int], list[Skipped]]] | None = None
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._iterate(self._position)
+        batch, counts, skipped = next(self._iterator)
+        self._account(counts, skipped)
+        self._position += self._size * self._settings.micro_batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the train split so far."""
+        return self._position / self.records
+
+    def save_state(self) -> dict[str, Any]:
+        """Position after the batches taken so far, and this rank's counts; no communication, plain types only."""
+        return {
+            "position": self._position,
+            "data": self._expected_data(),
+            "topology": self._topology(),
+            "counts": dict(self.counts),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was saved, whatever the numbers of ranks and workers and the micro-batch size were.
+
+        Raises UserError when it was saved for other data or another seed.  Counts go on with the same rank of the same
+        number of ranks and start at zero otherwise.
+        """
+        self._position = data_state.check(state, self._expected_data(), self._batches.folder.path)
+        self._iterator = None
+        if state["topology"] == self._topology():
+            self.counts = dict(state["counts"])
+
+    def _expected_data(self) -> dict[str, Any]:
+        return data_state.describe(self._batches.folder.fingerprint, self.records, self._settings.seed)
+
+    def _topology(self) -> dict[str, int]:
+        return {"data_parallel_rank": self._rank, "data_parallel_size": self._size}
+
+
+class ValidLoader(_Loader):
+    """Every iter() gives the same micro-batches from the first record on, for ever."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.counts = {"kept": 0, "truncated": 0, "skipped": 0}  # each evaluation keeps its own account
+        for batch, counts, skipped in self._iterate(0):
+            self._account(counts, skipped)
+            yield batch

@@ -1,0 +1,26 @@
+"""The exception that takes one record out, never the run."""
+
+# Every reason for which a record is left out, in converters and in training alike, and what it means.
+REASONS = {
+    "malformed": "not a record {id, image?, conversations: [{from, value}]}",
+    "roles": "the turns do not alternate between human and gpt",
+    "no answer": "an answer is missing or empty",
+    "image marks": "the <image> marks and the pictures do not agree",
+    "picture missing": "the picture's file does not exist or lies outside the picture folder",
+    "picture unreadable": "the picture's bytes cannot be decoded fully",
+    "duplicate": "a record with the same id, picture and conversation came before",
+    "turns": "the template cannot hold this number of turns",
+    "too long": "a picture does not fit into the longest allowed record",
+    "no trained token": "nothing of an answer is left within the longest allowed record",
+    "excluded": "left out by the folder's own split.yaml",
+}
+
+
+class RecordError(ValueError):
+    """This record cannot be used: a reason of REASONS and the particulars."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,106 @@
+"""Records: what LLaVA's JSON and the folders made from it hold, checked once, by converters and training alike."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_patch.data.conversation import IMAGE_MARK, Exchange
+from megatron_patch.data.rejection import RecordError
+
+PICTURE_PARTS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation and the bytes of its pictures, in the order of the marks."""
+
+    record_id: str
+    exchanges: tuple[Exchange, ...]
+    pictures: tuple[bytes, ...]
+
+
+def read_exchanges(conversations: Any, pictures: int) -> tuple[Exchange, ...]:
+    """LLaVA's `conversations` -> exchanges with as many marks as pictures.  Raises RecordError.
+
+    Rules of the original training code: a first turn that is not human is dropped, roles alternate; with one picture
+    the marks of a turn become a single one at its front, followed by a newline.  With several pictures, which that
+    code does not know, marks stay where they are.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise RecordError("malformed", "conversations is not a list of turns")
+    turns = [_read_turn(turn) for turn in conversations]
+    if turns[0][0] != "human":
+        turns = turns[1:]
+    if not turns:
+        raise RecordError("no answer", "there is no turn of a human")
+    for number, (role, _) in enumerate(turns):
+        if role != ("human", "gpt")[number % 2]:
+            raise RecordError("roles", f"turn {number + 1} is of {role}, wanted {('human', 'gpt')[number % 2]}")
+    if len(turns) % 2:
+        raise RecordError("no answer", "the last turn is a question")
+    exchanges = []
+    for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
+        if not answer.strip():
+            raise RecordError("no answer", f"answer {len(exchanges) + 1} is empty")
+        if IMAGE_MARK in answer:
+            raise RecordError("image marks", f"answer {len(exchanges) + 1} holds {IMAGE_MARK}")
+        if pictures == 1 and IMAGE_MARK in question:
+            question = f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+        exchanges.append(Exchange(question, answer))
+    marks = sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
+    if marks != pictures:
+        raise RecordError("image marks", f"{marks} {IMAGE_MARK} marks, {pictures} pictures")
+    return tuple(exchanges)
+
+
+def _read_turn(turn: Any) -> tuple[str, str]:
+    """(role, text) of one turn."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise RecordError("malformed", "a turn is not {from, value}")
+    if turn.get("from") not in ("human", "gpt"):
+        raise RecordError("roles", f"a turn is of {str(turn.get('from'))[:40]!r}, wanted human or gpt")
+    try:
+        turn["value"].encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("malformed", f"a turn is not Unicode text ({error})") from None
+    return turn["from"], turn["value"]
+
+
+def cook(parts: Mapping[str, Any]) -> Record:
+    """The parts of one sample of an energon folder -> Record.  Raises RecordError.
+
+    Three layouts are known: ours (json {id, conversations} + pictures), Pai-Megatron-Patch's (json is the list of
+    turns + jpg), and question/answer (json {question} + txt + picture).
+    """
+    key = f"{parts['__shard__']}/{parts['__key__']}"
+    names = [name for name in parts if name.lower().rsplit(".", 1)[-1] in PICTURE_PARTS]
+    pictures = tuple(parts[name] for name in sorted(names, key=_picture_number))
+    try:
+        content = json.loads(parts["json"])
+    except KeyError:
+        raise RecordError("malformed", f"sample has no json part, only {', '.join(names) or 'nothing'}") from None
+    except ValueError as error:
+        raise RecordError("malformed", f"json part: {error}") from None
+    if isinstance(content, dict) and "conversations" in content:
+        exchanges = read_exchanges(content["conversations"], len(pictures))
+        return Record(str(content.get("id", key)), exchanges, pictures)
+    if isinstance(content, list):
+        return Record(key, read_exchanges(content, len(pictures)), pictures)
+    if isinstance(content, dict) and isinstance(content.get("question"), str) and "txt" in parts:
+        return Record(key, _question_and_answer(content["question"], parts["txt"], len(pictures)), pictures)
+    raise RecordError("malformed", "json part is neither {conversations}, nor a list of turns, nor {question} with txt")
+
+
+def _question_and_answer(question: str, answer: bytes, pictures: int) -> tuple[Exchange, ...]:
+    """Question/answer layout: questions there carry no mark for their picture, so it is put at the front."""
+    if IMAGE_MARK not in question:
+        question = f"{IMAGE_MARK}\n" * pictures + question
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.decode("utf-8", "replace")}]
+    return read_exchanges(turns, pictures)
+
+
+def _picture_number(part: str) -> tuple[int, str]:
+    """Sort key: `jpg` (the first), then `1.jpg`, `2.jpg`, ..."""
+    number = part.split(".", 1)[0]
+    return (int(number) if number.isdigit() else 0, part)

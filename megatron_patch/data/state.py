@@ -1,0 +1,51 @@
+"""The data position as a dict of plain numbers and strings, which torch.load(weights_only=True) reads back."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.errors import UserError
+
+FORMAT = 1  # raise it whenever a position would come to mean another record
+
+
+def describe(fingerprint: str, records: int, seed: int) -> dict[str, Any]:
+    """What the meaning of a position depends on."""
+    return {"format": FORMAT, "fingerprint": fingerprint, "records": records, "seed": seed}
+
+
+def check(state: Any, expected: dict[str, Any], path: str) -> int:
+    """The position in `state`; UserError when it was saved for other data, another seed or by another version."""
+    if not isinstance(state, dict) or not isinstance(state.get("data"), dict) or "position" not in state:
+        raise UserError(f"{path}: the saved data position has an unknown form; start with a new OUTPUT_BASEPATH")
+    saved = state["data"]
+    meanings = {
+        "format": "version of the order of records",
+        "fingerprint": "data (shard names, counts and sizes)",
+        "records": "number of records",
+        "seed": "seed",
+    }
+    differences = [
+        f"{meaning}: saved {saved.get(name)}, now {expected[name]}"
+        for name, meaning in meanings.items()
+        if saved.get(name) != expected[name]
+    ]
+    if differences:
+        raise UserError(
+            f"{path}: the run cannot be resumed on it, its data position was saved for something else "
+            f"({'; '.join(differences)}); resume with the same data and seed, or start with a new OUTPUT_BASEPATH"
+        )
+    return int(state["position"])
+
+
+def read(file: str) -> dict[str, Any]:
+    """Read a state that torch.save wrote, executing no code.  Raises UserError."""
+    import torch
+
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file; it should hold the data position of the run to be resumed")
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{file}: the data position cannot be read ({type(error).__name__}); resume from an older one"
+        ) from error
