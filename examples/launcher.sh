@@ -23,7 +23,7 @@ declare -a environment=() # NAME=VALUE for the started program
 declare -a command=()     # the started program, one word each
 detail=                   # what `fits` found, when the rule alone does not tell
 
-MODEL_SIZES="0.5B 1.5B 3B 7B 14B 32B 72B tiny 0.1B 1B 8B 13B"
+MODEL_SIZES="tiny 0.1B 0.5B 1B 1.5B 3B 7B 8B 13B 14B 32B 72B"
 COUNT="a whole number from 1 to 999999999"
 COUNT_OR_ZERO="a whole number from 0 to 999999999"
 PARALLEL="a whole number from 1 to 99999"
@@ -52,8 +52,8 @@ fits() {
         "a number from 0 to below 1")
             is_number "$value" && ! at_most 1 "$value"
             ;;
-        "an energon dataset: folder with .nv-meta, or .yaml file")
-            [[ -d $value/.nv-meta || (-f $value && $value == *.y?(a)ml) ]] || explain_path "$value" ".nv-meta"
+        "an energon dataset (folder with .nv-meta)")
+            [[ -d $value/.nv-meta ]] || explain_path "$value" .nv-meta
             ;;
         "a converted checkpoint, or none" | "a converted checkpoint")
             [[ $rule == *", or none" && $value == none ]] || is_checkpoint "$value"
@@ -65,9 +65,11 @@ fits() {
             [[ ($rule == *", or none" && $value == none) || -f $value/config.json ]] ||
                 explain_path "$value" config.json
             ;;
-        "a folder with a tokenizer")
-            [[ -f $value/tokenizer_config.json || -f $value/tokenizer.json ]] ||
-                explain_path "$value" "tokenizer_config.json"
+        "a folder with LLaVA configuration and tokenizer")
+            local part
+            for part in config.json preprocessor_config.json tokenizer_config.json; do
+                [[ -f $value/$part ]] || { explain_path "$value" "$part" || return 1; }
+            done
             ;;
         "a folder to write into, not /")
             is_writable_place "$value"
@@ -373,8 +375,8 @@ FL|one of true false|true: the fastest attention there is (flash-attn or cuDNN);
 AC|one of sel full offload false true|activations: recompute attention (sel; true means sel) or whole layers, move them to the host, keep them
 OPTIMIZER_OFFLOAD|one of false static auto|optimizer state in host memory; needs DO=true and a GPU
 SAVE_INTERVAL|$COUNT|iterations from one checkpoint to the next
-DATASET_PATH|an energon dataset: folder with .nv-meta, or .yaml file|training data
-VALID_DATASET_PATH|an energon dataset: folder with .nv-meta, or .yaml file|validation data; may be the folder of the training data
+DATASET_PATH|an energon dataset (folder with .nv-meta)|training data
+VALID_DATASET_PATH|an energon dataset (folder with .nv-meta)|validation data; may be the folder of the training data
 PRETRAIN_CHECKPOINT_PATH|a converted checkpoint, or none|weights to start from, configuration and tokenizer; none: start from nothing
 TRAIN_ITERS|$COUNT|iterations, warm-up included
 LR_WARMUP_ITERS|$COUNT_OR_ZERO|iterations of linear warm-up; fewer than TRAIN_ITERS
@@ -394,7 +396,7 @@ FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
 CONVERSATION_TEMPLATE|$2|one of auto plain v1 mistral qwen|how turns become text; auto: the one that fits the language model
 IMAGE_ASPECT_RATIO|crop|one of crop pad|how a picture becomes square
-TOKENIZER_PATH|(the checkpoint's)|a folder with a tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required
+TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
 MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
@@ -461,7 +463,7 @@ check_training() {
     fi
     if right PRETRAIN_CHECKPOINT_PATH TOKENIZER_PATH; then
         if [[ ${arg[PRETRAIN_CHECKPOINT_PATH]} == none && -z ${arg[TOKENIZER_PATH]} ]]; then
-            refuse PRETRAIN_CHECKPOINT_PATH "needs TOKENIZER_PATH in the environment: a folder with the tokenizer"
+            refuse PRETRAIN_CHECKPOINT_PATH "needs TOKENIZER_PATH in the environment: a folder with LLaVA configuration and tokenizer"
         elif [[ ${arg[PRETRAIN_CHECKPOINT_PATH]} != none && -n ${arg[TOKENIZER_PATH]} ]]; then
             refuse TOKENIZER_PATH "is only for PRETRAIN_CHECKPOINT_PATH=none: a checkpoint brings its own tokenizer"
         fi

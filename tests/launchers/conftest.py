@@ -1,0 +1,13 @@
+"""The one fixture of the launcher tests."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.launching import Inputs
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    """Valid inputs below a fresh folder."""
+    return Inputs(tmp_path / "inputs")

@@ -1,0 +1,235 @@
+"""Every wrong argument is refused by position, name, value and rule, all at once, before anything is created."""
+
+import pytest
+
+from megatron_patch.conversion.model_sizes import MODEL_SIZES
+from tests.launchers.launching import CONVERTER, STAGE_1, STAGE_2, Inputs, start, tree
+from tests.launchers.readme_tables import rows_of_help
+
+WRONG_TRAINING = {
+    "ENV": "laptop",
+    "MODEL_SIZE": "9B",
+    "BATCH_SIZE": "0",
+    "GLOBAL_BATCH_SIZE": "1e3",
+    "LR": "0.0",
+    "MIN_LR": "nan",
+    "SEQ_LEN": "",
+    "DECODER_SEQ_LEN": "01024",
+    "PR": "bf61",
+    "TP": "four",
+    "PP": "-1",
+    "CP": "1;touch x",
+    "DO": "yes",
+    "FL": "True",
+    "AC": "sel full",
+    "OPTIMIZER_OFFLOAD": "dynamic",
+    "SAVE_INTERVAL": "$(touch x)",
+    "DATASET_PATH": "no such folder",
+    "VALID_DATASET_PATH": "*",
+    "PRETRAIN_CHECKPOINT_PATH": "-none",
+    "TRAIN_ITERS": "arg[TP]",
+    "LR_WARMUP_ITERS": "-5",
+    "OUTPUT_BASEPATH": "/",
+}
+WRONG_CONVERSION = {
+    "MODEL_SIZE": "7b",
+    "SOURCE_LLM_CKPT_PATH": "no such folder",
+    "SOURCE_CLIP_CKPT_PATH": ";touch x",
+    "TARGET_CKPT_PATH": "//",
+    "TP": "1.5",
+    "PP": "0",
+    "mg2hf": "True",
+    "PR": "fp8",
+    "HF_CKPT_PATH": "$(touch x)",
+}
+
+
+CUDA = {"ACCELERATOR": "cuda", "NPROC_PER_NODE": "4"}
+
+
+def expected_lines(script, wrong: dict[str, str]) -> list[str]:
+    """The beginning of each refusal: position, name, value and the rule as --help shows it."""
+    rows = {row.name: row for row in rows_of_help(script).arguments}
+    return [f"argument {rows[name].number} {name}='{value}' must be {rows[name].rule}" for name, value in wrong.items()]
+
+
+def assert_refused(result, folder, before, *lines: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    for line in lines:
+        assert line in result.stderr
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TRAINING.items())
+def test_each_wrong_training_argument_is_refused_alone(inputs: Inputs, name: str, value: str):
+    before = tree(inputs.folder)
+    result = start(STAGE_1, inputs.training(**{name: value}), "sh", cwd=inputs.folder)
+    assert_refused(result, inputs.folder, before, *expected_lines(STAGE_1, {name: value}))
+    assert result.stderr.splitlines()[0] == "error: 1 wrong or missing; nothing was started or written"
+
+
+@pytest.mark.parametrize("script", [STAGE_1, STAGE_2])
+def test_all_wrong_training_arguments_are_named_at_once(inputs: Inputs, script):
+    before = tree(inputs.folder)
+    result = start(script, list(WRONG_TRAINING.values()), cwd=inputs.folder)
+    assert_refused(result, inputs.folder, before, *expected_lines(script, WRONG_TRAINING))
+    assert result.stderr.splitlines()[0].startswith("error: 23 wrong")
+    assert len(WRONG_TRAINING) == len(rows_of_help(script).arguments) == 23
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_CONVERSION.items())
+def test_each_wrong_conversion_argument_is_refused_alone(inputs: Inputs, name: str, value: str):
+    before = tree(inputs.folder)
+    result = start(CONVERTER, inputs.conversion(**{name: value}), "sh", cwd=inputs.folder)
+    assert_refused(result, inputs.folder, before, *expected_lines(CONVERTER, {name: value}))
+    assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
+
+
+def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
+    before = tree(inputs.folder)
+    result = start(CONVERTER, list(WRONG_CONVERSION.values()), cwd=inputs.folder)
+    assert_refused(result, inputs.folder, before, *expected_lines(CONVERTER, WRONG_CONVERSION))
+    assert result.stderr.splitlines()[0].startswith("error: 9 wrong")
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "line"),
+    [
+        ({"MIN_LR": "1.6e-4"}, {}, "argument 6 MIN_LR='1.6e-4' must be at most LR=0.00015"),
+        ({"LR": "1e-5", "MIN_LR": "0.0000100001"}, {}, "argument 6 MIN_LR='0.0000100001' must be at most LR=1e-5"),
+        ({"DECODER_SEQ_LEN": "576"}, {}, "argument 8 DECODER_SEQ_LEN='576' must be more than SEQ_LEN=576"),
+        ({"DECODER_SEQ_LEN": "1022"}, {}, "argument 8 DECODER_SEQ_LEN='1022' must be divisible by 4"),
+        ({"DECODER_SEQ_LEN": "1026", "TP": "1", "CP": "2"}, {}, "DECODER_SEQ_LEN='1026' must be divisible by 4"),
+        ({"LR_WARMUP_ITERS": "20000"}, {}, "argument 22 LR_WARMUP_ITERS='20000' must be less than TRAIN_ITERS=20000"),
+        ({"BATCH_SIZE": "3"}, {}, "argument 4 GLOBAL_BATCH_SIZE='256' must be divisible by 3: BATCH_SIZE=3 x data-p"),
+        (
+            {"BATCH_SIZE": "96"},
+            {"NPROC_PER_NODE": "8"},
+            "divisible by 192: BATCH_SIZE=96 x data-parallel size 2",
+        ),
+        ({}, {"NPROC_PER_NODE": "6"}, "argument 10 TP='4' x PP=1 x CP=1 = 4 must divide the 6 processes"),
+        ({"PR": "fp8"}, {}, "argument 9 PR='fp8' needs a GPU, and this run is on CPU"),
+        ({"AC": "offload"}, {}, "argument 15 AC='offload' needs a GPU"),
+        ({"OPTIMIZER_OFFLOAD": "static"}, {}, "argument 16 OPTIMIZER_OFFLOAD='static' needs a GPU"),
+        ({"OPTIMIZER_OFFLOAD": "auto", "DO": "false"}, CUDA, "argument 16 OPTIMIZER_OFFLOAD='auto' needs DO=true"),
+        ({"PRETRAIN_CHECKPOINT_PATH": "none"}, {}, "argument 20 PRETRAIN_CHECKPOINT_PATH='none' needs TOKENIZER_PATH"),
+        (
+            {"OUTPUT_BASEPATH": ""},
+            {},
+            "argument 23 OUTPUT_BASEPATH='' must be a folder to write into, not / (it is e",
+        ),
+        ({"OUTPUT_BASEPATH": "/usr/.."}, {}, "argument 23 OUTPUT_BASEPATH='/usr/..' must be"),
+        ({"OUTPUT_BASEPATH": "llm/config.json/x"}, {}, "config.json is a file)"),
+        ({}, {"ACCELERATOR": "tpu"}, "environment ACCELERATOR='tpu' must be one of auto cpu cuda"),
+        ({}, {"NPROC_PER_NODE": "0"}, "environment NPROC_PER_NODE='0' must be a whole number from 1 to 4096"),
+        ({}, {"FREEZE_PROJECTOR": "1"}, "environment FREEZE_PROJECTOR='1' must be one of true false"),
+        ({}, {"CONVERSATION_TEMPLATE": "v2"}, "environment CONVERSATION_TEMPLATE='v2' must be one of auto plain"),
+        ({}, {"IMAGE_ASPECT_RATIO": "any"}, "environment IMAGE_ASPECT_RATIO='any' must be one of crop pad"),
+        ({}, {"MASTER_PORT": "65536"}, "environment MASTER_PORT='65536' must be a whole number from 1 to 65535"),
+        ({}, {"ADAM_BETA2": "1.0"}, "environment ADAM_BETA2='1.0' must be a number from 0 to below 1"),
+        ({}, {"WEIGHT_DECAY": "-0.1"}, "environment WEIGHT_DECAY='-0.1' must be a number from 0"),
+        ({}, {"EVAL_ITERS": "ten"}, "environment EVAL_ITERS='ten' must be a whole number from 0 to 999999999"),
+        ({}, {"PYTHON": "no-such-python"}, "environment PYTHON='no-such-python' must be a program"),
+        ({}, {"DRY_RUN": "yes"}, "environment DRY_RUN='yes' must be one of 0 1"),
+    ],
+)
+def test_rules_between_training_arguments(inputs: Inputs, changes: dict, environment: dict, line: str):
+    before = tree(inputs.folder)
+    result = start(STAGE_1, inputs.training(**changes), cwd=inputs.folder, **environment)
+    assert_refused(result, inputs.folder, before, line)
+    assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
+
+
+def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: Inputs):
+    tracker = inputs.checkpoint / "latest_checkpointed_iteration.txt"
+    for text, missing in (
+        ("10", "it has no iter_0000010"),
+        ("soon", "names no iteration"),
+        (None, f"no {tracker.name}"),
+    ):
+        tracker.unlink() if text is None else tracker.write_text(text)
+        result = start(STAGE_1, inputs.training())
+        assert result.returncode == 2 and missing in result.stderr
+    (inputs.checkpoint / "iter_0000010").mkdir()
+    tracker.write_text("10\n")
+    assert start(STAGE_1, inputs.training(), DRY_RUN="1").returncode == 0
+    (inputs.checkpoint / "llava/config.json").unlink()
+    assert "it has no llava/config.json" in start(STAGE_1, inputs.training(), DRY_RUN="1").stderr
+
+
+def test_missing_arguments_are_listed_by_name(inputs: Inputs):
+    before = tree(inputs.folder)
+    result = start(STAGE_1, inputs.training(TP="x")[:-2], cwd=inputs.folder)
+    rule = "must be a folder to write into, not /"
+    assert_refused(
+        result, inputs.folder, before, f"argument 23 OUTPUT_BASEPATH is missing: {rule}", "argument 10 TP='x'"
+    )
+    assert "argument 22 LR_WARMUP_ITERS is missing" in result.stderr
+    assert result.stderr.splitlines()[0].startswith("error: 3 wrong or missing")
+
+
+def test_words_after_the_last_argument(inputs: Inputs):
+    words = [*inputs.training(), "--log-throughput", "$(touch x)", "a  b"]
+    result = start(STAGE_1, words, cwd=inputs.folder, DRY_RUN="1")
+    assert result.stdout.splitlines()[-3:] == words[-3:]
+    for extra in ("log-throughput", "-x", "--", ""):
+        result = start(STAGE_1, [*inputs.training(), extra], cwd=inputs.folder, DRY_RUN="1")
+        assert_refused(result, inputs.folder, tree(inputs.folder), f"word 24 '{extra}' must begin with --")
+    words = [*inputs.conversion(HF_CKPT_PATH=str(inputs.llm)), "x"]
+    assert_refused(start(CONVERTER, words), inputs.folder, tree(inputs.folder), "word 10 'x' is one too many")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": "checkpoint"},
+            "argument 9 HF_CKPT_PATH is missing: with mg2hf=true",
+        ),
+        (
+            {"mg2hf": "true", "HF_CKPT_PATH": "llm"},
+            "must be a converted checkpoint with mg2hf=true (it has no l",
+        ),
+        ({"SOURCE_LLM_CKPT_PATH": "checkpoint"}, "must be a Hugging Face model folder with mg2hf=false"),
+        (
+            {"SOURCE_CLIP_CKPT_PATH": "none"},
+            "argument 3 SOURCE_CLIP_CKPT_PATH='none' must be a Hugging Face CLIP",
+        ),
+        (
+            {"TARGET_CKPT_PATH": "llm"},
+            "argument 4 TARGET_CKPT_PATH='llm' must be a new or empty folder, not / (it",
+        ),
+    ],
+)
+def test_rules_between_conversion_arguments(inputs: Inputs, changes: dict, line: str):
+    before = tree(inputs.folder)
+    result = start(CONVERTER, inputs.conversion(**changes), cwd=inputs.folder)
+    assert_refused(result, inputs.folder, before, line)
+    assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
+
+
+CLUSTER = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "23456",
+    "KUBERNETES_CONTAINER_RESOURCE_GPU": "8",
+}
+
+
+def test_cluster_variables_are_required_by_name(inputs: Inputs):
+    result = start(STAGE_1, inputs.training(ENV="dlc"))
+    assert result.returncode == 2
+    for name in CLUSTER:
+        assert f"environment {name} is missing: must be" in result.stderr
+    wrong = {"RANK": "2", "MASTER_ADDR": "a b", "KUBERNETES_CONTAINER_RESOURCE_GPU": "all", "WORLD_SIZE": "0"}
+    for name, value in wrong.items():
+        result = start(STAGE_1, inputs.training(ENV="dlc"), **CLUSTER | {name: value})
+        assert result.returncode == 2 and f"environment {name}='{value}' must be" in result.stderr
+
+
+def test_model_sizes_are_those_of_the_converter():
+    for script in (STAGE_1, STAGE_2, CONVERTER):
+        rule = next(row.rule for row in rows_of_help(script).arguments if row.name == "MODEL_SIZE")
+        assert rule.removeprefix("one of ").split() == list(MODEL_SIZES)
