@@ -161,7 +161,7 @@ install_requirements() {
             sleep 1
             if ((SECONDS - shown >= 20)); then
                 shown=$SECONDS
-                say "$(grep -oE '(Downloading|Installing collected packages|Using cached|Collecting) [^ ]*' "$log" |
+                say "$(grep -oE '(Downloading|Installing collected packages:|Using cached|Collecting) [^ ]*' "$log" |
                     tail -n 1)"
             fi
         done

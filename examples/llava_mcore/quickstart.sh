@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# The whole job on this machine, on real handwritten digits, through the commands that a cluster user types:
+# data -> shards, Hugging Face -> Megatron, stage 1, stage 2 at another tensor-parallel size, export, questions.
+#   bash examples/llava_mcore/quickstart.sh [--fresh] [FOLDER]
+# FOLDER (default: quickstart/ in the repository) gets everything. Run again, it goes on where it stopped;
+# with --fresh it starts over. It runs on the CPU; ACCELERATOR=cuda takes two GPUs instead.
+set -euo pipefail
+unset CDPATH
+
+usage() {
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+    exit "$1"
+}
+
+fresh=false
+folder=
+for word; do
+    case $word in
+        --help | -h) usage 0 ;;
+        --fresh) fresh=true ;;
+        -*) usage 2 >&2 ;;
+        *)
+            [[ -z $folder ]] || usage 2 >&2
+            folder=$word
+            ;;
+    esac
+done
+started_in=$PWD
+cd "$(dirname "$0")/../.."
+repository=$PWD
+folder=${folder:-$repository/quickstart}
+[[ $folder == /* ]] || folder=$started_in/$folder
+
+PYTHON=$("$BASH" examples/setup_environment.sh)
+export PYTHON ACCELERATOR=${ACCELERATOR:-cpu}
+
+if [[ -e $folder && ! -d $folder/.steps && -n $(ls -A "$folder" 2>/dev/null || echo file) ]]; then
+    echo "error: $folder exists and is not a quickstart's folder; name a new one" >&2
+    exit 2
+fi
+[[ $fresh == false ]] || rm -rf "$folder"
+mkdir -p "$folder/.steps" "$folder/log"
+
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+number=0
+redo=false # once a step has run, all later ones have to
+report=()
+
+# step TITLE RESULT FUNCTION: runs FUNCTION, whose work lies in the folder or file RESULT, unless it has finished before.
+# Its state file holds the step's definition too, so that a changed step is run again.
+step() {
+    local title=$1 result=$folder/$2 function=$3 began=$SECONDS state_file log definition state
+    number=$((number + 1))
+    state_file=$folder/.steps/$function
+    log=$folder/log/$function.log
+    definition=$(declare -f "$function")
+    state=$(cat "$state_file" 2>/dev/null || true)
+    report+=("$(printf '%-44s %s' "$title" "$result")")
+    if [[ $redo == false && -e $result && $state == "finished $definition" ]]; then
+        printf '%2d. %s: done before\n' "$number" "$title"
+        return
+    fi
+    printf '%2d. %s\n' "$number" "$title"
+    # An interrupted training goes on from its newest checkpoint; every other step starts anew.
+    [[ $function == train_* && $redo == false && $state == "unfinished $definition" ]] || rm -rf "$result"
+    redo=true
+    printf 'unfinished %s' "$definition" >"$state_file"
+    # A function called in a condition would run without `set -e`: the subshell is a command of its own instead.
+    set +e
+    (
+        set -e
+        "$function" "$result"
+    ) 2>&1 | tee "$log" | show
+    local -a status=("${PIPESTATUS[@]}")
+    set -e
+    if ((status[0] != 0)); then
+        printf '    failed after %d s; the end of its log:\n' "$((SECONDS - began))" >&2
+        tail -n 20 "$log" | cut -c 1-300 >&2
+        printf 'error: step %d (%s) failed; whole log: %s\n' "$number" "$title" "$log" >&2
+        printf '       run the same command again to go on from here\n' >&2
+        exit 1
+    fi
+    printf 'finished %s' "$definition" >"$state_file"
+    printf '    %d s (%d s so far)\n' "$((SECONDS - began))" "$SECONDS"
+}
+
+# show: of a step's log, what a reader wants to see while it runs; of the training, every fifth line of losses.
+show() {
+    awk '
+        /iteration +[0-9]+\// {
+            match($0, /iteration +[0-9]+\/ +[0-9]+/); iteration = substr($0, RSTART, RLENGTH)
+            match($0, /lm loss: [^ ]+/); loss = substr($0, RSTART, RLENGTH)
+            if (++lines % 5 == 0) { print "    " iteration "  " loss; fflush() }
+            next
+        }
+        /^(question|all |Wh|Is )|records in =/ { print "    " $0; fflush() }
+    '
+}
+
+make_digits() { "$PYTHON" -m examples.llava_mcore.quickstart.make_digits "$1" --copies 16; }
+
+make_models() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.make_models "$1" \
+        --texts "$folder"/data/stage1/digits.json "$folder"/data/stage2/digits.json
+}
+
+convert_stage1_data() {
+    "$PYTHON" toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py \
+        "$folder/data/stage1" --output "$1" --overwrite
+}
+
+convert_stage2_data() {
+    "$PYTHON" toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py \
+        "$folder/data/stage2" --output "$1" --overwrite
+}
+
+convert_models() {
+    bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh \
+        tiny "$folder/models/llm" "$folder/models/clip" "$1" 1 1 false fp32
+}
+
+# Nothing here was pretrained, so both stages train everything; with real weights leave the FREEZE variables away.
+# Arguments: ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN DECODER_SEQ_LEN PR TP PP CP DO FL AC
+# OPTIMIZER_OFFLOAD SAVE_INTERVAL DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS
+# OUTPUT_BASEPATH
+train_stage1() {
+    FREEZE_LANGUAGE_MODEL=false FREEZE_VISION_TOWER=false NPROC_PER_NODE=1 LOG_INTERVAL=10 \
+        bash examples/llava_mcore/run_mcore_llava.sh \
+        dsw tiny 64 64 2e-3 1e-5 16 32 fp32 1 1 1 false true false false 200 \
+        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 700 20 "$1"
+}
+
+train_stage2() {
+    FREEZE_VISION_TOWER=false CONVERSATION_TEMPLATE=v1 NPROC_PER_NODE=2 LOG_INTERVAL=10 \
+        bash examples/llava_mcore/run_sft_mcore_llava.sh \
+        dsw tiny 64 64 1e-3 1e-5 16 128 fp32 2 1 1 false true false false 200 \
+        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 300 20 "$1"
+}
+
+export_model() {
+    bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh \
+        tiny "$folder/stage2/checkpoint" none "$1" 1 1 true fp32 "$folder/models/llm"
+}
+
+answer_questions() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.answer "$folder/exported" "$folder/data/heldout" \
+        --out "$1" --template v1 --at-least 0.9
+}
+
+plot_losses() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.plot_loss "$1" \
+        "stage 1=$folder/stage1/tensorboard" "stage 2=$folder/stage2/tensorboard"
+}
+
+printf 'Quickstart in %s, with %s\n' "$folder" "$PYTHON"
+step "digits as pictures and conversations" data make_digits
+step "untrained language model and vision tower" models make_models
+step "stage 1 data as shards" data/stage1/wds convert_stage1_data
+step "stage 2 data as shards" data/stage2/wds convert_stage2_data
+step "Hugging Face -> Megatron checkpoint" checkpoint convert_models
+step "stage 1: captions, one process" stage1 train_stage1
+step "stage 2: conversations, tensor-parallel 2" stage2 train_stage2
+step "Megatron -> Hugging Face" exported export_model
+step "questions about held-out pictures" answers answer_questions
+step "loss curves" loss.png plot_losses
+
+printf '\nFinished after %d s. Where everything lies:\n' "$SECONDS"
+printf '  %s\n' "${report[@]}" "contact sheet                                $folder/answers/answers.png"
+cat <<NEXT
+Next:
+  tensorboard --logdir $folder           learning rate, gradient norm, speed (with $PYTHON -m tensorboard.main)
+  bash examples/llava_mcore/run_mcore_llava.sh --help      the same commands with your own data and models:
+  examples/llava_mcore/README.md                           the recipe with Vicuna or Mistral, CLIP-L/14-336, LLaVA-Pretrain
+NEXT

@@ -1,0 +1,164 @@
+"""Writes the quickstart's data: real handwritten digits as coloured pictures, in LLaVA's own JSON format.
+
+    python -m examples.llava_mcore.quickstart.make_digits OUT
+
+OUT/stage1/   digits.json + images/   captions ("a red 7 on black"), for the projector stage
+OUT/stage2/   digits.json + images/   conversations of several questions, for the instruction stage
+OUT/heldout/  digits.json + images/   the same questions about digits that neither stage has seen
+
+The digits are the 1,797 of scikit-learn (8x8 pixels, written by 43 people; UCI Optical Recognition of Handwritten
+Digits). Every fifth original is held out, so training and held-out pictures share none.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from megatron_patch.errors import UserError
+
+SIDE_PX = 28
+GLYPH_PX = 24  # the upscaled digit; it may move by (SIDE_PX - GLYPH_PX) / 2 pixels in each direction
+MAX_ANGLE_DEGREES = 8.0
+COLOUR_JITTER = 10  # of 255, per channel
+
+# Every ink is far from every ground (tests hold the distance), so each picture has one right answer.
+INKS = {
+    "red": (230, 40, 40),
+    "green": (40, 190, 70),
+    "blue": (60, 100, 245),
+    "yellow": (250, 225, 50),
+    "purple": (170, 50, 210),
+    "orange": (250, 140, 20),
+}
+GROUNDS = {"black": (12, 12, 12), "white": (244, 244, 244), "gray": (128, 128, 128), "brown": (95, 60, 30)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one picture shows."""
+
+    digit: int
+    ink: str
+    ground: str
+
+
+QUESTIONS: dict[str, Callable[[Picture], str]] = {
+    "Which digit is this?": lambda picture: str(picture.digit),
+    "What colour is the ink?": lambda picture: picture.ink,
+    "What colour is the background?": lambda picture: picture.ground,
+    "Is it even or odd?": lambda picture: "odd" if picture.digit % 2 else "even",
+    "Is it greater than four?": lambda picture: "yes" if picture.digit > 4 else "no",
+}
+INSTRUCTION = "Describe the picture."  # the plain template drops it, as LLaVA's stage 1 does
+
+
+def caption(picture: Picture) -> str:
+    return f"a {picture.ink} {picture.digit} on {picture.ground}"
+
+
+def draw(glyph: np.ndarray, picture: Picture, generator: np.random.Generator, augment: bool) -> Image.Image:
+    """Glyph [8, 8] of 0..16 -> RGB picture of SIDE_PX, in the picture's colours; moved and turned if `augment`."""
+    strength = Image.fromarray((glyph * (255 / 16)).astype(np.uint8)).resize((GLYPH_PX, GLYPH_PX), Image.BICUBIC)
+    margin = (SIDE_PX - GLYPH_PX) // 2
+    x = y = margin
+    if augment:
+        angle = generator.uniform(-MAX_ANGLE_DEGREES, MAX_ANGLE_DEGREES)
+        strength = strength.rotate(angle, resample=Image.BICUBIC)
+        x, y = generator.integers(0, 2 * margin, size=2, endpoint=True)
+    alpha = np.zeros((SIDE_PX, SIDE_PX, 1))
+    alpha[y : y + GLYPH_PX, x : x + GLYPH_PX, 0] = np.asarray(strength) / 255
+    ink, ground = (
+        np.array(colour) + generator.integers(-COLOUR_JITTER, COLOUR_JITTER, size=3, endpoint=True)
+        for colour in (INKS[picture.ink], GROUNDS[picture.ground])
+    )
+    pixels = ground + alpha * (ink - ground)
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def conversation(picture: Picture, generator: np.random.Generator, questions: int) -> list[dict[str, str]]:
+    """So many of the questions in random order, with their answers, as LLaVA's alternating turns."""
+    turns = []
+    for number, question in enumerate(generator.permutation(list(QUESTIONS))[:questions]):
+        mark = "<image>\n" if number == 0 else ""
+        turns.append({"from": "human", "value": mark + str(question)})
+        turns.append({"from": "gpt", "value": QUESTIONS[str(question)](picture)})
+    return turns
+
+
+def write_set(
+    folder: Path, originals: list[int], copies: int, seed: int, make_turns: Callable, augment: bool = True
+) -> None:
+    """Writes `copies` pictures of each original in random order: folder/images/*.png, then folder/digits.json."""
+    digits = load_digits()
+    generator = np.random.default_rng(seed)
+    images = folder / "images"
+    images.mkdir(parents=True)
+    records = []
+    for number, original in enumerate(generator.permutation(np.repeat(originals, copies))):
+        picture = Picture(
+            digit=int(digits.target[original]),
+            ink=str(generator.choice(list(INKS))),
+            ground=str(generator.choice(list(GROUNDS))),
+        )
+        name = f"{number:06d}.png"
+        draw(digits.images[original], picture, generator, augment).save(images / name)
+        # The id names the original, so that anyone can see that training and held-out pictures share none.
+        record_id = f"digit{original:04d}-{number:06d}"
+        records.append({"id": record_id, "image": name, "conversations": make_turns(picture, generator)})
+    (folder / "digits.json").write_text(json.dumps(records, indent=1))
+
+
+def split_originals() -> tuple[list[int], list[int]]:
+    """Indices into scikit-learn's digits: (training, held out). Every fifth in a fixed random order is held out."""
+    order = np.random.default_rng(0).permutation(len(load_digits().target)).tolist()
+    return sorted(order[len(order) // 5 :]), sorted(order[: len(order) // 5])
+
+
+def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
+    """Writes the three sets; `out` must not exist. A crash midway leaves only a `.tmp` folder beside it."""
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or name another folder")
+    partial = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    train, held_out = split_originals()
+
+    def captioned(picture: Picture, _: np.random.Generator) -> list[dict[str, str]]:
+        return [
+            {"from": "human", "value": f"{INSTRUCTION}\n<image>"},
+            {"from": "gpt", "value": caption(picture)},
+        ]
+
+    def asked(picture: Picture, generator: np.random.Generator) -> list[dict[str, str]]:
+        return conversation(picture, generator, questions)
+
+    def asked_everything(picture: Picture, generator: np.random.Generator) -> list[dict[str, str]]:
+        return conversation(picture, generator, len(QUESTIONS))
+
+    write_set(partial / "stage1", train, copies, seed=1, make_turns=captioned)
+    write_set(partial / "stage2", train, copies, seed=2, make_turns=asked)
+    write_set(partial / "heldout", held_out, 1, seed=3, make_turns=asked_everything, augment=False)
+    partial.rename(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to create")
+    parser.add_argument("--copies", type=int, default=8, help="training pictures per original digit and stage")
+    words = parser.parse_args()
+    try:
+        make_digits(words.out, words.copies)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    train, held_out = split_originals()
+    print(f"{words.out}: {len(train) * words.copies} pictures for each stage, {len(held_out)} held out")
+
+
+if __name__ == "__main__":
+    main()
