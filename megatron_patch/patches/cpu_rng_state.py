@@ -14,6 +14,8 @@ def applies(backend: str) -> bool:
 
 def apply() -> None:
     """Set the CPU generator's state instead."""
+    import logging
+
     import torch
     from megatron.core.tensor_parallel import random
 
@@ -22,3 +24,5 @@ def apply() -> None:
         torch.set_rng_state(new_state)
 
     random._set_cuda_rng_state = set_rng_state
+    # fork() warns whenever "the CPU state changed within a GPU context"; here the two are one
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)

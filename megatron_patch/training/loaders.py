@@ -1,7 +1,7 @@
 """Our energon loaders as Megatron's data provider, and their state beside each checkpoint.
 
 Megatron asks the training iterator for `save_state()` whenever it saves, before it marks the checkpoint as finished, and
-writes the answer to `iter_XXXXXXX/mp_rank_00/train_dataloader_dprankDDD.pt`.  Here it is read back on resume.
+writes the answer to `data/iter_XXXXXXX/mp_rank_00/train_dataloader_dprankDDD.pt`.  Here it is read back on resume.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,10 @@ from megatron_patch.data.loaders import build_train_loader, build_valid_loader
 from megatron_patch.data.settings import DataSettings
 from megatron_patch.errors import UserError
 from megatron_patch.training.words import RunSettings
+
+
+# Below the folder of checkpoints, beside their own folders: Megatron takes a folder that holds something for a broken save.
+DATA_FOLDER = "data"
 
 
 class TrainIterator:
@@ -76,24 +80,23 @@ def data_settings(settings: RunSettings, args: Any) -> DataSettings:
     )
 
 
-def saved_state_file(folder: Path, iteration: int, data_parallel_rank: int) -> Path:
-    """Where Megatron put the loader's state of one data-parallel rank."""
-    return folder / f"iter_{iteration:07d}" / "mp_rank_00" / f"train_dataloader_dprank{data_parallel_rank:03d}.pt"
-
-
 def read_saved_state(folder: Path, iteration: int, rank: int) -> dict[str, Any]:
-    """Loader state saved at `iteration`.
+    """Loader state saved at `iteration`, of this data-parallel rank or, when there were fewer ranks, of rank 0.
+
+    The position is the same number on every rank, so any of them serves; only the counts of records are a rank's own.
 
     Raises:
         UserError: it is not there, so the data position would silently start over.
     """
-    where = saved_state_file(folder, iteration, rank)
-    if not where.is_file():
-        raise UserError(
-            f"{where}: no data position for data-parallel rank {rank} in the checkpoint; resume with the number of "
-            "processes that wrote it, or start a new run in another OUTPUT_BASEPATH with this checkpoint as the start"
-        )
-    return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+    states = folder / DATA_FOLDER / f"iter_{iteration:07d}" / "mp_rank_00"
+    for number in (rank, 0):
+        where = states / f"train_dataloader_dprank{number:03d}.pt"
+        if where.is_file():
+            return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+    raise UserError(
+        f"{where}: no data position in the checkpoint, so the data would start over; pass the checkpoint as "
+        "PRETRAIN_CHECKPOINT_PATH of a new OUTPUT_BASEPATH if that is what you want"
+    )
 
 
 def build_loaders(settings: RunSettings) -> tuple[TrainIterator | None, RepeatingIterator | None, None]:

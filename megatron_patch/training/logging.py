@@ -1,4 +1,4 @@
-"""What Megatron's log lacks: samples per second, on the console and in TensorBoard."""
+"""Around Megatron's log line: samples per second, and losses that a resumed run prints like one never stopped."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.utils import print_rank_last
 
 
-def log_samples_per_second(training_log: Callable[..., Any]) -> Callable[..., Any]:
+def complete_log(training_log: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Megatron's training_log(loss_dict, total_loss_dict, learning_rate, iteration, ...).
 
     The rate is that of the iterations since the last line, checkpoints and evaluations between them included.
@@ -16,8 +16,13 @@ def log_samples_per_second(training_log: Callable[..., Any]) -> Callable[..., An
     since = {"time": time.perf_counter(), "iteration": None}
 
     def wrapped(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *args, **kwargs) -> Any:
+        settings = get_args()
+        # Megatron logs the first iteration after a start without resetting its sums.  Where that iteration ends an
+        # interval of its own, the next line would show an average over two intervals.
+        if iteration % settings.log_interval == 0:
+            kwargs["is_first_iteration"] = False
         result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        settings, now = get_args(), time.perf_counter()
+        now = time.perf_counter()
         if since["iteration"] is None:
             since.update(time=now, iteration=iteration)  # the first iteration warms up
         elif iteration % settings.log_interval == 0:

@@ -11,6 +11,10 @@ from megatron_patch.errors import UserError
 from megatron_patch.training.words import LLAVA_FOLDER, RunSettings, read_settings, refuse
 
 
+# Of a whole LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
+WEIGHT_FILES = ("model*.safetensors", "*.index.json", "*.bin", "*.pt")
+
+
 def _silence_known_warnings() -> None:
     # Each says that Apex or Transformer Engine is absent, which the device room has decided already.
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
@@ -27,7 +31,7 @@ def _save_llava_folder(settings: RunSettings, save: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(settings.llava_folder, unfinished)
+    shutil.copytree(settings.llava_folder, unfinished, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
     unfinished.rename(target)
 
 
@@ -50,8 +54,8 @@ def train_llava() -> None:
     from megatron.training.global_vars import get_args
 
     from megatron_patch.model.llava import Frozen, LlavaModel
-    from megatron_patch.training.loaders import build_loaders
-    from megatron_patch.training.logging import log_samples_per_second
+    from megatron_patch.training.loaders import DATA_FOLDER, build_loaders
+    from megatron_patch.training.logging import complete_log
     from megatron_patch.training.step import forward_step
 
     def build_llava(pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None) -> LlavaModel:
@@ -73,22 +77,23 @@ def train_llava() -> None:
 
     def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
         del vp_stage
-        try:
-            if torch.distributed.get_rank() == 0:
-                _save_llava_folder(settings, get_args().save)
-            return build_loaders(settings)
-        except UserError as error:
-            refuse(error)
+        if torch.distributed.get_rank() == 0:
+            _save_llava_folder(settings, get_args().save)
+        return build_loaders(settings)
 
     args = parse_and_validate_args(add_arguments)
-    args.dataloader_save = args.save  # Megatron saves the loaders' state with each checkpoint
-    training.training_log = log_samples_per_second(training.training_log)
-    training.pretrain(
-        pretrain_cfg_container_from_args(args),
-        provide_loaders,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=build_llava,
-    )
+    if args.save:
+        args.dataloader_save = str(Path(args.save) / DATA_FOLDER)  # Megatron saves the loaders' state with each checkpoint
+    training.training_log = complete_log(training.training_log)
+    try:
+        training.pretrain(
+            pretrain_cfg_container_from_args(args),
+            provide_loaders,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=build_llava,
+        )
+    except UserError as error:  # the data: a resume on another dataset, too many unusable records
+        refuse(error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

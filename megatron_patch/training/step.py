@@ -51,7 +51,8 @@ def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
     Megatron divides gradients and the reported sum by the number of labels of all ranks and micro-batches.
     """
-    total, count = output[0], output[1].detach()
+    # a clone, since the pipeline frees outputs and refuses views
+    total, count = output[0].clone(), output[1].detach()
     if get_args().check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True

@@ -1,0 +1,131 @@
+"""One process of a model-parallel forward pass: reads cases, writes logits and losses.  Started by torchrun.
+
+python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py CASES.json
+
+CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
+             "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
+A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss and gradient of the projector.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_patch import device
+
+device.install()
+
+import torch  # noqa: E402
+
+from megatron_patch import patches  # noqa: E402
+
+patches.apply_all(device.backend().NAME)
+
+from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+
+from megatron_patch.model.geometry import megatron_words, read_geometry  # noqa: E402
+from megatron_patch.model.llava import LlavaModel  # noqa: E402
+
+
+def build(checkpoint: Path, plan: dict) -> LlavaModel:
+    """The model of this process with the checkpoint's weights."""
+    geometry = read_geometry(checkpoint / "llava")
+    sys.argv[1:] = [
+        *device.megatron_words(),
+        *megatron_words(geometry.language, 256),
+        *("--seq-length", "256", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
+        *("--tensor-model-parallel-size", str(plan["tensor"])),
+        *("--pipeline-model-parallel-size", str(plan["pipeline"])),
+        *("--context-parallel-size", str(plan["context"])),
+        *(["--sequence-parallel"] if plan["sequence_parallel"] else []),
+    ]
+    args = parse_args()
+    validate_args(args)
+    statistics = json.loads((checkpoint / "llava" / "preprocessor_config.json").read_text())
+    step = 128 * plan["tensor"]
+    model = LlavaModel(
+        core_transformer_config_from_args(args),
+        geometry,
+        -(-geometry.language.vocabulary // step) * step,  # Megatron's padding of the vocabulary
+        tuple(statistics["image_mean"]),
+        tuple(statistics["image_std"]),
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+    )
+    wanted = model.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
+    model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(checkpoint / "release"))["model"])
+    return model
+
+
+def through_stages(model: LlavaModel, tokens: torch.Tensor, labels: torch.Tensor | None, pixels: torch.Tensor):
+    """Forward through the pipeline; returns (this stage's output, its input or None)."""
+    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    received = None
+    if not first:
+        config = model.config
+        length = tokens.shape[1] // config.context_parallel_size
+        if config.sequence_parallel:
+            length //= config.tensor_model_parallel_size
+        received = torch.empty(length, tokens.shape[0], config.hidden_size)
+        torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
+        received.requires_grad_()
+        model.set_input_tensor(received)
+    output = model(tokens if first else None, labels if last else None, pixels if first else None)
+    if not last:
+        torch.distributed.send(output.detach().contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+    return output, received
+
+
+def gradient_of_projector(model: LlavaModel, output: torch.Tensor, received: torch.Tensor | None, count: float):
+    """Backward through the pipeline; the gradient of the mean loss by the projector's last bias, on stage 0."""
+    if mpu.is_pipeline_last_stage():
+        (output[0] / count).backward()
+    else:
+        gradient = torch.empty_like(output)
+        torch.distributed.recv(gradient, mpu.get_pipeline_model_parallel_next_rank())
+        output.backward(gradient)
+    if received is not None:
+        torch.distributed.send(received.grad.contiguous(), mpu.get_pipeline_model_parallel_prev_rank())
+        return None
+    gradient = model.vision_projection.encoder.linear_fc2.bias.grad.clone()
+    torch.distributed.all_reduce(gradient, group=mpu.get_context_parallel_group())
+    return gradient
+
+
+def main() -> None:
+    """Run every case of the plan."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    torch.distributed.init_process_group("gloo")
+    mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"], context_parallel_size=plan["context"])
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    for case in plan["cases"]:
+        model = build(Path(case["checkpoint"]), plan)
+        batch = torch.load(case["batch"], weights_only=True)
+        tokens, labels, pixels = batch["tokens"], batch["labels"], batch["pixels"]
+        result = {}
+        if plan["context"] == 1:
+            with torch.no_grad():
+                logits, _ = through_stages(model, tokens, None, pixels)
+            result["logits"] = logits
+        output, received = through_stages(model, tokens, labels, pixels)
+        total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
+        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
+        count = float((labels != -100).sum())
+        result["gradient"] = gradient_of_projector(model, output, received, count)
+        if mpu.is_pipeline_last_stage():
+            assert total[1] == count, (total, count)
+            result["loss"] = total[0] / total[1]
+        stage = mpu.get_pipeline_model_parallel_rank()
+        if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:
+            torch.save({k: v for k, v in result.items() if v is not None}, f"{case['result']}.{stage}")
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
