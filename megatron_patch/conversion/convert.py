@@ -47,7 +47,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 UNTRAINED_TOWER = "untrained_tower.safetensors"
 PROVENANCE = "provenance.json"
 # Entries of a trainer's checkpoint that are no weights of the model.
-NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "common_state", "rerun_state", "opt_param_scheduler", "args")
+NOT_WEIGHTS = ("optimizer", "opt_param_scheduler", "chained_", "rng_state", "rerun_state", "common_state")
 
 
 @dataclass

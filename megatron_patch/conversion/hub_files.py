@@ -144,15 +144,31 @@ def llava_config(
 def finish_config(config: dict[str, Any], precision: str, projector: str) -> dict[str, Any]:
     """The same config with our dtype, its class and, for projectors the hub's LLaVA does not have, the projector."""
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
+    parts = {part: _tidy(config[part]) | {"dtype": dtype} for part in ("text_config", "vision_config")}
+    config = _tidy(config) | parts
     config |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "dtype": dtype}
-    for part in ("text_config", "vision_config"):
-        config[part] = {name: value for name, value in config[part].items() if name != "_name_or_path"} | {
-            "dtype": dtype
-        }
     if projector != "mlp2x_gelu":
         config["mm_projector_type"] = projector
     return config
+
+
+# What every transformers config carries and says nothing about this model.
+_SAYS_NOTHING = (
+    "_name_or_path",
+    "torch_dtype",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
+
+
+def _tidy(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _SAYS_NOTHING}
 
 
 def _square(size: object, shape: bool) -> object:
@@ -225,6 +241,11 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     )
     with _quiet_transformers():
         tokens.tokenizer.save_pretrained(str(folder))
+        settings = read_json(folder / "tokenizer_config.json")  # without a trace of how it was loaded here
+        _write_json(
+            folder / "tokenizer_config.json",
+            {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")},
+        )
         if (llm / "generation_config.json").is_file():
             shutil.copyfile(llm / "generation_config.json", folder / "generation_config.json")
         else:
