@@ -1,0 +1,215 @@
+"""The commands that the launchers make: the guide's own lines, odd paths, machines and clusters."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.launching import CONVERTER, ROOT, STAGE_1, STAGE_2, Inputs, start, tree, value_after
+
+AC_LINE = "AC=true means AC=sel: attention is recomputed in the backward pass\n"
+DASH = shutil.which("dash") or "sh"
+
+
+def dry_run(script, words: list[str], shell: str = "bash", cwd: Path = ROOT, **environment: str) -> list[str]:
+    """The words a launcher would start; it must accept its arguments and write nothing on stderr."""
+    result = start(script, words, shell, cwd, DRY_RUN="1", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh", DASH])
+@pytest.mark.parametrize(("script", "frozen_llm", "template"), [(STAGE_1, True, "plain"), (STAGE_2, False, "auto")])
+def test_the_guides_training_line(inputs: Inputs, shell: str, script, frozen_llm: bool, template: str):
+    before = tree(inputs.folder)
+    result = start(script, inputs.training(), shell, cwd=inputs.folder, DRY_RUN="1")
+    assert result.returncode == 0 and result.stderr == AC_LINE
+    assert tree(inputs.folder) == before
+    words = result.stdout.splitlines()
+    first = words.index("-m")
+    assert words[0] == "env" and words[first + 1] == "torch.distributed.run"
+    place = "--nproc_per_node 4 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1"
+    assert words[first + 2 : first + 10] == place.split()
+    assert {"CUDA_VISIBLE_DEVICES=", "TORCHDYNAMO_DISABLE=1", "GLOO_SOCKET_IFNAME=lo"} <= set(words[:first])
+    assert words.count(f"{ROOT}/examples/llava_mcore/pretrain_llava.py") == 1
+    expected = {
+        "--micro-batch-size": "1",
+        "--global-batch-size": "256",
+        "--lr": "0.00015",
+        "--min-lr": "1e-5",
+        "--image-tokens": "576",
+        "--seq-length": "1024",
+        "--tensor-model-parallel-size": "4",
+        "--save-interval": "100000",
+        "--train-iters": "20000",
+        "--lr-decay-iters": "20000",
+        "--lr-warmup-iters": "200",
+        "--recompute-granularity": "selective",
+        "--train-dataset-path": str(inputs.dataset),
+        "--valid-dataset-path": str(inputs.dataset),
+        "--init-from": str(inputs.checkpoint),
+        "--save": f"{inputs.output}/checkpoint",
+        "--load": f"{inputs.output}/checkpoint",
+        "--tensorboard-dir": f"{inputs.output}/tensorboard",
+        "--conversation-template": template,
+        "--model-size": "7B",
+    }
+    assert {name: value_after(words, name) for name in expected} == expected
+    assert {"--bf16", "--sequence-parallel", "--use-distributed-optimizer", "--freeze-vision-tower"} <= set(words)
+    assert ("--freeze-language-model" in words) == frozen_llm
+    assert "--freeze-projector" not in words and "--num-layers" not in words
+
+
+@pytest.mark.parametrize("shell", ["bash", DASH])
+def test_the_guides_conversion_lines(inputs: Inputs, shell: str):
+    words = dry_run(CONVERTER, inputs.conversion(), shell)
+    program = f"{ROOT}/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
+    assert words[words.index(program) + 1 :] == [
+        *("--model-size", "7B", "--source-llm", str(inputs.llm), "--source-clip", str(inputs.clip)),
+        *("--target", str(inputs.output), "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "1"),
+        *("--precision", "bf16"),
+    ]
+    back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "SOURCE_CLIP_CKPT_PATH": "none"}
+    words = dry_run(CONVERTER, inputs.conversion(**back, HF_CKPT_PATH=str(inputs.llm)), shell)
+    assert words[-3:] == ["--mg2hf", "--hf-checkpoint", str(inputs.llm)]
+    (inputs.llm / "config.json").write_text('{\n  "model_type" : "llava"}')
+    assert value_after(dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH="none")), "--source-clip") == "none"
+
+
+@pytest.mark.parametrize("name", ["a b", ";touch x", "$(touch x)", "`touch x`", "-rf", "*", "a'b\"c", "x&y|z>w", "é"])
+def test_odd_paths_are_plain_text(tmp_path: Path, name: str):
+    inputs = Inputs(tmp_path / name)
+    before = tree(tmp_path)
+    for words in (inputs.training(AC="sel"), inputs.conversion()):
+        relative = [word.removeprefix(f"{tmp_path}/") for word in words]
+        script, flag = (STAGE_1, "--train-dataset-path") if len(words) == 23 else (CONVERTER, "--source-llm")
+        path = inputs.dataset if len(words) == 23 else inputs.llm
+        for form in (words, relative):
+            assert value_after(dry_run(script, form, "sh", cwd=tmp_path), flag) == str(path)
+    assert tree(tmp_path) == before
+
+
+def test_a_launcher_starts_from_anywhere(inputs: Inputs, tmp_path: Path):
+    words = inputs.training(AC="sel")
+    (tmp_path / "-link to it.sh").symlink_to(STAGE_1)
+    (tmp_path / "folder").symlink_to(ROOT / "examples")
+    entry = f"{ROOT}/examples/llava_mcore/pretrain_llava.py"
+    relative = os.path.relpath(STAGE_1, tmp_path)
+    for script in (relative, "./-link to it.sh", "folder/llava_mcore/run_mcore_llava.sh", str(STAGE_1)):
+        for shell in ("bash", "sh"):
+            assert entry in dry_run(script, words, shell, cwd=tmp_path, CDPATH="/tmp:/usr")
+    result = subprocess.run([STAGE_1, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("usage: bash ")
+
+
+def test_the_scripts_move_with_their_folder(inputs: Inputs, tmp_path: Path):
+    moved = tmp_path / "my copy; of=it"
+    shutil.copytree(ROOT / "examples", moved / "examples")
+    words = dry_run(moved / "examples/llava_mcore/run_sft_mcore_llava.sh", inputs.training(AC="sel"), DASH)
+    assert f"{moved}/examples/llava_mcore/pretrain_llava.py" in words and f"PYTHONPATH={moved}" in words
+    assert "python3" in words  # no .venv beside it
+
+
+def test_options_from_the_environment(inputs: Inputs):
+    options = {
+        "FREEZE_LANGUAGE_MODEL": "false",
+        "FREEZE_VISION_TOWER": "false",
+        "FREEZE_PROJECTOR": "true",
+        "CONVERSATION_TEMPLATE": "v1",
+        "IMAGE_ASPECT_RATIO": "pad",
+        "NUM_WORKERS": "0",
+        "SEED": "7",
+        "LOG_INTERVAL": "5",
+        "EVAL_INTERVAL": "50",
+        "EVAL_ITERS": "0",
+        "WEIGHT_DECAY": "0.1",
+        "ADAM_BETA2": ".999",
+        "CLIP_GRAD": "0",
+        "NPROC_PER_NODE": "8",
+        "MASTER_PORT": "29511",
+        "PYTHON": "/bin/true",
+        "OMP_NUM_THREADS": "3",
+    }
+    words = dry_run(STAGE_1, inputs.training(AC="false"), **options)
+    expected = {
+        "--conversation-template": "v1",
+        "--image-aspect-ratio": "pad",
+        "--num-workers": "0",
+        "--seed": "7",
+        "--log-interval": "5",
+        "--eval-interval": "50",
+        "--eval-iters": "0",
+        "--weight-decay": "0.1",
+        "--adam-beta2": ".999",
+        "--clip-grad": "0",
+        "--nproc_per_node": "8",
+        "--master_port": "29511",
+    }
+    assert {name: value_after(words, name) for name in expected} == expected
+    assert "--freeze-projector" in words and "--freeze-language-model" not in words and "/bin/true" in words
+    assert "--freeze-vision-tower" not in words and "--recompute-granularity" not in words
+    assert "OMP_NUM_THREADS=3" in words
+
+
+def test_start_from_nothing_takes_the_tokenizer_from_its_option(inputs: Inputs):
+    folder = inputs.checkpoint / "llava"
+    words = inputs.training(AC="sel", PRETRAIN_CHECKPOINT_PATH="none")
+    words = dry_run(STAGE_1, words, TOKENIZER_PATH=str(folder))
+    assert value_after(words, "--init-from") == "none" and value_after(words, "--tokenizer-path") == str(folder)
+    result = start(STAGE_1, inputs.training(), TOKENIZER_PATH=str(folder))
+    assert result.returncode == 2 and f"environment TOKENIZER_PATH='{folder}' is only for" in result.stderr
+
+
+def fake_nvidia_smi(folder: Path, gpus: int) -> str:
+    """A PATH on which nvidia-smi -L lists so many GPUs: what the launcher asks on a machine that has them."""
+    folder.mkdir()
+    program = folder / "nvidia-smi"
+    lines = [f"GPU {index}: H200 (UUID: GPU-{index})" for index in range(gpus)] or ["No devices found."]
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_auto_takes_the_gpus_that_are_visible(inputs: Inputs, tmp_path: Path):
+    words = inputs.training(AC="sel")
+    machine = {"ACCELERATOR": "auto", "PATH": fake_nvidia_smi(tmp_path / "eight", 8)}
+    made = dry_run(STAGE_1, words, **machine)
+    assert value_after(made, "--nproc_per_node") == "8" and "CUDA_DEVICE_MAX_CONNECTIONS=1" in made
+    assert value_after(made, "--attention-backend") == "auto" and "CUDA_VISIBLE_DEVICES=" not in made
+    made = dry_run(STAGE_1, words, CUDA_VISIBLE_DEVICES="4,5,6,7", **machine)
+    assert value_after(made, "--nproc_per_node") == "4"
+    for hidden in ("", "-1"):
+        made = dry_run(STAGE_1, words, CUDA_VISIBLE_DEVICES=hidden, **machine)
+        assert "CUDA_VISIBLE_DEVICES=" in made and "--attention-backend" not in made
+    made = dry_run(STAGE_1, words, ACCELERATOR="auto", PATH=fake_nvidia_smi(tmp_path / "none", 0))
+    assert "TORCHDYNAMO_DISABLE=1" in made and value_after(made, "--nproc_per_node") == "4"
+    result = start(STAGE_1, words, NPROC_PER_NODE="16", **machine)
+    assert result.returncode == 2 and "NPROC_PER_NODE='16' is more than the 8 GPUs seen here" in result.stderr
+    result = start(STAGE_1, words, CUDA_VISIBLE_DEVICES="4,5", **machine)
+    assert result.returncode == 2 and "TP='4' x PP=1 x CP=1 = 4 must divide the 2 processes" in result.stderr
+
+
+def test_a_cluster_job_takes_its_layout_from_the_cluster(inputs: Inputs):
+    cluster = {
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+        "MASTER_ADDR": "node-0.svc",
+        "MASTER_PORT": "23456",
+        "KUBERNETES_CONTAINER_RESOURCE_GPU": "8",
+        "ACCELERATOR": "cuda",
+    }
+    words = dry_run(STAGE_1, inputs.training(ENV="dlc", AC="full"), **cluster)
+    first = words.index("--nproc_per_node")
+    expected = "--nproc_per_node 8 --nnodes 4 --node_rank 3 --master_addr node-0.svc --master_port 23456"
+    assert words[first : first + 10] == expected.split()
+    assert not any(word.startswith("GLOO_SOCKET_IFNAME") for word in words)
+    result = start(STAGE_1, inputs.training(ENV="dlc", BATCH_SIZE="64"), **cluster)
+    assert result.returncode == 2 and "must be divisible by 512: BATCH_SIZE=64 x data-parallel size 8" in result.stderr
+
+
+def test_jobs_on_one_machine_meet_at_different_ports(inputs: Inputs):
+    ports = {value_after(dry_run(STAGE_1, inputs.training(AC="sel")), "--master_port") for _ in range(4)}
+    assert len(ports) >= 3 and all(10000 <= int(port) < 30000 for port in ports)

@@ -1,0 +1,99 @@
+"""Megatron's own parser and checks accept what the launchers write, and read from it what was meant."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.launchers.launching import ROOT, STAGE_1, STAGE_2, Inputs, start
+
+PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
+ACTIVATIONS = ("sel", "full", "offload", "false", "true")
+BOTH = ("true", "false")
+OFFLOADS = ("false", "static", "auto")
+
+
+def megatron_reads(commands: list[list[str]], world_size: int) -> list[dict]:
+    """What Megatron's parser makes of each command, all in one process."""
+    cases = []
+    for words in commands:
+        first = next(index for index, word in enumerate(words) if word.endswith("pretrain_llava.py"))
+        cases.append({"world_size": world_size, "words": words[first + 1 :]})
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests/launchers/megatron_parser.py")],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return json.loads(result.stdout)
+
+
+def commands_of(script, all_words: list[list[str]]) -> list[list[str]]:
+    def command(words: list[str]) -> list[str]:
+        result = start(script, words, DRY_RUN="1", ACCELERATOR="cuda", NPROC_PER_NODE="8")
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(command, all_words))
+
+
+def test_every_precision_and_memory_saving_together(inputs: Inputs):
+    cases = [
+        dict(PR=precision, AC=activations, DO=shared, FL=flash, OPTIMIZER_OFFLOAD=offload)
+        for precision, activations, shared, flash, offload in itertools.product(
+            PRECISIONS, ACTIVATIONS, BOTH, BOTH, OFFLOADS
+        )
+        if shared == "true" or offload == "false"  # the others are refused
+    ]
+    assert len(cases) == 160
+    found = megatron_reads(commands_of(STAGE_1, [inputs.training(**case) for case in cases]), 8)
+    recompute = {"sel": ("selective", None, None), "true": ("selective", None, None), "full": ("full", "uniform", 1)}
+    for case, args in zip(cases, found, strict=True):
+        assert "error" not in args, (case, args)
+        assert (args["fp16"], args["bf16"]) == (case["PR"] == "fp16", case["PR"] in ("bf16", "fp8"))
+        assert args["fp8"] == ("hybrid" if case["PR"] == "fp8" else None)
+        granularity = (args["recompute_granularity"], args["recompute_method"], args["recompute_num_layers"])
+        assert granularity == recompute.get(case["AC"], (None, None, None))
+        assert args["fine_grained_activation_offloading"] == (case["AC"] == "offload")
+        shared = (args["use_distributed_optimizer"], args["dist_ckpt_optim_fully_reshardable"])
+        assert shared == ((True, True) if case["DO"] == "true" else (False, False))
+        cudnn_only = case["FL"] == "false" and case["PR"] != "fp32"
+        assert args["attention_backend"] == ("fused" if cudnn_only else "auto")
+        assert args["optimizer_offload_policy"] == case["OPTIMIZER_OFFLOAD"]
+
+
+def test_every_layout_and_number_arrives(inputs: Inputs):
+    layouts = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (8, 1, 1), (4, 2, 1)]
+    # Both stages, in one process of Megatron's.
+    lists = [
+        inputs.training(TP=str(tp), PP=str(pp), CP=str(cp), BATCH_SIZE="2", LR="2e-3", MIN_LR="0", AC="false")
+        for tp, pp, cp in layouts
+    ]
+    found = megatron_reads(commands_of(STAGE_1, lists) + commands_of(STAGE_2, lists), 8)
+    cases = [(True, *layout) for layout in layouts] + [(False, *layout) for layout in layouts]
+    for (frozen_llm, tp, pp, cp), args in zip(cases, found, strict=True):
+        assert "error" not in args, args
+        sizes = [args[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context", "data")]
+        assert sizes == [tp, pp, cp, 8 // (tp * pp * cp)]
+        assert args["sequence_parallel"] == (tp > 1)
+        assert (args["micro_batch_size"], args["global_batch_size"], args["seq_length"]) == (2, 256, 1024)
+        assert (args["lr"], args["min_lr"], args["lr_decay_style"]) == (2e-3, 0.0, "cosine")
+        assert (args["lr_warmup_iters"], args["train_iters"], args["lr_decay_iters"]) == (200, 20000, 20000)
+        assert (args["adam_beta1"], args["adam_beta2"], args["weight_decay"], args["clip_grad"]) == (
+            0.9,
+            0.95,
+            0.0,
+            1.0,
+        )
+        assert (args["attention_dropout"], args["hidden_dropout"]) == (0.0, 0.0)
+        assert args["calculate_per_token_loss"] and args["exit_signal_handler"]
+        assert (args["save"], args["load"]) == (f"{inputs.output}/checkpoint",) * 2
+        assert (args["save_interval"], args["ckpt_format"]) == (100000, "torch_dist")
+        assert (args["image_tokens"], args["model_size"]) == (576, "7B")
+        frozen = (args["freeze_language_model"], args["freeze_vision_tower"], args["freeze_projector"])
+        assert frozen == (frozen_llm, True, False)

@@ -1,0 +1,87 @@
+"""The real start: torchrun's exit status, signals, logs and several nodes, a small program in the entry's place."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.launching import ROOT, Inputs
+
+ENTRY = """
+import os, signal, sys, time
+def end(number, _):
+    print("saved by rank", os.environ["RANK"])
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "device", repr(os.environ["CUDA_VISIBLE_DEVICES"]))
+print("warning of rank", os.environ["RANK"], file=sys.stderr)
+time.sleep(float(os.environ["SECONDS_TO_RUN"]))
+sys.exit(int(os.environ["EXIT_CODE"]))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The launchers beside another pretrain_llava.py."""
+    repository = tmp_path / "a copy"
+    (repository / "examples/llava_mcore").mkdir(parents=True)
+    for name in ("launcher.sh", "llava_mcore/run_mcore_llava.sh"):
+        shutil.copy(ROOT / "examples" / name, repository / "examples" / name)
+    (repository / "examples/llava_mcore/pretrain_llava.py").write_text(ENTRY)
+    return repository
+
+
+def launch(copy: Path, words: list[str], seconds: float, code: int, **environment: str) -> subprocess.Popen:
+    clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable}
+    clean |= {"ACCELERATOR": "cpu", "SECONDS_TO_RUN": str(seconds), "EXIT_CODE": str(code)}
+    command = ["sh", str(copy / "examples/llava_mcore/run_mcore_llava.sh"), *words]
+    return subprocess.Popen(
+        command, env=clean | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=copy
+    )
+
+
+def logs(output: Path) -> dict[str, str]:
+    """Text of every log file by `RANK/STREAM.log`."""
+    return {"/".join(path.parts[-2:]): path.read_text() for path in output.glob("log/*/*/attempt_0/*/*.log")}
+
+
+def test_output_reaches_console_and_files(copy: Path, inputs: Inputs):
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert sorted(out.splitlines()) == ["rank 0 of 2 device ''", "rank 1 of 2 device ''"]  # without a prefix
+    assert sorted(err.splitlines()) == ["warning of rank 0", "warning of rank 1"]
+    found = logs(inputs.output)
+    assert found["1/stdout.log"] == "rank 1 of 2 device ''\n" and found["0/stderr.log"] == "warning of rank 0\n"
+
+
+def test_a_failure_is_the_exit_status(copy: Path, inputs: Inputs):
+    process = launch(copy, inputs.training(TP="1", AC="sel"), 0, 3)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "exitcode  : 3" in err
+
+
+def test_sigterm_reaches_every_process(copy: Path, inputs: Inputs):
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 60, 0)
+    deadline = time.monotonic() + 40
+    while sum("rank" in text for text in logs(inputs.output).values()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "saved by rank 0\n" in out and "saved by rank 1\n" in out
+
+
+def test_two_nodes_of_a_cluster_job_meet(copy: Path, inputs: Inputs):
+    cluster = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "KUBERNETES_CONTAINER_RESOURCE_GPU": "1"}
+    cluster["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
+    words = inputs.training(ENV="dlc", TP="2", AC="sel")
+    nodes = [launch(copy, words, 0, 0, RANK=rank, **cluster) for rank in ("0", "1")]
+    answers = [node.communicate(timeout=60) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], answers
+    assert [out for out, _ in answers] == ["rank 0 of 2 device ''\n", "rank 1 of 2 device ''\n"]
