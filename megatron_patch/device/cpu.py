@@ -7,6 +7,7 @@ times with CUDA streams and compares tensor types by name.  Each stand-in below 
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -56,6 +57,8 @@ def install() -> None:
         return
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Its table of torch's functions is built by identity at import, and Megatron imports it anyway: before the stand-ins.
+    importlib.import_module("torch._dynamo")
     _replace_cuda_module()
     _replace_factories()
     _replace_tensor_methods()
