@@ -1,8 +1,8 @@
 """Picture bytes -> uint8 pixels, equal to HF's CLIPImageProcessor (PIL backend) before it rescales and normalises.
 
-Orientation follows the EXIF tag, as transformers' load_image does (LLaVA's original code ignored it).  Transparency is
-dropped, not blended, as `Image.convert("RGB")` does in both.  Pictures of 16 or 32 bits per pixel are scaled to 8 bits,
-where convert() would clip them to white.
+Transparency is blended over white, as that processor does (LLaVA's original code shows what lies hidden below).
+Orientation follows the EXIF tag, as transformers' load_image does (the original code and the bare processor ignore it).
+Pictures of 16 or 32 bits per pixel are scaled to 8 bits, where both would clip them to white.
 """
 
 import contextlib
@@ -43,6 +43,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         # 16-bit files may arrive as 32-bit integers; what fits into 8 bits is taken as it is.
         scale = 1.0 if highest <= 255 else 255.0 / 65535.0 if highest <= 65535 else 255.0 / highest
         picture = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 

@@ -329,7 +329,7 @@ def _write(
                         raise _too_many(source, ledger, total) from error
                     continue
                 split = chooser.next()
-                writers[split].write(prepared.parts)
+                writers[split].write(sum(ledger.written.values()), prepared.parts)
                 ledger.written[split] += 1
                 ledger.text_only += len(prepared.parts) == 1
                 ledger.repeated_ids += prepared.id_hash in ids

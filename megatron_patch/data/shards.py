@@ -27,9 +27,7 @@ def tar_header(name: str, size: int) -> bytes:
     before = struct.pack(
         "100s8s8s8s12s12s", encoded, b"0000644\0", b"0000000\0", b"0000000\0", b"%011o\0" % size, b"0" * 11
     )
-    after = struct.pack(
-        "1s100s6s2s32s32s8s8s155s12x", b"0", b"", b"ustar\0", b"00", b"", b"", b"0000000\0", b"0000000\0", b""
-    )
+    after = struct.pack("1s100s6s2s32s32s8s8s155s12x", b"0", b"", b"ustar\0", b"00", b"", b"", b"", b"", b"")
     checksum = sum(before) + sum(after) + 8 * ord(" ")
     return before + b"%06o\0 " % checksum + after
 
@@ -51,21 +49,19 @@ class ShardWriter:
         """Samples written so far."""
         return self._samples
 
-    def write(self, parts: Mapping[str, bytes]) -> str:
-        """Append one sample, {part name: bytes}; returns `<shard>/<key>`."""
+    def write(self, number: int, parts: Mapping[str, bytes]) -> None:
+        """Append a sample, {part name: bytes}; its number must differ from those of all other samples of the folder."""
         if self._file is None:
             self._file = (self._folder / self._shard_name()).open("wb")
-        key = f"{self._samples:08d}"
+        key = f"{number:08d}"
         self._offsets.append(self._file.tell())
         for part, data in parts.items():
             self._file.write(tar_header(f"{key}.{part}", len(data)))
             self._file.write(data)
             self._file.write(bytes(-len(data) % BLOCK_BYTES))
         self._samples += 1
-        name = f"{self._shard_name()}/{key}"
         if len(self._offsets) == self._samples_per_shard:
             self.close()
-        return name
 
     def close(self) -> None:
         """End the open shard and write its index: the offset of each sample's first header, then the end."""
