@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from megatron_patch.data.conversation import TEMPLATES, ConversationEncoder, Exchange
 from megatron_patch.errors import UserError
@@ -204,6 +205,8 @@ def main() -> None:
         "--template", default="v1", choices=sorted(TEMPLATES), help="the one the model was trained with"
     )
     words = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         scores = answer_all(words.model, words.questions, words.out, words.template)
     except UserError as error:

@@ -108,7 +108,7 @@ def write_set(
             ground=str(generator.choice(list(GROUNDS))),
         )
         name = f"{number:06d}.png"
-        draw(digits.images[original], picture, generator, augment).save(images / name)
+        draw(digits.images[original], picture, generator, augment).save(images / name, compress_level=1)
         # The id names the original, so that anyone can see that training and held-out pictures share none.
         record_id = f"digit{original:04d}-{number:06d}"
         records.append({"id": record_id, "image": name, "conversations": make_turns(picture, generator)})

@@ -1,0 +1,252 @@
+"""The quickstart's own parts: data that is honest, models that any transformers user can load, a count that counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
+
+from examples.llava_mcore.quickstart import answer, make_digits, make_models
+from megatron_patch.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "digits"
+    make_digits.make_digits(folder, copies=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(digits):
+    return {name: json.loads((digits / name / "digits.json").read_text()) for name in ("stage1", "stage2", "heldout")}
+
+
+@pytest.fixture(scope="module")
+def models(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "models"
+    make_models.make_models(folder, [digits / "stage1/digits.json", digits / "stage2/digits.json"])
+    return folder
+
+
+def originals(records: list[dict]) -> set[str]:
+    return {record["id"].split("-")[0] for record in records}
+
+
+def test_training_and_held_out_pictures_share_no_original_digit(records):
+    held_out = originals(records["heldout"])
+    assert len(held_out) == len(records["heldout"]) == 359
+    for stage in ("stage1", "stage2"):
+        assert len(originals(records[stage])) == 1438
+        assert not originals(records[stage]) & held_out
+
+
+def test_records_are_in_llavas_format_and_every_picture_is_there(digits, records):
+    for name, turns in (("stage1", 2), ("stage2", 8), ("heldout", 10)):
+        for record in records[name]:
+            roles = [turn["from"] for turn in record["conversations"]]
+            assert roles == ["human", "gpt"] * (turns // 2)
+            marks = [turn["value"].count("<image>") for turn in record["conversations"]]
+            assert marks == [1] + [0] * (turns - 1)
+        with Image.open(digits / name / "images" / records[name][0]["image"]) as picture:
+            assert (picture.size, picture.mode) == ((28, 28), "RGB")
+        assert len(list((digits / name / "images").iterdir())) == len({record["image"] for record in records[name]})
+
+
+def test_answers_are_true(digits, records):
+    """The digit against scikit-learn's label, the colours against the picture's own pixels."""
+    labels = make_digits.load_digits().target
+    for record in records["heldout"][:100]:
+        turns = record["conversations"]
+        told = {q["value"].replace("<image>\n", ""): a["value"] for q, a in zip(turns[::2], turns[1::2], strict=True)}
+        digit = int(labels[int(record["id"].removeprefix("digit").split("-")[0])])
+        assert told["Which digit is this?"] == str(digit)
+        assert told["Is it even or odd?"] == ("odd" if digit in (1, 3, 5, 7, 9) else "even")
+        assert told["Is it greater than four?"] == ("yes" if digit in (5, 6, 7, 8, 9) else "no")
+        pixels = np.asarray(Image.open(digits / "heldout/images" / record["image"])).reshape(-1, 3).astype(float)
+        corner = pixels[0]
+        nearest = min(make_digits.GROUNDS, key=lambda name: np.abs(corner - make_digits.GROUNDS[name]).max())
+        assert told["What colour is the background?"] == nearest
+        farthest = pixels[np.linalg.norm(pixels - corner, axis=1).argmax()]
+        nearest = min(make_digits.INKS, key=lambda name: np.linalg.norm(farthest - make_digits.INKS[name]))
+        assert told["What colour is the ink?"] == nearest
+
+
+def test_colours_stay_apart_under_jitter():
+    inks, grounds = (np.array(list(palette.values())) for palette in (make_digits.INKS, make_digits.GROUNDS))
+    for first, second in ((inks, inks), (grounds, grounds), (inks, grounds)):
+        distances = np.abs(first[:, None] - second[None]).max(-1)
+        assert distances[distances > 0].min() > 4 * make_digits.COLOUR_JITTER
+
+
+def test_digits_are_not_overwritten(digits):
+    with pytest.raises(UserError, match="exists already"):
+        make_digits.make_digits(digits)
+
+
+def test_models_are_ordinary_hugging_face_folders(models):
+    tokenizer = AutoTokenizer.from_pretrained(models / "llm")
+    llm, loading = LlamaForCausalLM.from_pretrained(models / "llm", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert llm.config.vocab_size == len(tokenizer)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+    assert "<image>" not in tokenizer.get_vocab()
+
+    tower, loading = CLIPVisionModel.from_pretrained(models / "clip", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    pixels = CLIPImageProcessor.from_pretrained(models / "clip")(Image.new("RGB", (28, 28)), return_tensors="pt")
+    features = tower(pixels.pixel_values, output_hidden_states=True).hidden_states[-2]
+    assert features.shape == (1, 1 + 16, make_models.HIDDEN)
+
+
+def test_tokenizer_is_lossless_and_words_are_single_tokens(models):
+    tokenizer = AutoTokenizer.from_pretrained(models / "llm")
+    for text in ("a red 7 on black\n", "\nIs it even or odd? ASSISTANT: odd</s>", "Grüße, 數字 \t 3"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert len(tokenizer(" purple", add_special_tokens=False).input_ids) == 1
+    assert len(tokenizer(make_models.V1_WORDS, add_special_tokens=False).input_ids) < 36
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+
+
+def test_initial_weights_pass_signals_on(models):
+    """Output of an untrained layer stack must depend on its input: std 1/sqrt(fan_in), not 0.02."""
+    llm = LlamaForCausalLM.from_pretrained(models / "llm")
+    weight = llm.model.layers[0].mlp.down_proj.weight
+    assert abs(weight.std().item() * weight.shape[1] ** 0.5 - 1) < 0.05
+    patch = CLIPVisionModel.from_pretrained(models / "clip").state_dict()
+    (name,) = [name for name in patch if name.endswith("patch_embedding.weight")]
+    assert abs(patch[name].std().item() * (3 * 7 * 7) ** 0.5 - 1) < 0.05
+
+
+def test_score_counts_exact_answers_and_knows_chance():
+    questions = [answer.Question(f"{n}.png", "Which digit is this?", truth) for n, truth in enumerate("7738")]
+    questions.append(answer.Question("0.png", "Is it even or odd?", "odd"))
+    rows = answer.score(questions, ["7", "7", "3.", "8", "odd"], ["7", "1", "3", "1", "even"])
+    assert [(row.text, row.count, row.exact, row.swapped, row.chance) for row in rows] == [
+        ("Which digit is this?", 4, 0.75, 0.5, 0.5),
+        ("Is it even or odd?", 1, 1.0, 0.0, 1.0),
+    ]
+    assert answer.total(rows).exact == pytest.approx(4 / 5)
+    assert answer.total(rows).count == 5
+    assert "75.0%" in answer.table(rows)
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_swapping_leaves_no_picture_in_its_place(count):
+    images = [f"{n}.png" for n in range(count)]
+    swapped = answer.swap_pictures(images + images)
+    assert sorted(swapped) == sorted(swapped.values()) == sorted(images)
+    assert not [name for name, other in swapped.items() if name == other]
+
+
+def test_swapping_one_picture_is_refused():
+    with pytest.raises(UserError, match="at least two"):
+        answer.swap_pictures(["a.png", "a.png"])
+
+
+@pytest.fixture(scope="module")
+def untrained_llava(models, tmp_path_factory):
+    """The two models joined by transformers itself, without our converter."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("quickstart") / "llava"
+    tokenizer = AutoTokenizer.from_pretrained(models / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    llm = LlamaForCausalLM.from_pretrained(models / "llm")
+    llm.resize_token_embeddings(image_id + 1)
+    tower = CLIPVisionModel.from_pretrained(models / "clip")
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=image_id,
+        vision_feature_layer=-2,
+        image_seq_length=16,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor.from_pretrained(models / "clip")
+    LlavaProcessor(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_an_untrained_model_scores_at_most_chance(untrained_llava, digits, tmp_path):
+    """The whole way of the answers with a real model: prompts equal to the training's, files, figures, exit code."""
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "images").symlink_to(digits / "heldout/images")
+    (few / "digits.json").write_text(json.dumps(json.loads((digits / "heldout/digits.json").read_text())[:40]))
+    out = tmp_path / "answers"
+    command = ["-m", "examples.llava_mcore.quickstart.answer", str(untrained_llava), str(few)]
+    result = run_python(*command, "--out", str(out), "--at-least", "0.9")
+    assert result.returncode == 1, result.stderr
+    assert "wanted at least 90%" in result.stderr
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 * 40
+    exact = sum(line["answer"] == line["truth"] for line in lines) / len(lines)
+    assert exact < 0.4
+    assert f"{exact:.1%}" in result.stdout.splitlines()[-1]
+    with Image.open(out / "answers.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_missing_questions_are_refused(untrained_llava, tmp_path):
+    command = ["-m", "examples.llava_mcore.quickstart.answer", str(untrained_llava), str(tmp_path / "none")]
+    result = run_python(*command, "--out", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("make it with examples/llava_mcore/quickstart/make_digits.py")
+    assert not (tmp_path / "out").exists()
+
+
+def test_loss_curves_are_read_from_event_files(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    from examples.llava_mcore.quickstart import plot_loss
+
+    # A killed and a resumed run: the second writes iterations 3 and 4, the third was there before.
+    for number, losses in enumerate(({1: 3.0, 2: 2.0, 3: 9.0}, {3: 1.5, 4: 1.0})):
+        with SummaryWriter(tmp_path / "tensorboard", filename_suffix=str(number)) as writer:
+            for iteration, loss in losses.items():
+                writer.add_scalar("lm loss", loss, iteration)
+        for file in (tmp_path / "tensorboard").iterdir():
+            os.utime(file, (number, number)) if file.name.endswith(str(number)) else None
+    assert plot_loss.read_losses(tmp_path / "tensorboard") == ([1, 2, 3, 4], [3.0, 2.0, 1.5, 1.0])
+    plot_loss.plot(tmp_path / "loss.png", [("stage 1", tmp_path / "tensorboard")])
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (600, 400)
+    with pytest.raises(UserError, match="no 'lm loss'"):
+        plot_loss.read_losses(tmp_path / "nothing")
+
+
+def test_quickstart_leaves_a_foreign_folder_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    result = run_quickstart("--fresh", str(tmp_path))
+    assert result.returncode == 2
+    assert "is not a quickstart's folder" in result.stderr
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_quickstart_help_and_wrong_words():
+    assert "--fresh" in run_quickstart("--help").stdout
+    assert run_quickstart("--quick").returncode == 2
+    assert run_quickstart("a", "b").returncode == 2
+
+
+def run_quickstart(*words: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "examples/llava_mcore/quickstart.sh"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def run_python(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
