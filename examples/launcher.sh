@@ -119,6 +119,13 @@ is_checkpoint() {
     [[ -f $1/llava/config.json ]] || explain_path "$1" llava/config.json
 }
 
+# converted_size CHECKPOINT: the MODEL_SIZE that its converter noted down; nothing when there is no note.
+converted_size() {
+    local note=$1/llava/provenance.json
+    [[ ! -f $note || ! $(<"$note") =~ \"model_size\"[[:space:]]*:[[:space:]]*\"([[:alnum:].]+)\" ]] ||
+        printf '%s' "${BASH_REMATCH[1]}"
+}
+
 # is_writable_place FOLDER: exists and is writable, or can be made.
 is_writable_place() {
     local place
@@ -359,7 +366,7 @@ torchrun_words() {
 # --- LLaVA training --------------------------------------------------------------------------------------------------
 
 TRAINING_ARGUMENTS="ENV|one of dsw dlc|dsw: all processes on this machine; dlc: one node of a cluster job (variables below)
-MODEL_SIZE|one of $MODEL_SIZES|size of the language model; compared with the checkpoint, or the preset to start from
+MODEL_SIZE|one of $MODEL_SIZES|size of the language model; must be the one the checkpoint was converted with
 BATCH_SIZE|$COUNT|samples per data-parallel rank and forward pass (micro-batch)
 GLOBAL_BATCH_SIZE|$COUNT|samples per optimizer step; a multiple of BATCH_SIZE x data-parallel size
 LR|a number above 0|highest learning rate
@@ -451,7 +458,7 @@ check_extra_words() {
 
 # check_training: the rules that hold between rows; each looks only at rows that are right by themselves.
 check_training() {
-    local world model_parallel data_parallel batch
+    local world model_parallel data_parallel batch converted
     if right LR MIN_LR && ! at_most "${arg[MIN_LR]}" "${arg[LR]}"; then
         refuse MIN_LR "must be at most LR=${arg[LR]}"
     fi
@@ -467,6 +474,11 @@ check_training() {
         elif [[ ${arg[PRETRAIN_CHECKPOINT_PATH]} != none && -n ${arg[TOKENIZER_PATH]} ]]; then
             refuse TOKENIZER_PATH "is only for PRETRAIN_CHECKPOINT_PATH=none: a checkpoint brings its own tokenizer"
         fi
+    fi
+    if right MODEL_SIZE PRETRAIN_CHECKPOINT_PATH; then
+        converted=$(converted_size "${arg[PRETRAIN_CHECKPOINT_PATH]}")
+        [[ -z $converted || $converted == "${arg[MODEL_SIZE]}" ]] ||
+            refuse MODEL_SIZE "must be $converted: with that PRETRAIN_CHECKPOINT_PATH was converted"
     fi
     if right DO OPTIMIZER_OFFLOAD && [[ ${arg[OPTIMIZER_OFFLOAD]} != false && ${arg[DO]} != true ]]; then
         refuse OPTIMIZER_OFFLOAD "needs DO=true: only the distributed optimizer can keep its state in host memory"

@@ -5,6 +5,7 @@ parsed values that the tests look at, or {"error": text}.  A program of its own,
 environment variables and torch.cuda, which other tests must find untouched.
 """
 
+import ast
 import functools
 import inspect
 import json
@@ -63,7 +64,7 @@ def main() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0)
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     # Megatron builds its parser anew for each case, from the source text of its dataclasses: two thirds of the time.
-    inspect.getsource = functools.cache(inspect.getsource)
+    inspect.getsource, ast.parse = functools.cache(inspect.getsource), functools.cache(ast.parse)
     cases = json.load(sys.stdin)
     json.dump([check(case["world_size"], case["words"]) for case in cases], sys.stdout, default=str)
 

@@ -158,6 +158,14 @@ def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: I
     assert "it has no llava/config.json" in start(STAGE_1, inputs.training(), DRY_RUN="1").stderr
 
 
+def test_model_size_must_be_that_of_the_conversion(inputs: Inputs):
+    note = inputs.checkpoint / "llava/provenance.json"
+    note.write_text('{"arguments": {\n  "model_size": "13B", "precision": "bf16"}}')
+    result = start(STAGE_1, inputs.training(), DRY_RUN="1")
+    assert result.returncode == 2 and "argument 2 MODEL_SIZE='7B' must be 13B" in result.stderr
+    assert start(STAGE_1, inputs.training(MODEL_SIZE="13B"), DRY_RUN="1").returncode == 0
+
+
 def test_missing_arguments_are_listed_by_name(inputs: Inputs):
     before = tree(inputs.folder)
     result = start(STAGE_1, inputs.training(TP="x")[:-2], cwd=inputs.folder)

@@ -13,12 +13,14 @@ PP|$PARALLEL|pipeline-parallel size the checkpoint is meant for; any size can re
 mg2hf|one of true false|false: Hugging Face to Megatron; true: Megatron to Hugging Face
 PR|one of fp16 bf16 fp32|precision of the written weights
 HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it came from, compared before the export"
+OPTIONS="PROJECTOR|(mlp2x_gelu)|one of mlp2x_gelu linear|kind of the new projector; not with mg2hf=true
+$COMMON_OPTIONS"
 
 show_help() {
     printf 'usage: bash %q %s\n\n' "$0" "$(cut -d'|' -f1 <<<"$ARGUMENTS" | xargs)"
     printf 'Converts Hugging Face models to a Megatron checkpoint, and back. The 9th argument is needed when mg2hf=true.\n'
     show_rows "Arguments" "$ARGUMENTS" numbered
-    show_rows "Options, from the environment: name, default, value" "$COMMON_OPTIONS" options
+    show_rows "Options, from the environment: name, default, value" "$OPTIONS" options
 }
 
 # is_llava FOLDER: is it a whole Hugging Face LLaVA?
@@ -34,6 +36,7 @@ check_conversion() {
         if right SOURCE_LLM_CKPT_PATH && ! is_checkpoint "$source"; then
             refuse SOURCE_LLM_CKPT_PATH "must be a converted checkpoint with mg2hf=true ($detail)"
         fi
+        [[ -z ${arg[PROJECTOR]} ]] || refuse PROJECTOR "is for mg2hf=false: an export keeps the projector of the checkpoint"
     elif right SOURCE_LLM_CKPT_PATH && [[ ! -f $source/config.json ]]; then
         refuse SOURCE_LLM_CKPT_PATH "must be a Hugging Face model folder with mg2hf=false (it has no config.json)"
     elif right SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH && [[ ${arg[SOURCE_CLIP_CKPT_PATH]} == none ]]; then
@@ -48,7 +51,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 read_arguments "$ARGUMENTS" 9 "${@:1:9}"
 (($# < 10)) || complain "word 10 ${10@Q}" "is one too many: there are 9 arguments; quote values that hold spaces"
-read_options "$COMMON_OPTIONS"
+read_options "$OPTIONS"
 choose_python
 check_conversion
 (($# >= 9)) || [[ ${arg[mg2hf]} != true ]] ||
@@ -64,6 +67,7 @@ command=(
     --tensor-model-parallel-size "${arg[TP]}" --pipeline-model-parallel-size "${arg[PP]}"
     --precision "${arg[PR]}"
 )
+[[ -z ${arg[PROJECTOR]} ]] || command+=(--projector "${arg[PROJECTOR]}")
 if [[ ${arg[mg2hf]} == true ]]; then
     command+=(--mg2hf --hf-checkpoint "${arg[HF_CKPT_PATH]}")
 elif (($# >= 9)); then
