@@ -122,7 +122,10 @@ class CheckpointWriter:
 
 
 class _Inert:
-    """Stands for Megatron classes in old checkpoints' metadata that carry nothing we read."""
+    """Stands for classes that carry nothing we read: the plans of the ranks that wrote the checkpoint."""
+
+    def __init__(self, *values: object) -> None:
+        pass
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -146,6 +149,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Inert,
+        ("torch.distributed.checkpoint.planner", "SavePlan"): _Inert,
+        ("torch.distributed.checkpoint.planner", "WriteItem"): _Inert,
+        ("torch.distributed.checkpoint.planner", "WriteItemType"): _Inert,
+        ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Inert,
+        ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): _Inert,
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Inert,
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Inert,
         ("collections", "OrderedDict"): dict,

@@ -1,4 +1,4 @@
-"""Properties of the layouts: the split undoes the join, and tensor parallelism cuts joined tensors where Megatron does."""
+"""Properties of the layouts: the split undoes the join; tensor parallelism cuts joined tensors as Megatron does."""
 
 import pytest
 import torch

@@ -1,0 +1,93 @@
+"""The room itself: light imports, model sizes, geometry."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.conversion.geometry import TextGeometry, running_layers
+from megatron_patch.conversion.model_sizes import MODEL_SIZES, check_model_size, size_name
+from megatron_patch.conversion.table import LLM_FAMILIES
+from megatron_patch.errors import UserError
+from tests.tiny_models import FAMILIES, text_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_importing_the_room_loads_neither_megatron_nor_transformers():
+    command = [sys.executable, "-X", "importtime", "-c", "import megatron_patch.conversion"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "megatron_patch.conversion" in names
+    assert not {name for name in names if re.match(r"(megatron|transformers|tokenizers|tqdm)(\.|$)", name)}
+
+
+# layers, hidden, ffn, heads, groups, head width, vocabulary, tied, QKV bias -> parameters as published
+PUBLISHED = {
+    "SmolLM2-135M": ((30, 576, 1536, 9, 3, 64, 49152, True), False, 134_515_008, "0.1B"),
+    "Qwen2-0.5B": ((24, 896, 4864, 14, 2, 64, 151936, True), True, 494_032_768, "0.5B"),
+    "TinyLlama-1.1B": ((22, 2048, 5632, 32, 4, 64, 32000, False), False, 1_100_048_384, "1B"),
+    "Qwen2-1.5B": ((28, 1536, 8960, 12, 2, 128, 151936, True), True, 1_543_714_304, "1.5B"),
+    "Llama-2-7B": ((32, 4096, 11008, 32, 32, 128, 32000, False), False, 6_738_415_616, "7B"),
+    "Mistral-7B-v0.3": ((32, 4096, 14336, 32, 8, 128, 32768, False), False, 7_248_023_552, "7B"),
+    "Qwen2.5-7B": ((28, 3584, 18944, 28, 4, 128, 152064, False), True, 7_615_616_512, "7B"),
+    "Llama-3-8B": ((32, 4096, 14336, 32, 8, 128, 128256, False), False, 8_030_261_248, "8B"),
+    "Llama-2-13B": ((40, 5120, 13824, 40, 40, 128, 32000, False), False, 13_015_864_320, "13B"),
+    "Qwen2.5-14B": ((48, 5120, 13824, 40, 8, 128, 152064, False), True, 14_770_033_664, "14B"),
+    "Qwen2.5-32B": ((64, 5120, 27648, 40, 8, 128, 152064, False), True, 32_763_876_352, "32B"),
+    "Qwen2.5-72B": ((80, 8192, 29568, 64, 8, 128, 152064, False), True, 72_706_203_648, "72B"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    sizes, bias, parameters, expected = PUBLISHED[name]
+    assert TextGeometry("any", *sizes).parameters(bias) == parameters
+    assert size_name(parameters) == expected
+    check_model_size(expected, parameters)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameter_count_equals_transformers(family):
+    from transformers import AutoModelForCausalLM
+
+    config = text_config(family)
+    model = AutoModelForCausalLM.from_config(config)
+    geometry = TextGeometry(
+        family,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+        config.vocab_size,
+        config.tie_word_embeddings,
+    )
+    assert geometry.parameters(LLM_FAMILIES[family]) == sum(tensor.numel() for tensor in model.parameters())
+
+
+def test_model_sizes_touch():
+    ranges = list(MODEL_SIZES.values())
+    assert ranges[0][0] == 0
+    assert all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False))
+    assert {"0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B", "tiny", "0.1B", "1B", "8B", "13B"} == set(MODEL_SIZES)
+    with pytest.raises(UserError, match="larger than every known size"):
+        check_model_size("72B", 200_000_000_000)
+
+
+def test_running_layers():
+    assert [running_layers(24, layer) for layer in (-2, -1, 23, 0, -25)] == [23, 24, 23, 0, 0]
+    for wrong in ([-2], -26, 25, "x", None):
+        with pytest.raises(UserError, match="vision_feature_layer"):
+            running_layers(24, wrong)
+
+
+def test_help_names_every_size():
+    script = ROOT / "toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert all(json.dumps(size)[1:-1] in done.stdout for size in MODEL_SIZES)
