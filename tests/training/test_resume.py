@@ -1,0 +1,44 @@
+"""SIGKILL, then the same command: the losses of the run that was never killed, to the last printed digit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import write_dataset
+from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
+
+ITERATIONS = 40
+SAVE_INTERVAL = 5
+LAYOUTS = {
+    "one process": {},
+    "two loader workers": {"NUM_WORKERS": 2},
+    "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kill_and_resume(layout: str, workspace: Workspace, tmp_path: Path) -> None:
+    settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": SAVE_INTERVAL, **LAYOUTS[layout]}
+    whole = losses(run(workspace, tmp_path / "whole", **settings))
+    killed = run_and_kill(workspace, tmp_path / "killed", at_iteration=8, **settings)
+    assert all(killed[i] == whole[i] for i in killed)
+    again = losses(run(workspace, tmp_path / "killed", **settings))
+    assert max(killed) < ITERATIONS, "the run was over before it was killed"
+    assert min(again) > 1 and min(again) % SAVE_INTERVAL == 1, f"resumed at {min(again)}, after no checkpoint"
+    assert len(again) >= 10
+    different = {i: (again[i], whole[i]) for i in again if again[i] != whole[i]}
+    assert not different, f"resumed and uninterrupted losses differ: {different}"
+
+
+def test_another_dataset_is_refused_on_resume(workspace: Workspace, tmp_path: Path) -> None:
+    run(workspace, tmp_path / "out", TRAIN_ITERS=3, SAVE_INTERVAL=3)
+    write_dataset(tmp_path / "other", records=40)
+    converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
+    subprocess.run([sys.executable, str(converter), str(tmp_path / "other")], check=True, capture_output=True)
+    other = Workspace(workspace.checkpoint, tmp_path / "other" / "wds")
+    words = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 3}
+    printed = run(other, tmp_path / "out", expected_exit=1, **words)
+    assert "cannot be resumed" in printed
+    assert "number of records" in printed
