@@ -71,7 +71,12 @@ class CheckpointWriter:
 
     def _record(self, index: dcp.MetadataIndex, save: Callable[[], None]) -> None:
         begin = self._file.tell()
-        save()
+        try:
+            save()
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind its own failed check
+                raise error.__context__ from None
+            raise
         self._places[index] = _StorageInfo(DATA_FILE, begin, self._file.tell() - begin)
 
     def add_tensor(
