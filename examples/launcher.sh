@@ -119,11 +119,9 @@ is_checkpoint() {
     [[ -f $1/llava/config.json ]] || explain_path "$1" llava/config.json
 }
 
-# converted_size CHECKPOINT: the MODEL_SIZE that its converter noted down; nothing when there is no note.
-converted_size() {
-    local note=$1/llava/provenance.json
-    [[ ! -f $note || ! $(<"$note") =~ \"model_size\"[[:space:]]*:[[:space:]]*\"([[:alnum:].]+)\" ]] ||
-        printf '%s' "${BASH_REMATCH[1]}"
+# note FILE KEY: the number or word that a JSON file holds for KEY; nothing without the file or the key.
+note() {
+    [[ ! -f $1 || ! $(<"$1") =~ \"$2\"[[:space:]]*:[[:space:]]*\"?([[:alnum:].]+) ]] || printf '%s' "${BASH_REMATCH[1]}"
 }
 
 # is_writable_place FOLDER: exists and is writable, or can be made.
@@ -458,7 +456,7 @@ check_extra_words() {
 
 # check_training: the rules that hold between rows; each looks only at rows that are right by themselves.
 check_training() {
-    local world model_parallel data_parallel batch converted
+    local world model_parallel data_parallel batch
     if right LR MIN_LR && ! at_most "${arg[MIN_LR]}" "${arg[LR]}"; then
         refuse MIN_LR "must be at most LR=${arg[LR]}"
     fi
@@ -475,10 +473,8 @@ check_training() {
             refuse TOKENIZER_PATH "is only for PRETRAIN_CHECKPOINT_PATH=none: a checkpoint brings its own tokenizer"
         fi
     fi
-    if right MODEL_SIZE PRETRAIN_CHECKPOINT_PATH; then
-        converted=$(converted_size "${arg[PRETRAIN_CHECKPOINT_PATH]}")
-        [[ -z $converted || $converted == "${arg[MODEL_SIZE]}" ]] ||
-            refuse MODEL_SIZE "must be $converted: with that PRETRAIN_CHECKPOINT_PATH was converted"
+    if right PRETRAIN_CHECKPOINT_PATH TOKENIZER_PATH; then
+        check_against "${arg[TOKENIZER_PATH]:-${arg[PRETRAIN_CHECKPOINT_PATH]}/llava}"
     fi
     if right DO OPTIMIZER_OFFLOAD && [[ ${arg[OPTIMIZER_OFFLOAD]} != false && ${arg[DO]} != true ]]; then
         refuse OPTIMIZER_OFFLOAD "needs DO=true: only the distributed optimizer can keep its state in host memory"
@@ -517,6 +513,19 @@ check_training() {
     fi
 }
 
+# check_against FOLDER: the arguments that repeat what the llava/ folder of the checkpoint knows.
+check_against() {
+    local size tokens
+    size=$(note "$1/provenance.json" model_size)
+    if right MODEL_SIZE && [[ -n $size && $size != "${arg[MODEL_SIZE]}" ]]; then
+        refuse MODEL_SIZE "must be $size: with that PRETRAIN_CHECKPOINT_PATH was converted"
+    fi
+    tokens=$(note "$1/config.json" image_seq_length)
+    if right SEQ_LEN && [[ -n $tokens && $tokens != "${arg[SEQ_LEN]}" ]]; then
+        refuse SEQ_LEN "must be $tokens: so many tokens the checkpoint's vision tower makes of a picture"
+    fi
+}
+
 # training_words: the words for Megatron's parser and our own flags. Geometry, tokenizer and device words are not among
 # them: pretrain_llava.py takes those from the checkpoint and the machine.
 training_words() {
@@ -536,6 +545,7 @@ training_words() {
         --calculate-per-token-loss
         --save "$output/checkpoint" --load "$output/checkpoint" --save-interval "${arg[SAVE_INTERVAL]}"
         --ckpt-format torch_dist
+        --override-opt-param-scheduler # resumed with another LR or TRAIN_ITERS: what is typed now holds
         --exit-signal-handler # SIGTERM: finish the iteration, save, end
         --tensorboard-dir "$output/tensorboard" --log-interval "${arg[LOG_INTERVAL]}"
         --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard

@@ -158,12 +158,14 @@ def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: I
     assert "it has no llava/config.json" in start(STAGE_1, inputs.training(), DRY_RUN="1").stderr
 
 
-def test_model_size_must_be_that_of_the_conversion(inputs: Inputs):
-    note = inputs.checkpoint / "llava/provenance.json"
-    note.write_text('{"arguments": {\n  "model_size": "13B", "precision": "bf16"}}')
+def test_arguments_that_repeat_the_checkpoint_must_agree(inputs: Inputs):
+    llava = inputs.checkpoint / "llava"
+    (llava / "provenance.json").write_text('{"arguments": {\n  "model_size": "13B", "precision": "bf16"}}')
+    (llava / "config.json").write_text('{"image_seq_length" : 256, "model_type": "llava"}')
     result = start(STAGE_1, inputs.training(), DRY_RUN="1")
     assert result.returncode == 2 and "argument 2 MODEL_SIZE='7B' must be 13B" in result.stderr
-    assert start(STAGE_1, inputs.training(MODEL_SIZE="13B"), DRY_RUN="1").returncode == 0
+    assert "argument 7 SEQ_LEN='576' must be 256: " in result.stderr
+    assert start(STAGE_1, inputs.training(MODEL_SIZE="13B", SEQ_LEN="256"), DRY_RUN="1").returncode == 0
 
 
 def test_missing_arguments_are_listed_by_name(inputs: Inputs):
