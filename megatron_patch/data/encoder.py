@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_patch.data.image import open_picture, picture_to_pixels
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import Record, cook
 from megatron_patch.data.settings import DataSettings
+from megatron_patch.errors import UserError
 
 IGNORED = -100  # label of a position without loss, as in torch.nn.functional.cross_entropy
 
@@ -33,6 +35,11 @@ class RecordEncoder:
     def __init__(self, settings: DataSettings, with_pixels: bool) -> None:
         from transformers import AutoTokenizer
 
+        # Checked here: a name that is no folder would be looked up on the hub.
+        if not Path(settings.tokenizer_path).is_dir():
+            raise UserError(
+                f"{settings.tokenizer_path}: no such folder; wanted the one with the tokenizer (llava/ of a checkpoint)"
+            )
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_path)
         self.conversation = ConversationEncoder(
             tokenizer, settings.template, settings.image_token_id, settings.image_tokens

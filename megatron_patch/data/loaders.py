@@ -5,6 +5,9 @@ takes the positions (k * R + r) * B ... + B - 1 after the start, B being the mic
 what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's number k * R + r, and workers
 change nothing.
 A record that cannot be used leaves an empty row behind: counted, named, and nobody else's position moves.
+
+The folders are megatron-energon's; its own loader is not used, because its order depends on ranks times workers, its
+state is pickled, must be replayed and fits one layout only.  Here the state is one number that fits all.
 """
 
 import logging

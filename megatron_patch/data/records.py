@@ -129,7 +129,7 @@ def prepare_record(record: Any, number: int, image_roots: Sequence[Path]) -> Pre
     if not isinstance(record, dict):
         raise RecordError("malformed", f"a record is {type(record).__name__}, wanted an object")
     images = record.get("image")
-    names = [] if images is None else images if isinstance(images, list) else [images]
+    names = [] if images in (None, "") else images if isinstance(images, list) else [images]
     if not all(isinstance(name, str) and name for name in names):
         raise RecordError("malformed", "image is neither a file name nor a list of file names")
     read_exchanges(record.get("conversations"), len(names))
@@ -238,8 +238,8 @@ def convert(
     if total == 0:
         raise UserError(f"{source}: holds no records")
     beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    beside.mkdir(parents=True)
     try:
+        beside.mkdir(parents=True)
         ledger = _write(
             source, image_roots, beside, ratio, samples_per_shard, keep_going, threads or _threads(), progress, total
         )
@@ -253,6 +253,11 @@ def convert(
             shutil.rmtree(old)
         else:
             beside.rename(output)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(
+            f"{output}: cannot be written ({error}); give --output a place with room for the data"
+        ) from error
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

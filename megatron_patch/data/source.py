@@ -31,9 +31,16 @@ class EnergonFolder:
     def __init__(self, path: str, split: str) -> None:
         meta = Path(path) / ".nv-meta"
         if not meta.is_dir():
+            got = (
+                "no .nv-meta folder in it"
+                if Path(path).is_dir()
+                else "not a folder"
+                if Path(path).exists()
+                else "absent"
+            )
             raise UserError(
-                f"{path}: {'no .nv-meta folder in it' if Path(path).is_dir() else 'no such folder'}; wanted an energon "
-                "folder, as toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py writes it"
+                f"{path}: {got}; wanted an energon folder, as "
+                "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py writes it"
             )
         self.path = path
         self.split = split

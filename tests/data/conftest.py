@@ -14,6 +14,7 @@ def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     return {
         "metaspace": save_tokenizer(root / "metaspace", "metaspace"),
         "bytelevel": save_tokenizer(root / "bytelevel", "bytelevel"),
+        "trimmed": save_tokenizer(root / "trimmed", "trimmed"),
         "nobos": save_tokenizer(root / "nobos", "bytelevel", bos=False),
     }
 

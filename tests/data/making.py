@@ -17,8 +17,8 @@ WORDS = (
 
 
 def save_tokenizer(folder: Path, kind: str, bos: bool = True) -> str:
-    """A real AutoTokenizer folder; kind: sentencepiece-like `metaspace` or `bytelevel`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    """A real AutoTokenizer folder; kind: sentencepiece-like `metaspace`, `bytelevel` or `trimmed`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "metaspace", unk_token=None, fuse_unk=False))
@@ -32,6 +32,8 @@ def save_tokenizer(folder: Path, kind: str, bos: bool = True) -> str:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        if kind == "trimmed":  # as Llama 3's: offsets leave out the spaces of a token
+            tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
         trainer = trainers.BpeTrainer(
             vocab_size=400,
             special_tokens=SPECIAL_TOKENS,

@@ -84,15 +84,15 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["bytelevel", "nobos"])
+@pytest.mark.parametrize("kind", ["bytelevel", "trimmed", "nobos"])
 @pytest.mark.parametrize(("template", "exchanges", "text", "runs"), GOLDEN)
 def test_text_and_trained_spans(tokenizer_folders, kind, template, exchanges, text, runs) -> None:
     encoder = make_encoder(tokenizer_folders[kind], template)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folders[kind])
     encoded = encoder.encode(exchanges)
-    assert tokenizer.decode(encoded.ids) == ("<s>" if kind == "bytelevel" else "") + text
+    assert tokenizer.decode(encoded.ids) == ("" if kind == "nobos" else "<s>") + text
     assert trained_runs(encoded, tokenizer) == runs
-    assert encoded.ids.count(BOS) == (kind == "bytelevel")
+    assert encoded.ids.count(BOS) == (kind != "nobos")
     for start in encoded.image_starts:
         assert encoded.ids[start : start + IMAGE_TOKENS] == [IMAGE] * IMAGE_TOKENS
     assert len(encoded.image_starts) * IMAGE_TOKENS == encoded.ids.count(IMAGE)
@@ -184,7 +184,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(la
     template=st.sampled_from(sorted(TEMPLATES)),
     turns=st.lists(st.tuples(texts, texts.filter(lambda text: bool(text.strip()))), min_size=1, max_size=4),
     pictures=st.integers(0, 3),
-    kind=st.sampled_from(["bytelevel", "nobos"]),
+    kind=st.sampled_from(["bytelevel", "trimmed", "nobos"]),
 )
 def test_every_answer_is_trained_whole_and_nothing_else(tokenizer_folders, template, turns, pictures, kind) -> None:
     turns = turns[:1] if template == "plain" else turns

@@ -195,6 +195,7 @@ def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: 
         ({"image_token_id": 1}, "has id 3, the model wants 1"),
         ({"decoder_seq_len": 4}, "leaves no room for text"),
         ({"image_aspect_ratio": "stretch"}, "wanted crop or pad"),
+        ({"tokenizer_path": "absent/llava"}, "absent/llava: no such folder"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0, wanted at least 1"),
     ],
 )
@@ -204,7 +205,7 @@ def test_wrong_settings_are_refused(folder: str, settings: DataSettings, changes
 
 
 def test_wrong_folders_are_refused(folder: str, settings: DataSettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="absent: absent; wanted an energon folder"):
         build_train_loader(str(tmp_path / "absent"), settings, 0, 1)
     with pytest.raises(UserError, match=r"no \.nv-meta folder"):
         build_train_loader(str(tmp_path), settings, 0, 1)

@@ -1,10 +1,12 @@
 """Converters' core: every record is written or rejected with its reason; the folder is what energon itself makes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +311,31 @@ def test_wrong_words_end_with_code_2_before_anything_is_created(tmp_path, words:
     done = run(root, *words)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert sorted(root.rglob("*")) == before
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path) -> None:
+    root = make_records(tmp_path / "in", 40)
+    process = subprocess.Popen([sys.executable, CONVERTER, root], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(root.glob("wds.tmp-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (root / "wds").exists()
+    convert(root / "data.json", [root / "images"], root / "wds")
+    assert json.loads((root / "wds/ledger.json").read_text())["records_in"] == 40
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch) -> None:
+    from megatron_patch.data.shards import ShardWriter
+
+    def full(self, number, parts) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    root = make_records(tmp_path / "in", 12)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*give --output"):
+        convert(root / "data.json", [root / "images"], root / "wds")
+    assert not list(root.glob("wds*"))
 
 
 def test_more_than_one_percent_rejected_stops_unless_told_to_go_on(tmp_path) -> None:
