@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group `llava`; returns the parser, as Megatron's extra_args_provider wants."""
     group = parser.add_argument_group(title="llava")
     group.add_argument("--init-from", metavar="CHECKPOINT", required=True, help="converted checkpoint, or `none`")
-    group.add_argument("--tokenizer-path", metavar="DIR", help="with --init-from none: folder with LLaVA config and tokenizer")
+    group.add_argument("--tokenizer-path", metavar="DIR", help="with --init-from none: LLaVA config and tokenizer")
     group.add_argument("--model-size", help="nominal size of the language model, e.g. 7B; checked against its config")
     group.add_argument("--train-dataset-path", metavar="DIR", required=True, help="energon folder")
     group.add_argument("--valid-dataset-path", metavar="DIR", required=True, help="energon folder")

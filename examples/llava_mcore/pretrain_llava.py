@@ -5,11 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch import device  # noqa: E402  (the toolkit is run from its folder, not installed)
+from megatron_patch import device
 
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
+    device.end_with_parent()
     device.install()
     from megatron_patch.training.run import train_llava
 

@@ -2,13 +2,11 @@
 
 The listing is the architecture:
   layouts.py      how one Megatron tensor is made of hub tensors: a join, its exact inverse, the tensor-parallel axis
-  geometry.py     the numbers the table needs, read from a LLaVA config
   table.py        the one table of weights: a row is (Megatron key, layout, hub names)
   hub_weights.py  hub files: dialects of names, reading by pread, writing shards
   torch_dist.py   distributed checkpoints: writing and reading without a model or a process group
   hub_files.py    config, tokenizer and processor (the only file that needs transformers, imported when called)
   output.py       free disk, staged folder, progress
-  model_sizes.py  what a MODEL_SIZE stands for
   convert.py      the two directions
 
 Nothing here imports Megatron; importing the package imports torch and safetensors only.

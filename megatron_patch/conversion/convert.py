@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megatron_patch.conversion import hub_files
-from megatron_patch.conversion.geometry import LlavaGeometry, read_geometry
 from megatron_patch.conversion.hub_weights import (
     Stored,
     account,
@@ -27,14 +26,10 @@ from megatron_patch.conversion.hub_weights import (
     write_hub_weights,
     write_safetensors,
 )
-from megatron_patch.conversion.model_sizes import check_model_size
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
 from megatron_patch.conversion.table import (
-    LLM_FAMILIES,
-    PROJECTORS,
     HubTensor,
     Row,
-    check_known,
     extra_states,
     projector_rows,
     table_of_weights,
@@ -42,6 +37,8 @@ from megatron_patch.conversion.table import (
 )
 from megatron_patch.conversion.torch_dist import TRACKER, CheckpointReader, CheckpointWriter, Chunk, newest_iteration
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import LANGUAGE_MODELS, PROJECTOR_TYPES, LlavaGeometry, check_known, read_geometry
+from megatron_patch.model_sizes import check_model_size
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 UNTRAINED_TOWER = "untrained_tower.safetensors"
@@ -132,7 +129,7 @@ def _wanted(rows: list[Row], geometry: LlavaGeometry) -> list[HubTensor]:
         for row in rows
         for _, names in row.slots()
         for name, part in zip(names, row.parts, strict=True)
-    ] + untrained_tower(geometry.vision)
+    ] + untrained_tower(geometry.tower)
 
 
 def _drop_tied_head(source: dict[str, Stored], tied: bool, folder: Path) -> None:
@@ -223,7 +220,7 @@ class _Plan:
 
 def _plan_parts(llm: Path, clip: Path, precision: str, projector: str, seed: int) -> _Plan:
     """An LLM folder and a CLIP folder, with a new projector between them."""
-    for kind, folder, known in (("LLM", llm, LLM_FAMILIES), ("vision tower", clip, ("clip", "clip_vision_model"))):
+    for kind, folder, known in (("LLM", llm, LANGUAGE_MODELS), ("vision tower", clip, ("clip", "clip_vision_model"))):
         check_known(f"{kind} model_type", hub_files.model_type(folder), known)
     tokens = hub_files.prepare_tokenizer(llm)
     stored_rows = hub_files.full_config(llm)["vocab_size"]
@@ -240,7 +237,7 @@ def _plan_parts(llm: Path, clip: Path, precision: str, projector: str, seed: int
     ]
     from_clip = [tensor for tensor in wanted if tensor.name.startswith("vision_tower.")]
     llm_source = open_hub_weights(llm)
-    _drop_tied_head(llm_source, geometry.text.tied, llm)
+    _drop_tied_head(llm_source, geometry.language.tied_embeddings, llm)
     weights = account("LLM", llm_source, from_llm) | account("CLIP", open_hub_weights(clip), from_clip)
     weights |= _new_projector(geometry, seed)
 
@@ -250,7 +247,8 @@ def _plan_parts(llm: Path, clip: Path, precision: str, projector: str, seed: int
             if name in weights:
                 weights[name] = _grown(weights[name], vocabulary)
         notes.append(
-            f"embedding {'' if geometry.text.tied else 'and head '}grown from {stored_rows} to {vocabulary} rows "
+            f"embedding {'' if geometry.language.tied_embeddings else 'and head '}grown "
+            f"from {stored_rows} to {vocabulary} rows "
             "(new rows: the mean of the old ones)"
         )
     facts = {
@@ -269,19 +267,27 @@ def _plan_llava(source: Path, precision: str) -> _Plan:
     index = config["image_token_index"]
     if tokens.image_id != index:
         raise UserError(f"{source}: the tokenizer's <image> is {tokens.image_id}, config.json's image token is {index}")
-    if tokens.largest_id >= geometry.text.vocabulary:
+    if tokens.largest_id >= geometry.language.vocabulary:
         raise UserError(
             f"{source}: the tokenizer's largest id is {tokens.largest_id}, but the embedding has "
-            f"{geometry.text.vocabulary} rows; resize the embedding of the source first"
+            f"{geometry.language.vocabulary} rows; resize the embedding of the source first"
         )
     hub = open_hub_weights(source)
-    _drop_tied_head(hub, geometry.text.tied, source)
+    _drop_tied_head(hub, geometry.language.tied_embeddings, source)
     weights = account("LLaVA", hub, _wanted(rows, geometry))
     facts = {
-        "projector": {"type": geometry.projector, "origin": "source"},
-        "vocabulary": {"rows": geometry.text.vocabulary, "image_token_index": index},
+        "projector": {"type": geometry.projector_type, "origin": "source"},
+        "vocabulary": {"rows": geometry.language.vocabulary, "image_token_index": index},
     }
     return _Plan(config, geometry, rows, weights, tokens, {"llava": source}, list(tokens.notes), facts)
+
+
+def _limits(text: dict[str, Any]) -> list[str]:
+    """What the user should know about the LLM beyond its weights."""
+    window = text.get("sliding_window")
+    if window and text.get("use_sliding_window", True) and window < text.get("max_position_embeddings", math.inf):
+        return [f"the LLM attends to the last {window} tokens only: sequences up to that length are exact"]
+    return []
 
 
 def convert_to_megatron(
@@ -316,7 +322,7 @@ def convert_to_megatron(
     llm, target = Path(source_llm), Path(target)
     clip = None if source_clip is None else Path(source_clip)
     dtype = _dtype(precision)
-    check_known("projector", projector, PROJECTORS)
+    check_known("projector", projector, PROJECTOR_TYPES)
     check_target(target)
     whole = hub_files.model_type(llm) == "llava"
     if not whole and clip is None:
@@ -325,10 +331,12 @@ def convert_to_megatron(
         raise UserError(f"{llm} is a whole LLaVA with its own tower; pass none instead of {clip}")
     plan = _plan_llava(llm, precision) if whole else _plan_parts(llm, clip, precision, projector, seed)
     geometry = plan.geometry
-    check_model_size(model_size, geometry.text.parameters(LLM_FAMILIES[geometry.text.family]))
+    check_model_size(model_size, geometry.language.parameters)
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
 
-    carried = untrained_tower(geometry.vision)
+    plan.notes.extend(_limits(plan.config["text_config"]))
+
+    carried = untrained_tower(geometry.tower)
     nbytes = sum(math.prod(tensor.shape) for tensor in _wanted(plan.rows, geometry)) * dtype.itemsize
     check_disk(target, nbytes)
     notes = list(plan.notes)
@@ -479,19 +487,19 @@ def convert_to_huggingface(
     iteration = newest_iteration(checkpoint)
     config = hub_files.read_json(hub / "config.json")
     geometry = read_geometry(config)
-    if geometry.projector != "mlp2x_gelu":
+    if geometry.projector_type != "mlp2x_gelu":
         raise UserError(
-            f"{checkpoint} has the projector {geometry.projector!r}; the hub's LLaVA layout knows mlp2x_gelu only"
+            f"{checkpoint} has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu only"
         )
     rows = table_of_weights(geometry)
-    check_model_size(model_size, geometry.text.parameters(LLM_FAMILIES[geometry.text.family]))
+    check_model_size(model_size, geometry.language.parameters)
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
     if hf_checkpoint is not None:
         _check_same_llm(config, checkpoint, Path(hf_checkpoint))
     tower_file = hub / UNTRAINED_TOWER
     if not tower_file.is_file():
         raise UserError(f"{tower_file} is not there; without it the tower's last layers are unknown")
-    carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.vision))
+    carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.tower))
 
     with CheckpointReader(iteration) as reader:
         _check_keys(reader, rows, iteration)
@@ -505,7 +513,7 @@ def convert_to_huggingface(
             for path in sorted(hub.iterdir()):
                 if path.name not in (UNTRAINED_TOWER, PROVENANCE, "config.json") and path.is_file():
                     shutil.copyfile(path, folder / path.name)
-            exported = hub_files.finish_config(config, precision, geometry.projector)
+            exported = hub_files.finish_config(config, precision, geometry.projector_type)
             (folder / "config.json").write_text(json.dumps(exported, indent=2, sort_keys=True) + "\n")
             earlier = hub_files.read_json(hub / PROVENANCE) if (hub / PROVENANCE).is_file() else None
             arguments = {"model_size": model_size, "precision": precision}

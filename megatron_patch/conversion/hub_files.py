@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.conversion.table import LLM_FAMILIES, TOWER_FAMILIES, check_known
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known
 
 IMAGE_TOKEN = "<image>"
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -67,6 +67,7 @@ def _auto_config(folder: Path):
 
 def full_config(folder: Path) -> dict[str, Any]:
     """config.json of a hub folder with every default that transformers fills in."""
+    model_type(folder)  # refuses what is no folder or has no config: transformers would look for it on the network
     return json.loads(_auto_config(folder).to_json_string(use_diff=False))
 
 
@@ -118,9 +119,9 @@ def llava_config(
     """
     from transformers import LlavaConfig
 
-    check_known("LLM model_type", model_type(llm), LLM_FAMILIES)
+    check_known("LLM model_type", model_type(llm), LANGUAGE_MODELS)
     tower_type = model_type(clip)
-    check_known("vision tower model_type", tower_type, (*TOWER_FAMILIES, "clip"))
+    check_known("vision tower model_type", tower_type, (*VISION_TOWERS, "clip"))
     text, vision = _auto_config(llm), _auto_config(clip)
     if tower_type == "clip":
         vision = vision.vision_config

@@ -21,6 +21,19 @@ from megatron_patch.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Dtypes of things that may lie beside weights: buffers, masks, quantised tensors.  Listed, so that the message can
+# name them; no weight may have one.
+_OTHER_DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 BLOCK_BYTES = 64 * 2**20  # tensors that may be streamed are read in blocks of about this size
 
 
@@ -79,26 +92,26 @@ def in_memory(tensor: Tensor, origin: str) -> Stored:
 def _safetensors_entries(path: Path) -> dict[str, Stored]:
     """Header of a safetensors file, checked against the file's size."""
     size = path.stat().st_size
-    descriptor = os.open(path, os.O_RDONLY)  # kept open for the life of the process: a conversion reads few files
     try:
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError("the header is cut off")
-        header = json.loads(os.pread(descriptor, length, 8))
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError("the header is cut off")
+            header = json.loads(file.read(length))
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         if size != 8 + length + end:
             raise ValueError(f"its header promises {8 + length + end} bytes, it has {size}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        os.close(descriptor)
         raise UserError(f"{path} is not a whole safetensors file: {error}; fetch it again") from None
 
     entries = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; wanted one of {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        known = DTYPES | _OTHER_DTYPES
+        if entry["dtype"] not in known:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(known)}")
+        dtype, shape = known[entry["dtype"]], tuple(entry["shape"])
         begin, stop = entry["data_offsets"]
         if stop - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{path}: {name} has {stop - begin} bytes, not those of {dtype} {list(shape)}")
@@ -106,7 +119,8 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
         def read_rows(first: int, last: int, start=8 + length + begin, dtype=dtype, shape=shape) -> Tensor:
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             wanted = (last - first, *shape[1:]) if shape else ()
-            return pread_into(descriptor, start + first * row_bytes, wanted, dtype)
+            with open(path, "rb", buffering=0) as file:
+                return pread_into(file.fileno(), start + first * row_bytes, wanted, dtype)
 
         entries[name] = Stored(dtype, shape, read_rows, path.name)
     return entries
@@ -120,8 +134,8 @@ def _pickle_entries(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path} cannot be read with weights_only=True: {error}") from None
     entries = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and tensor.dtype not in DTYPE_NAMES):
-            raise UserError(f"{path}: {name} is no float32, float16 or bfloat16 tensor")
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {name} is a {type(tensor).__name__}, no tensor; wanted a plain state dict")
         entries[name] = Stored(
             tensor.dtype,
             tuple(tensor.shape),
@@ -221,7 +235,7 @@ class Accounting:
     unknown: list[str]  # in the source, and no name the table could ever want
     missing: list[str]  # wanted, and not in the source
     left_over: list[str]  # in the source under a name like a wanted one, and not wanted: another layer, a duplicate
-    wrong_shape: list[str]
+    wrong: list[str]  # wanted, of another shape or of no floating-point dtype
 
     def check(self, source: str) -> None:
         """Stop when a list is not empty.
@@ -233,7 +247,7 @@ class Accounting:
             "unknown": self.unknown,
             "missing": self.missing,
             "left over": self.left_over,
-            "of another shape": self.wrong_shape,
+            "of another shape or dtype": self.wrong,
         }
         if not any(lists.values()):
             return
@@ -268,7 +282,9 @@ def account(kind: str, source: Mapping[str, Stored], wanted: Iterable[HubTensor]
         else:
             found[name] = stored
             if stored.shape != shapes[name]:
-                report.wrong_shape.append(f"{raw} is {list(stored.shape)}, the config says {list(shapes[name])}")
+                report.wrong.append(f"{raw} is {list(stored.shape)}, the config says {list(shapes[name])}")
+            if stored.dtype not in DTYPE_NAMES:
+                report.wrong.append(f"{raw} is {stored.dtype}, wanted float32, float16 or bfloat16")
     report.missing = [name for name in shapes if name not in found]
     origins = sorted({stored.origin for stored in source.values()})
     report.check(", ".join(origins[:3]) + (", ..." if len(origins) > 3 else ""))

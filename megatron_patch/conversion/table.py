@@ -10,9 +10,8 @@ Letters: L layers, V vocabulary rows, h hidden, f ffn, q query heads, g groups, 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_patch.conversion.geometry import LlavaGeometry, TextGeometry, VisionGeometry
 from megatron_patch.conversion.layouts import Layout, QueryKeyValue, Reshaped, Rows, Same, Shape
-from megatron_patch.errors import UserError
+from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, TowerGeometry
 
 
 @dataclass(frozen=True)
@@ -51,28 +50,15 @@ class Row:
             yield layer, [part.name.format(layer=layer) for part in self.parts]
 
 
-# Which LLMs the table knows, by HF model_type: does the QKV projection have a bias?
-LLM_FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
-TOWER_FAMILIES = ("clip_vision_model",)
-PROJECTORS = ("mlp2x_gelu", "linear")
-
-
-def check_known(kind: str, name: object, known: object) -> None:
-    """Refuse a model_type (or projector) the table has no rows for, with the list of those it has."""
-    if name not in known:
-        raise UserError(f"{kind} {name!r} is unknown to the table of weights; known: {', '.join(sorted(known))}")
-
-
-def llm_rows(text: TextGeometry) -> list[Row]:
+def llm_rows(language: LanguageGeometry) -> list[Row]:
     """Rows of a Llama-like LLM: pre-norm, rotary, gated MLP, one norm at the end."""
-    check_known("LLM model_type", text.family, LLM_FAMILIES)
-    h, f, vocabulary = text.hidden, text.ffn, text.vocabulary
-    query, key = text.heads * text.head_width, text.groups * text.head_width
-    qkv = QueryKeyValue(text.heads, text.groups)
+    h, f, vocabulary = language.hidden, language.ffn_hidden, language.vocabulary
+    query, key = language.heads * language.head_dim, language.groups * language.head_dim
+    qkv = QueryKeyValue(language.heads, language.groups)
     ours, hub = "language_model.decoder.layers.", "language_model.model.layers.{layer}."
 
     def layer(name: str, layout: Layout, *parts: tuple[str, Shape]) -> Row:
-        return Row(ours + name, layout, tuple(HubTensor(hub + part, shape) for part, shape in parts), text.layers)
+        return Row(ours + name, layout, tuple(HubTensor(hub + part, shape) for part, shape in parts), language.layers)
 
     def alone(name: str, layout: Layout, part: str, shape: Shape) -> Row:
         return Row("language_model." + name, layout, (HubTensor("language_model." + part, shape),))
@@ -88,7 +74,7 @@ def llm_rows(text: TextGeometry) -> list[Row]:
             ("self_attn.v_proj.weight", (key, h)),
         ),
     ]
-    if LLM_FAMILIES[text.family]:
+    if language.qkv_bias:
         rows.append(
             layer(
                 "self_attention.linear_qkv.bias",
@@ -105,16 +91,15 @@ def llm_rows(text: TextGeometry) -> list[Row]:
         layer("mlp.linear_fc2.weight", Same(1), ("mlp.down_proj.weight", (h, f))),
         alone("decoder.final_layernorm.weight", Same(), "model.norm.weight", (h,)),
     ]
-    if not text.tied:
+    if not language.tied_embeddings:
         rows.append(alone("output_layer.weight", Same(0), "lm_head.weight", (vocabulary, h)))
     return rows
 
 
-def tower_rows(vision: VisionGeometry) -> list[Row]:
+def tower_rows(tower: TowerGeometry) -> list[Row]:
     """Rows of the CLIP tower's layers that run; see untrained_tower for the others."""
-    check_known("vision tower model_type", vision.family, TOWER_FAMILIES)
-    t, patch = vision.hidden, vision.patch_px
-    qkv = QueryKeyValue(vision.heads, vision.heads)
+    t, patch = tower.hidden, tower.patch_px
+    qkv = QueryKeyValue(tower.heads, tower.heads)
     hub_tower = "vision_tower.vision_model."
 
     def alone(name: str, layout: Layout, part: str, shape: Shape) -> Row:
@@ -122,16 +107,18 @@ def tower_rows(vision: VisionGeometry) -> list[Row]:
 
     def layer(name: str, layout: Layout, *parts: tuple[str, Shape]) -> Row:
         named = tuple(HubTensor(hub_tower + "encoder.layers.{layer}." + part, shape) for part, shape in parts)
-        return Row("vision_model.decoder.layers." + name, layout, named, vision.running_layers)
+        return Row("vision_model.decoder.layers." + name, layout, named, tower.running_layers)
 
     rows = [
         alone("class_token", Reshaped((1, 1, t)), "embeddings.class_embedding", (t,)),
         alone("conv1.weight", Same(), "embeddings.patch_embedding.weight", (t, 3, patch, patch)),
-        alone("position_embeddings.weight", Same(), "embeddings.position_embedding.weight", (vision.patches + 1, t)),
+        alone(
+            "position_embeddings.weight", Same(), "embeddings.position_embedding.weight", (tower.image_tokens + 1, t)
+        ),
         alone("ln_pre.weight", Same(), "pre_layrnorm.weight", (t,)),
         alone("ln_pre.bias", Same(), "pre_layrnorm.bias", (t,)),
     ]
-    if not vision.running_layers:
+    if not tower.running_layers:
         return rows
     for kind in ("weight", "bias"):
         matrix = (t,) if kind == "weight" else ()  # the second axis, which a bias does not have
@@ -148,11 +135,11 @@ def tower_rows(vision: VisionGeometry) -> list[Row]:
                 (f"self_attn.out_proj.{kind}", (t, *matrix)),
             ),
             layer(f"mlp.linear_fc1.layer_norm_{kind}", Same(), (f"layer_norm2.{kind}", (t,))),
-            layer(f"mlp.linear_fc1.{kind}", Same(0), (f"mlp.fc1.{kind}", (vision.ffn, *matrix))),
+            layer(f"mlp.linear_fc1.{kind}", Same(0), (f"mlp.fc1.{kind}", (tower.ffn_hidden, *matrix))),
             layer(
                 f"mlp.linear_fc2.{kind}",
                 Same(1 if matrix else None),
-                (f"mlp.fc2.{kind}", (t, vision.ffn) if matrix else (t,)),
+                (f"mlp.fc2.{kind}", (t, tower.ffn_hidden) if matrix else (t,)),
             ),
         ]
     return rows
@@ -160,14 +147,13 @@ def tower_rows(vision: VisionGeometry) -> list[Row]:
 
 def projector_rows(geometry: LlavaGeometry) -> list[Row]:
     """Rows of the projector: mlp2x_gelu is Linear(t, h), GELU, Linear(h, h); linear is Linear(t, h)."""
-    check_known("projector", geometry.projector, PROJECTORS)
-    t, h = geometry.vision.hidden, geometry.text.hidden
+    t, h = geometry.tower.hidden, geometry.language.hidden
     ours, hub = "vision_projection.encoder.", "multi_modal_projector."
 
     def row(name: str, axis: int | None, part: str, shape: Shape) -> Row:
         return Row(ours + name, Same(axis), (HubTensor(hub + part, shape),))
 
-    if geometry.projector == "linear":
+    if geometry.projector_type == "linear":
         return [row("weight", 0, "linear_1.weight", (h, t)), row("bias", 0, "linear_1.bias", (h,))]
     return [
         row("linear_fc1.weight", 0, "linear_1.weight", (h, t)),
@@ -178,25 +164,21 @@ def projector_rows(geometry: LlavaGeometry) -> list[Row]:
 
 
 def table_of_weights(geometry: LlavaGeometry) -> list[Row]:
-    """All rows of a LLaVA.
-
-    Raises:
-        UserError: a family or projector without rows, with the list of known ones.
-    """
-    return llm_rows(geometry.text) + tower_rows(geometry.vision) + projector_rows(geometry)
+    """All rows of a LLaVA."""
+    return llm_rows(geometry.language) + tower_rows(geometry.tower) + projector_rows(geometry)
 
 
-def untrained_tower(vision: VisionGeometry) -> list[HubTensor]:
+def untrained_tower(tower: TowerGeometry) -> list[HubTensor]:
     """Hub tensors of the tower that no row holds: layers behind the selected one, the final norm."""
-    whole = tower_rows(replace(vision, running_layers=vision.layers))
+    whole = tower_rows(replace(tower, running_layers=tower.layers))
     layer_parts = [part for row in whole if row.layers for part in row.parts]
     layers = [
         HubTensor(part.name.format(layer=layer), part.shape)
-        for layer in range(vision.running_layers, vision.layers)
+        for layer in range(tower.running_layers, tower.layers)
         for part in layer_parts
     ]
     norm = "vision_tower.vision_model.post_layernorm."
-    return [*layers, HubTensor(norm + "weight", (vision.hidden,)), HubTensor(norm + "bias", (vision.hidden,))]
+    return [*layers, HubTensor(norm + "weight", (tower.hidden,)), HubTensor(norm + "bias", (tower.hidden,))]
 
 
 def extra_states(rows: list[Row]) -> dict[str, int]:

@@ -7,6 +7,9 @@ Each kind provides:
     megatron_words(have_te)     the words for Megatron's parser that this kind needs
 """
 
+import contextlib
+import ctypes
+import signal
 from types import ModuleType
 
 import torch
@@ -15,13 +18,23 @@ from megatron_patch.device import cpu, cuda
 
 
 def backend() -> ModuleType:
-    """The kind in use: CUDA where torch sees a GPU, else the CPU (hide GPUs with CUDA_VISIBLE_DEVICES="" to force it)."""
+    """The kind in use: CUDA where torch sees a GPU, else the CPU (CUDA_VISIBLE_DEVICES="" hides the GPUs)."""
     return cuda if torch.cuda.is_available() else cpu
 
 
 def current_device() -> torch.device:
     """Device on which this process keeps parameters and batches."""
     return backend().current_device()
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when its parent, torchrun, dies: nobody else would after a `kill -9` of it.
+
+    Else the same command, typed again, would meet the old processes still writing to its folder.  Linux only.
+    """
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def install() -> None:

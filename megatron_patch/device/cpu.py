@@ -57,7 +57,7 @@ def install() -> None:
         return
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Its table of torch's functions is built by identity at import, and Megatron imports it anyway: before the stand-ins.
+    # Its table of torch's functions is built by identity at import, so before the stand-ins (Megatron imports it).
     importlib.import_module("torch._dynamo")
     _replace_cuda_module()
     _replace_factories()
@@ -115,7 +115,7 @@ def _replace_cuda_module() -> None:
     _replace(cuda, "Event", _Event)
     _replace(cuda, "current_stream", lambda *_: _Stream())
     _replace(cuda, "stream", lambda *_: contextlib.nullcontext())
-    # validate_args asks for the generation of the chip when TP or CP > 1; 10 keeps CUDA_DEVICE_MAX_CONNECTIONS out of it
+    # validate_args asks for the chip's generation when TP or CP > 1; 10 keeps CUDA_DEVICE_MAX_CONNECTIONS out of it
     _replace(cuda, "get_device_properties", lambda *_: SimpleNamespace(major=10, minor=0, total_memory=0, name="cpu"))
     _replace(cuda, "get_device_capability", lambda *_: (10, 0))
     _replace(cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state())  # tensor_parallel/random.py
@@ -135,9 +135,9 @@ def _is_cuda(device: object) -> bool:
 
 
 def _replace_factories() -> None:
-    # `with torch.device("meta")` recognises factories by identity, in a set that is built at its first use.  Built after
-    # the wrapping it would hold the wrappers, the context would do nothing, and transformers would load models with
-    # uninitialised rotary frequencies: wrong text, no error.  So it is built now.
+    # `with torch.device("meta")` recognises factories by identity, in a set that is built at its first use.  Built
+    # after the wrapping it would hold the wrappers, the context would do nothing, and transformers would load models
+    # with uninitialised rotary frequencies: wrong text, no error.  So it is built now.
     torch.utils._device._device_constructors()
 
     def on_cpu(factory: Callable) -> Callable:

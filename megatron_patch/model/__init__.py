@@ -1,6 +1,5 @@
 """The LLaVA of the paper, composed of megatron-core parts.
 
-geometry.py     numbers read from Hugging Face configs
 attention.py    core attention on torch's scaled_dot_product_attention, for the local layers
 layer_specs.py  transformer layers of decoder, tower and projector, with and without Transformer Engine
 llava.py        the model: tower -> projector -> scatter into the text -> decoder -> loss at labelled positions

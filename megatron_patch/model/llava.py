@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import LlavaGeometry, TowerGeometry
 from megatron_patch.model.attention import zigzag_positions
-from megatron_patch.model.geometry import LlavaGeometry, TowerGeometry
 from megatron_patch.model.layer_specs import decoder_block, norm_builder, projector_layers, tower_block
 
 IGNORE_LABEL = -100  # Hugging Face's, torch's and LLaVA's own mark of "not trained"
@@ -86,7 +86,7 @@ def tower_config(decoder: TransformerConfig, tower: TowerGeometry) -> Transforme
         )
     return _side_config(
         decoder,
-        num_layers=tower.layers,
+        num_layers=tower.running_layers,
         hidden_size=tower.hidden,
         ffn_hidden_size=tower.ffn_hidden,
         num_attention_heads=tower.heads,
@@ -96,7 +96,7 @@ def tower_config(decoder: TransformerConfig, tower: TowerGeometry) -> Transforme
         recompute_granularity=decoder.recompute_granularity,
         recompute_modules=decoder.recompute_modules,
         recompute_method=decoder.recompute_method,
-        recompute_num_layers=min(decoder.recompute_num_layers or 0, tower.layers) or None,
+        recompute_num_layers=min(decoder.recompute_num_layers or 0, tower.running_layers) or None,
     )
 
 
@@ -227,9 +227,9 @@ class LlavaModel(MegatronModule):
             pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
 
         Returns:
-            Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses in
-            nats over the labelled positions of this context-parallel rank, and their number.  Without labels: logits
-            [B, S, V].
+            Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses
+            in nats over the labelled positions of this context-parallel rank, and their number.  Without labels:
+            logits [B, S, V].
         """
         decoder_input = self._embed(tokens, pixels) if self.pre_process else None
         if labels is not None:
@@ -244,7 +244,7 @@ class LlavaModel(MegatronModule):
         )
 
     def _embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
-        """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], cut for context and sequence parallel."""
+        """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
         pictures = self._project(pixels)  # [N, P, H]
         if pixels is None or pixels.shape[0] == 0:

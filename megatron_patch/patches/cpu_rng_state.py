@@ -1,6 +1,6 @@
 """megatron-core 0.19.2, core/tensor_parallel/random.py:135: _set_cuda_rng_state defers its work to CUDA's start.
 
-Without CUDA that start never comes, so the tracker's fork() would leave dropout and initialisation with the wrong state.
+Without CUDA that start never comes, so the tracker's fork() would leave dropout and initialisation in the wrong state.
 Remove when test_rng_tracker_restores_the_state passes without this file.
 """
 

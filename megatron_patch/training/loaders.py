@@ -1,7 +1,7 @@
 """Our energon loaders as Megatron's data provider, and their state beside each checkpoint.
 
-Megatron asks the training iterator for `save_state()` whenever it saves, before it marks the checkpoint as finished, and
-writes the answer to `data/iter_XXXXXXX/mp_rank_00/train_dataloader_dprankDDD.pt`.  Here it is read back on resume.
+Megatron asks the training iterator for `save_state()` whenever it saves, before it marks the checkpoint as finished,
+and writes the answer to `data/iter_0000010/mp_rank_00/train_dataloader_dprank000.pt`.  Here it is read on resume.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,7 @@ from megatron_patch.data.settings import DataSettings
 from megatron_patch.errors import UserError
 from megatron_patch.training.words import RunSettings
 
-
-# Below the folder of checkpoints, beside their own folders: Megatron takes a folder that holds something for a broken save.
+# Below the folder of checkpoints, beside theirs: Megatron takes a folder that holds something for a broken save.
 DATA_FOLDER = "data"
 
 

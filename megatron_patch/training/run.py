@@ -10,8 +10,7 @@ from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import UserError
 from megatron_patch.training.words import LLAVA_FOLDER, RunSettings, read_settings, refuse
 
-
-# Of a whole LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
+# Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
 WEIGHT_FILES = ("model*.safetensors", "*.index.json", "*.bin", "*.pt")
 
 
@@ -58,7 +57,9 @@ def train_llava() -> None:
     from megatron_patch.training.logging import complete_log
     from megatron_patch.training.step import forward_step
 
-    def build_llava(pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None) -> LlavaModel:
+    def build_llava(
+        pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
+    ) -> LlavaModel:
         args = get_args()
         config = config or core_transformer_config_from_args(args)
         config.variable_seq_lengths = True  # batches are as long as their longest record
@@ -83,7 +84,9 @@ def train_llava() -> None:
 
     args = parse_and_validate_args(add_arguments)
     if args.save:
-        args.dataloader_save = str(Path(args.save) / DATA_FOLDER)  # Megatron saves the loaders' state with each checkpoint
+        args.dataloader_save = str(
+            Path(args.save) / DATA_FOLDER
+        )  # Megatron saves the loaders' state with each checkpoint
     training.training_log = complete_log(training.training_log)
     try:
         training.pretrain(

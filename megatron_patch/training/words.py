@@ -1,15 +1,18 @@
-"""What a run needs to know before Megatron starts: our own arguments, the `llava/` folder, the words derived from both."""
+"""What a run needs to know before Megatron starts: our arguments, the `llava/` folder, words derived from both."""
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
 from megatron_patch.errors import UserError
-from megatron_patch.model.geometry import LlavaGeometry, megatron_words, read_geometry
+from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
+from megatron_patch.model_sizes import check_model_size
+from megatron_patch.training.offload import offload_words
 
 TRACKER = "latest_checkpointed_iteration.txt"
 LLAVA_FOLDER = "llava"
@@ -33,6 +36,10 @@ def _own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--seq-length", type=int, required=True)
+    for kind in ("tensor-model", "pipeline-model", "context"):
+        parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
+    parser.add_argument("--fp8-format")
+    parser.add_argument("--fine-grained-activation-offloading", action="store_true")
     return parser.parse_known_args(argv)[0]
 
 
@@ -54,7 +61,9 @@ def _llava_folder(arguments: argparse.Namespace) -> Path:
             )
         return start / LLAVA_FOLDER
     if not arguments.tokenizer_path:
-        raise UserError("PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer")
+        raise UserError(
+            "PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer"
+        )
     return Path(arguments.tokenizer_path)
 
 
@@ -66,6 +75,52 @@ def _pixel_statistics(llava_folder: Path) -> tuple[tuple[float, ...], tuple[floa
     return tuple(config["image_mean"]), tuple(config["image_std"])
 
 
+def _check_transformer_engine(arguments: argparse.Namespace) -> None:
+    """What the parser accepts without Transformer Engine and Megatron then quietly leaves out, or fails on late."""
+    if device.have_transformer_engine():
+        return
+    for given, what in ((arguments.fp8_format, "PR=fp8"), (arguments.fine_grained_activation_offloading, "AC=offload")):
+        if given:
+            raise UserError(
+                f"{what} needs Transformer Engine, which does not import here; install it for this machine's CUDA "
+                "(bash examples/setup_environment.sh says how), or choose another value"
+            )
+
+
+def decoder_words(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
+    """The decoder's numbers as words for Megatron's parser.
+
+    Raises:
+        UserError: `decoder_seq_len` (tokens) exceeds the positions or the attention window the model was trained with.
+    """
+    if decoder_seq_len > language.max_positions:
+        raise UserError(
+            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model has {language.max_positions} positions; "
+            f"choose at most {language.max_positions}"
+        )
+    if language.sliding_window is not None and decoder_seq_len > language.sliding_window:
+        raise UserError(
+            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model attends within a sliding window of "
+            f"{language.sliding_window} tokens, which is not built here; choose at most {language.sliding_window}"
+        )
+    words = [
+        *("--num-layers", language.layers, "--hidden-size", language.hidden),
+        *("--ffn-hidden-size", language.ffn_hidden, "--num-attention-heads", language.heads),
+        *("--kv-channels", language.head_dim, "--max-position-embeddings", language.max_positions),
+        *("--normalization", "RMSNorm", "--norm-epsilon", language.norm_epsilon),
+        *("--position-embedding-type", "rope", "--rotary-base", int(language.rope_base)),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", language.vocabulary),
+        *("--swiglu", "--disable-bias-linear"),
+    ]
+    if language.groups != language.heads:
+        words += ["--group-query-attention", "--num-query-groups", language.groups]
+    if language.qkv_bias:
+        words.append("--add-qkv-bias")
+    if not language.tied_embeddings:
+        words.append("--untie-embeddings-and-output-weights")
+    return [str(word) for word in words]
+
+
 def read_settings(argv: list[str]) -> RunSettings:
     """Settings of a run from its command line (without the program's name).
 
@@ -74,7 +129,11 @@ def read_settings(argv: list[str]) -> RunSettings:
     """
     arguments = _own_arguments(argv)
     folder = _llava_folder(arguments)
-    geometry = read_geometry(folder)
+    geometry = read_geometry_of(folder)
+    geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    if arguments.model_size:
+        check_model_size(arguments.model_size, geometry.language.parameters)
+    _check_transformer_engine(arguments)
     tower = geometry.tower
     if arguments.image_tokens is not None and arguments.image_tokens != tower.image_tokens:
         raise UserError(
@@ -94,7 +153,15 @@ def read_settings(argv: list[str]) -> RunSettings:
     mean, std = _pixel_statistics(folder)
     derived = [
         *device.megatron_words(),
-        *megatron_words(geometry.language, arguments.seq_length),
+        *decoder_words(geometry.language, arguments.seq_length),
+        *offload_words(
+            arguments.optimizer_offload_policy,
+            geometry.language,
+            arguments.tensor_model_parallel_size,
+            arguments.pipeline_model_parallel_size,
+            int(os.environ.get("WORLD_SIZE", "1")),
+            arguments.context_parallel_size,
+        ),
         *("--dataloader-type", "external"),
     ]
     if arguments.init_from != "none":
@@ -104,8 +171,6 @@ def read_settings(argv: list[str]) -> RunSettings:
 
 def refuse(error: UserError) -> None:
     """Print the one sentence and exit with code 2; rank 0 alone speaks."""
-    import os
-
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -70,7 +70,7 @@ TENSORS = {
         ["left over (1): model.layers.4.mlp.up_proj.weight"],
     ),
     "another shape": (lambda w: w.update({LAYER: torch.ones(64, 176)}), [f"{LAYER} is [64, 176]", "[176, 64]"]),
-    "unknown dtype": (lambda w: w.update({LAYER: w[LAYER].to(torch.int8)}), [LAYER, "I8", "BF16"]),
+    "unknown dtype": (lambda w: w.update({LAYER: w[LAYER].to(torch.int8)}), [LAYER + " is torch.int8", "bfloat16"]),
 }
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.conversion.geometry import TextGeometry, running_layers
-from megatron_patch.conversion.model_sizes import MODEL_SIZES, check_model_size, size_name
-from megatron_patch.conversion.table import LLM_FAMILIES
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import LanguageGeometry, running_layers
+from megatron_patch.model_sizes import MODEL_SIZES, check_model_size, size_name
 from tests.tiny_models import FAMILIES, text_config
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +41,20 @@ PUBLISHED = {
 }
 
 
+def language(
+    layers: int, hidden: int, ffn: int, heads: int, groups: int, head_dim: int, rows: int, tied: bool, qkv_bias: bool
+) -> LanguageGeometry:
+    sizes = {"layers": layers, "hidden": hidden, "ffn_hidden": ffn, "heads": heads, "groups": groups}
+    rest = {"max_positions": 1, "norm_epsilon": 1e-5, "rope_base": 1e4, "sliding_window": None, "model_type": "any"}
+    return LanguageGeometry(
+        **sizes, **rest, head_dim=head_dim, vocabulary=rows, qkv_bias=qkv_bias, tied_embeddings=tied
+    )
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name):
     sizes, bias, parameters, expected = PUBLISHED[name]
-    assert TextGeometry("any", *sizes).parameters(bias) == parameters
+    assert language(*sizes, qkv_bias=bias).parameters == parameters
     assert size_name(parameters) == expected
     check_model_size(expected, parameters)
 
@@ -56,8 +65,7 @@ def test_parameter_count_equals_transformers(family):
 
     config = text_config(family)
     model = AutoModelForCausalLM.from_config(config)
-    geometry = TextGeometry(
-        family,
+    geometry = language(
         config.num_hidden_layers,
         config.hidden_size,
         config.intermediate_size,
@@ -66,8 +74,9 @@ def test_parameter_count_equals_transformers(family):
         config.hidden_size // config.num_attention_heads,
         config.vocab_size,
         config.tie_word_embeddings,
+        qkv_bias=family == "qwen2",
     )
-    assert geometry.parameters(LLM_FAMILIES[family]) == sum(tensor.numel() for tensor in model.parameters())
+    assert geometry.parameters == sum(tensor.numel() for tensor in model.parameters())
 
 
 def test_model_sizes_touch():

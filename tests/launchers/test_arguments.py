@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.conversion.model_sizes import MODEL_SIZES
+from megatron_patch.model_sizes import MODEL_SIZES
 from tests.launchers.launching import CONVERTER, STAGE_1, STAGE_2, Inputs, start, tree
 from tests.launchers.readme_tables import rows_of_help
 

@@ -4,7 +4,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py 
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
              "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
-A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss and gradient of the projector.
+A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss and projector gradient.
 """
 
 import json
@@ -27,16 +27,17 @@ from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from megatron_patch.model.geometry import megatron_words, read_geometry  # noqa: E402
+from megatron_patch.geometry import read_geometry_of  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
+from megatron_patch.training.words import decoder_words  # noqa: E402
 
 
 def build(checkpoint: Path, plan: dict) -> LlavaModel:
     """The model of this process with the checkpoint's weights."""
-    geometry = read_geometry(checkpoint / "llava")
+    geometry = read_geometry_of(checkpoint / "llava")
     sys.argv[1:] = [
         *device.megatron_words(),
-        *megatron_words(geometry.language, 256),
+        *decoder_words(geometry.language, 256),
         *("--seq-length", "256", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
         *("--tensor-model-parallel-size", str(plan["tensor"])),

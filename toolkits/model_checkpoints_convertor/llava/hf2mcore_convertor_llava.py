@@ -15,9 +15,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
 from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
-from megatron_patch.conversion.model_sizes import MODEL_SIZES  # noqa: E402
-from megatron_patch.conversion.table import PROJECTORS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
+from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
+from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mg2hf", action="store_true", help="from Megatron to Hugging Face")
     parser.add_argument("--precision", required=True, choices=list(PRECISIONS), help="dtype of the result")
     parser.add_argument("--hf-checkpoint", default="none", help="with --mg2hf: the LLM or LLaVA it came from, or none")
-    parser.add_argument("--projector", choices=PROJECTORS, default="mlp2x_gelu", help="kind of a new projector")
+    parser.add_argument("--projector", choices=PROJECTOR_TYPES, default="mlp2x_gelu", help="kind of a new projector")
     parser.add_argument("--seed", type=int, default=1234, help="of a new projector's weights")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(words)

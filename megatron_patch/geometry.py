@@ -1,0 +1,221 @@
+"""Every number about the model, read once from a LLaVA config as transformers writes it, checked and frozen.
+
+Both the model and the conversion read these; it imports nothing but the standard library.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.errors import UserError
+
+# Language models by HF model_type: does the QKV projection have a bias?
+LANGUAGE_MODELS = {"llama": False, "mistral": False, "qwen2": True}
+VISION_TOWERS = ("clip_vision_model",)
+PROJECTOR_TYPES = ("mlp2x_gelu", "linear")
+
+
+@dataclass(frozen=True)
+class LanguageGeometry:
+    """The decoder.  Widths in elements; `vocabulary`: rows of the embedding as stored, without parallel padding."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    ffn_hidden: int
+    heads: int
+    groups: int  # of queries, each with one key and value head
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    norm_epsilon: float
+    rope_base: float
+    qkv_bias: bool
+    tied_embeddings: bool
+    sliding_window: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters: embedding (and head unless tied), attention, gated MLP, norms."""
+        query, key = self.heads * self.head_dim, self.groups * self.head_dim
+        attention = 2 * self.hidden * query + 2 * self.hidden * key + (query + 2 * key if self.qkv_bias else 0)
+        layer = attention + 3 * self.hidden * self.ffn_hidden + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """The vision tower.  `running_layers`: those below the selected hidden layer; the rest is only carried along."""
+
+    model_type: str
+    layers: int
+    running_layers: int
+    hidden: int
+    ffn_hidden: int
+    heads: int
+    side_px: int
+    patch_px: int
+    norm_epsilon: float
+    activation: str
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one picture: its patches; the class token is dropped."""
+        return (self.side_px // self.patch_px) ** 2
+
+
+@dataclass(frozen=True)
+class LlavaGeometry:
+    """The whole model, plus the id of the `<image>` token."""
+
+    language: LanguageGeometry
+    tower: TowerGeometry
+    projector_type: str
+    image_token_id: int
+
+    def check_parallel(self, tensor: int, pipeline: int) -> None:
+        """Refuse a TP or PP that the model cannot be cut into.
+
+        Raises:
+            UserError: naming the config values that do not divide.
+        """
+        language, tower = self.language, self.tower
+        cuts = [
+            ("num_attention_heads of the LLM", language.heads),
+            ("num_key_value_heads of the LLM", language.groups),
+            ("intermediate_size of the LLM", language.ffn_hidden),
+            ("hidden_size of the LLM", language.hidden),
+            ("num_attention_heads of the vision tower", tower.heads),
+            ("intermediate_size of the vision tower", tower.ffn_hidden),
+        ]
+        for degree, name in ((tensor, "TP"), (pipeline, "PP")):
+            if degree < 1:
+                raise UserError(f"{name} is {degree}; wanted a whole number of at least 1")
+        wrong = [f"{what} is {count}" for what, count in cuts if count % tensor]
+        if wrong:
+            raise UserError(f"TP {tensor} cannot cut this model: {', '.join(wrong)}; pass a TP that divides them")
+        if language.layers % pipeline:
+            raise UserError(
+                f"PP {pipeline} does not divide the {language.layers} layers of the LLM; pass a PP that divides them"
+            )
+
+
+def check_known(what: str, got: object, known: Any) -> None:
+    """Raise UserError, with the list of what is known, when `got` is not in it."""
+    if got not in known:
+        raise UserError(f"{what} is {got!r}; known: {', '.join(known)}; choose a model of that kind")
+
+
+def running_layers(layers: int, feature_layer: object) -> int:
+    """Tower layers needed for hidden_states[feature_layer] (entry 0 is the embedding): -2 of 24 layers needs 23."""
+    if not isinstance(feature_layer, int) or not -layers - 1 <= feature_layer <= layers:
+        raise UserError(
+            f"vision_feature_layer is {feature_layer!r}; wanted one whole number from {-layers - 1} to {layers}"
+        )
+    return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+
+
+def _value(config: dict[str, Any], name: str, where: str) -> Any:
+    if config.get(name) is None:
+        raise UserError(f"{where} lacks {name!r}; wanted a full config as transformers writes it")
+    return config[name]
+
+
+def _rope_base(config: dict[str, Any]) -> float:
+    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    check_known("text_config's rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _language(config: dict[str, Any]) -> LanguageGeometry:
+    where, model_type = "text_config", config.get("model_type")
+    check_known("model_type of the LLM", model_type, LANGUAGE_MODELS)
+    check_known("hidden_act of the LLM", config.get("hidden_act", "silu"), ("silu",))
+    for flag in ("attention_bias", "mlp_bias"):
+        if config.get(flag):
+            raise UserError(f"text_config has {flag}=true, which is not built here; choose a model without")
+    hidden, heads = _value(config, "hidden_size", where), _value(config, "num_attention_heads", where)
+    window = config.get("sliding_window")
+    if model_type == "qwen2" and not config.get("use_sliding_window"):
+        window = None
+    return LanguageGeometry(
+        model_type=model_type,
+        layers=_value(config, "num_hidden_layers", where),
+        hidden=hidden,
+        ffn_hidden=_value(config, "intermediate_size", where),
+        heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocabulary=_value(config, "vocab_size", where),
+        max_positions=_value(config, "max_position_embeddings", where),
+        norm_epsilon=_value(config, "rms_norm_eps", where),
+        rope_base=_rope_base(config),
+        qkv_bias=LANGUAGE_MODELS[model_type],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        sliding_window=window,
+    )
+
+
+def _tower(config: dict[str, Any], feature_layer: object) -> TowerGeometry:
+    where, model_type = "vision_config", config.get("model_type")
+    check_known("model_type of the vision tower", model_type, VISION_TOWERS)
+    layers = _value(config, "num_hidden_layers", where)
+    side_px, patch_px = _value(config, "image_size", where), _value(config, "patch_size", where)
+    if side_px % patch_px:
+        raise UserError(
+            f"vision_config: image_size {side_px} is no multiple of patch_size {patch_px}; choose another tower"
+        )
+    return TowerGeometry(
+        model_type=model_type,
+        layers=layers,
+        running_layers=running_layers(layers, feature_layer),
+        hidden=_value(config, "hidden_size", where),
+        ffn_hidden=_value(config, "intermediate_size", where),
+        heads=_value(config, "num_attention_heads", where),
+        side_px=side_px,
+        patch_px=patch_px,
+        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        activation=config.get("hidden_act", "quick_gelu"),
+    )
+
+
+def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
+    """Geometry of a full LLaVA config.
+
+    Raises:
+        UserError: a number is missing, or the model is of a kind that is not known; named, with what is known.
+    """
+    check_known("model_type", config.get("model_type", "llava"), ("llava",))
+    check_known("vision_feature_select_strategy", config.get("vision_feature_select_strategy", "default"), ("default",))
+    check_known("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
+    projector_type = config.get("mm_projector_type", "mlp2x_gelu")
+    check_known("mm_projector_type", projector_type, PROJECTOR_TYPES)
+    if not config.get("multimodal_projector_bias", True):
+        raise UserError("multimodal_projector_bias is false; LLaVA-1.5's projector has biases")
+    return LlavaGeometry(
+        language=_language(_value(config, "text_config", "config.json")),
+        tower=_tower(_value(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2)),
+        projector_type=projector_type,
+        image_token_id=_value(
+            config, "image_token_index" if "image_token_index" in config else "image_token_id", "config.json"
+        ),
+    )
+
+
+def read_geometry_of(llava_folder: Path) -> LlavaGeometry:
+    """Geometry from `llava_folder/config.json`.
+
+    Raises:
+        UserError: the file is missing, or as in read_geometry().
+    """
+    where = Path(llava_folder) / "config.json"
+    if not where.is_file():
+        raise UserError(
+            f"{where}: no such file; give a checkpoint that hf2mcore_convertor_llava.sh wrote (it has a llava/ folder)"
+        )
+    try:
+        return read_geometry(json.loads(where.read_text()))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

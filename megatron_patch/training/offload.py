@@ -1,0 +1,53 @@
+"""OPTIMIZER_OFFLOAD: how much of Adam's state goes to host memory."""
+
+import torch
+
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import LanguageGeometry
+
+WORKING_SHARE = 0.35  # of the device's memory, kept for activations, buffers of communication and fragmentation
+STATE_BYTES = 12  # per trained parameter: fp32 master weight and both moments
+RESIDENT_BYTES = 2 + 4  # per parameter: half-precision weight and fp32 gradient
+
+
+def offload_fraction(parameters: int, data_parallel: int, device_bytes: int) -> float:
+    """Share of the optimizer state that does not fit on the device, in steps of 0.05.
+
+    Args:
+        parameters: of one tensor- and pipeline-parallel rank.
+        data_parallel: ranks that share the state (distributed optimizer).
+        device_bytes: memory of the device.
+    """
+    state = parameters * STATE_BYTES / data_parallel
+    room = device_bytes * (1 - WORKING_SHARE) - parameters * RESIDENT_BYTES
+    missing = min(max((state - room) / state, 0.0), 1.0)
+    return min(-(-missing // 0.05) * 0.05, 1.0)
+
+
+def offload_words(
+    policy: str, language: LanguageGeometry, tensor: int, pipeline: int, world_size: int, context: int
+) -> list[str]:
+    """Megatron's words for `false`, `static` (all of the state) or `auto` (what does not fit).
+
+    Raises:
+        UserError: there is no GPU whose memory could be spared.
+    """
+    if policy == "false":
+        return []
+    if not torch.cuda.is_available():
+        raise UserError(f"OPTIMIZER_OFFLOAD is {policy}, but there is no GPU: the state is in host memory; pass false")
+    fraction = 1.0
+    if policy == "auto":
+        total = torch.cuda.get_device_properties(0).total_memory
+        model_parallel = tensor * pipeline
+        fraction = offload_fraction(
+            language.parameters // model_parallel, world_size // (model_parallel * context), total
+        )
+    if fraction == 0.0:
+        return []
+    return [
+        "--optimizer-cpu-offload",
+        "--optimizer-offload-fraction",
+        f"{fraction:.2f}",
+        "--use-precision-aware-optimizer",
+    ]
