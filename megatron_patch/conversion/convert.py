@@ -37,7 +37,14 @@ from megatron_patch.conversion.table import (
 )
 from megatron_patch.conversion.torch_dist import TRACKER, CheckpointReader, CheckpointWriter, Chunk, newest_iteration
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LANGUAGE_MODELS, PROJECTOR_TYPES, LlavaGeometry, check_known, read_geometry
+from megatron_patch.geometry import (
+    LANGUAGE_MODELS,
+    PROJECTOR_TYPES,
+    LanguageGeometry,
+    LlavaGeometry,
+    check_known,
+    read_geometry,
+)
 from megatron_patch.model_sizes import check_model_size
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -282,10 +289,10 @@ def _plan_llava(source: Path, precision: str) -> _Plan:
     return _Plan(config, geometry, rows, weights, tokens, {"llava": source}, list(tokens.notes), facts)
 
 
-def _limits(text: dict[str, Any]) -> list[str]:
+def _limits(language: LanguageGeometry) -> list[str]:
     """What the user should know about the LLM beyond its weights."""
-    window = text.get("sliding_window")
-    if window and text.get("use_sliding_window", True) and window < text.get("max_position_embeddings", math.inf):
+    window = language.sliding_window
+    if window and window < language.max_positions:
         return [f"the LLM attends to the last {window} tokens only: sequences up to that length are exact"]
     return []
 
@@ -334,7 +341,7 @@ def convert_to_megatron(
     check_model_size(model_size, geometry.language.parameters)
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
 
-    plan.notes.extend(_limits(plan.config["text_config"]))
+    plan.notes.extend(_limits(geometry.language))
 
     carried = untrained_tower(geometry.tower)
     nbytes = sum(math.prod(tensor.shape) for tensor in _wanted(plan.rows, geometry)) * dtype.itemsize
