@@ -98,7 +98,7 @@ show() {
     '
 }
 
-make_digits() { "$PYTHON" -m examples.llava_mcore.quickstart.make_digits "$1" --copies 16; }
+make_digits() { "$PYTHON" -m examples.llava_mcore.quickstart.make_digits "$1" --copies 8; }
 
 make_models() {
     "$PYTHON" -m examples.llava_mcore.quickstart.make_models "$1" \
@@ -128,7 +128,7 @@ train_stage1() {
     FREEZE_LANGUAGE_MODEL=false FREEZE_VISION_TOWER=false NPROC_PER_NODE=1 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_mcore_llava.sh \
         dsw tiny 64 64 2e-3 1e-5 16 32 fp32 1 1 1 false true false false 200 \
-        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 700 20 "$1"
+        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 600 20 "$1"
 }
 
 train_stage2() {

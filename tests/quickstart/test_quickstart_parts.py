@@ -112,7 +112,8 @@ def test_tokenizer_is_lossless_and_words_are_single_tokens(models):
     for text in ("a red 7 on black\n", "\nIs it even or odd? ASSISTANT: odd</s>", "Grüße, 數字 \t 3"):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert len(tokenizer(" purple", add_special_tokens=False).input_ids) == 1
+    for word in (*make_digits.INKS, *make_digits.GROUNDS, *"0123456789", "even", "odd", "yes", "no"):
+        assert len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1
     assert len(tokenizer(make_models.V1_WORDS, add_special_tokens=False).input_ids) < 36
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 

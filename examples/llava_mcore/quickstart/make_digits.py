@@ -113,7 +113,7 @@ def write_set(
         # The id names the original, so that anyone can see that training and held-out pictures share none.
         record_id = f"digit{original:04d}-{number:06d}"
         records.append({"id": record_id, "image": name, "conversations": make_turns(picture, generator)})
-    (folder / "digits.json").write_text(json.dumps(records, indent=1))
+    (folder / "digits.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 
 def split_originals() -> tuple[list[int], list[int]]:
