@@ -147,7 +147,7 @@ install_requirements() {
     if "$python" -c 'from importlib import metadata as m; m.version("transformer-engine")' 2>/dev/null; then
         "$python" -c 'from importlib import metadata as m; print("torch==" + m.version("torch"))' \
             >"$environment/constraints.txt"
-        words+=(-c "$environment/constraints.txt")
+        export PIP_CONSTRAINT=$environment/constraints.txt # instead of the container's own, which pins other things
     fi
     rm -f "$log"
     say "installing requirements.txt into .venv (2.7 GB to fetch on a fresh machine; log: $log)"
