@@ -1,0 +1,83 @@
+"""The CPU stand-ins change what Megatron meets, and nothing that others compute."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests import tiny_models
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_new_process(program: str, *words: object, **environment: str) -> str:
+    """Standard output of a program; the stand-ins must not reach the test process."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_computes_the_same_after_install(tmp_path: Path) -> None:
+    """Wrapped factories once made `with torch.device("meta")` do nothing: garbage rotary frequencies, no error."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_models.make_tiny_llm(tmp_path / "llm", "llama")
+    tokens = torch.arange(3, 43).view(1, 40)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")(tokens).logits
+    program = """
+import sys, torch
+from megatron_patch import device
+device.install()
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model(torch.arange(3, 43).view(1, 40)).logits.detach(), sys.argv[2])
+"""
+    in_new_process(program, tmp_path / "llm", tmp_path / "logits.pt")
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(found, expected)
+
+
+def test_cuda_requests_land_on_the_cpu_and_availability_stays_true() -> None:
+    program = """
+import torch
+from megatron_patch import device
+device.install()
+device.install()  # twice is once
+assert not torch.cuda.is_available()
+assert torch.zeros(3, device="cuda").device.type == "cpu"
+assert torch.tensor([1.0], device=torch.cuda.current_device(), pin_memory=True).device.type == "cpu"
+assert torch.ones(2).cuda().to("cuda").device.type == "cpu"
+assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+assert torch.ones(2).type(torch.float64).dtype == torch.float64
+torch.cuda.manual_seed(5)
+one = torch.rand(3)
+torch.cuda.manual_seed(5)
+assert torch.equal(one, torch.rand(3))
+with torch.device("meta"):
+    assert torch.empty(2).is_meta
+print(device.backend().NAME, torch.cuda.device_count())
+"""
+    assert in_new_process(program, LOCAL_WORLD_SIZE="4").split() == ["cpu", "4"]
+
+
+def test_a_missing_symbol_is_named() -> None:
+    program = """
+import torch, torch._dynamo
+from megatron_patch import device
+from megatron_patch.errors import UserError
+del torch.cuda.nvtx.range_pop
+try:
+    device.install()
+except UserError as error:
+    print(error)
+"""
+    printed = in_new_process(program)
+    assert "range_pop" in printed and "requirements.txt" in printed

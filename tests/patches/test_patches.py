@@ -1,0 +1,72 @@
+"""Every patch meets its target, other versions are refused, and nothing is patched on a GPU that need not be."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from megatron_patch import patches
+from megatron_patch.errors import UserError
+from tests.device.test_cpu import in_new_process
+
+
+def test_all_targets_exist_and_patches_apply() -> None:
+    program = """
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+for patch in patches.ALL:
+    patches.check_targets(patch)
+print(*patches.apply_all("cpu"))
+assert patches.apply_all("cpu")  # twice is once
+"""
+    names = in_new_process(program).split()
+    assert names == [patch.__name__.rsplit(".", 1)[-1] for patch in patches.ALL]
+
+
+def test_only_what_a_gpu_needs_is_applied_there() -> None:
+    wanted = {"distributed_optimizer_state", "skip_compile_helpers"}
+    assert {patch.__name__.rsplit(".", 1)[-1] for patch in patches.ALL if patch.applies("cuda")} == wanted
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "none"])
+def test_another_megatron_core_is_refused_with_a_sentence(version: str) -> None:
+    with pytest.raises(UserError, match=rf"megatron-core {version} .* 0\.19\.2.*pip install"):
+        patches.check_version(version)
+
+
+def test_the_installed_version_is_accepted() -> None:
+    patches.check_version()
+
+
+def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = ModuleType("a_patch")
+    patch.TARGETS = (("json", "JSONDecoder.no_such_method"),)
+    monkeypatch.setitem(sys.modules, "a_patch", patch)
+    with pytest.raises(UserError, match=r"json\.JSONDecoder\.no_such_method"):
+        patches.check_targets(patch)
+
+
+def test_rng_tracker_restores_the_state() -> None:
+    """fork() must leave the generator where it was, and go on from its own state the next time."""
+    program = """
+import torch
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+tracker = CudaRNGStatesTracker()
+tracker.add("model-parallel-rng", 7)
+torch.manual_seed(1)
+before = torch.get_rng_state()
+with tracker.fork():
+    one = torch.rand(4)
+assert torch.equal(torch.get_rng_state(), before)
+with tracker.fork():
+    two = torch.rand(4)
+torch.manual_seed(7)
+assert torch.equal(torch.cat([one, two]), torch.cat([torch.rand(4), torch.rand(4)]))
+print("same")
+"""
+    assert in_new_process(program).strip() == "same"
