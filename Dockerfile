@@ -1,9 +1,9 @@
 # For GPU machines: NVIDIA's PyTorch container brings torch, Transformer Engine and NCCL that were built for each other;
 # this adds the rest of requirements.txt around them. It is written from the container's documentation and has not been
 # built by its authors yet: after a build, run `bash tests/run_tests.sh` inside.
-#   docker build -t llava-megatron .
+#   docker build -t llava-megatron --build-arg BASE_IMAGE=<NVIDIA's container nvidia/pytorch, e.g. tag 25.12-py3> .
 #   docker run --gpus all --ipc host --ulimit memlock=-1 -it -v <data>:/data llava-megatron
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
+ARG BASE_IMAGE
 FROM ${BASE_IMAGE}
 
 WORKDIR /workspace/llava-megatron
