@@ -4,6 +4,7 @@ of these functions runs, never with the package."""
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known
 
 IMAGE_TOKEN = "<image>"
+WHOLE_MODELS = ("clip", "siglip")  # image and text towers in one; only the former is used
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _PROBES = ("What is in the picture?", " a  b\tc\nd", "Grüße, 世界! 42 + 1.5", "USER: x ASSISTANT: y</s>")
@@ -81,8 +83,9 @@ class Tokens:
     notes: list[str]
 
 
-def prepare_tokenizer(folder: Path) -> Tokens:
-    """The folder's tokenizer, `<image>` added when missing, a pad token named when missing (unk, else eos).
+def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> Tokens:
+    """The folder's tokenizer with new special tokens, then `<image>`, each when missing; a pad token named when missing
+    (unk, else eos).
 
     Raises:
         UserError: there is no tokenizer that transformers can load from these files.
@@ -94,7 +97,7 @@ def prepare_tokenizer(folder: Path) -> Tokens:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
             raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from error
-        notes = []
+        notes = _add_special_tokens(tokenizer, add_tokens)
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
             notes.append(f"{IMAGE_TOKEN} added to the tokenizer as id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}")
@@ -109,6 +112,20 @@ def prepare_tokenizer(folder: Path) -> Tokens:
     return Tokens(tokenizer, ids[0], max(tokenizer.get_vocab().values()), notes)
 
 
+def _add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Append the tokens that the tokenizer lacks, in their order; returns notes for the user."""
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    notes = [f"{token} is id {known[token]} of the tokenizer already" for token in tokens if token in known]
+    if new:
+        first, last = (tokenizer.convert_tokens_to_ids(token) for token in (new[0], new[-1]))
+        notes.insert(0, f"{len(new)} special token(s) added to the tokenizer: {new[0]} is {first}, {new[-1]} is {last}")
+    return notes
+
+
 def llava_config(
     llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str
 ) -> dict[str, Any]:
@@ -117,14 +134,39 @@ def llava_config(
     Raises:
         UserError: an LLM or tower the table does not know.
     """
+    check_known("LLM model_type", model_type(llm), LANGUAGE_MODELS)
+    return compose_config(_auto_config(llm), tower_config(clip), image_id, vocabulary, precision, projector)
+
+
+def tower_config(folder: Path) -> Any:
+    """transformers' config object of a tower folder; of a whole CLIP or SigLIP, its vision half.
+
+    Raises:
+        UserError: a tower the table does not know.
+    """
+    tower_type = model_type(folder)
+    check_known("vision tower model_type", tower_type, (*VISION_TOWERS, *WHOLE_MODELS))
+    config = _auto_config(folder)
+    return config.vision_config if tower_type in WHOLE_MODELS else config
+
+
+def config_object(model_type: str, values: dict[str, Any]) -> Any:
+    """transformers' config object of this kind with these values and the defaults for the rest."""
+    from transformers import AutoConfig
+
+    with _quiet_transformers():
+        try:
+            return AutoConfig.for_model(model_type, **values)
+        except Exception as error:
+            raise UserError(f"transformers refuses the {model_type} config {values}: {error}") from error
+
+
+def compose_config(
+    text: Any, vision: Any, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int = -2
+) -> dict[str, Any]:
+    """Full LLaVA config from transformers' config objects of its two halves."""
     from transformers import LlavaConfig
 
-    check_known("LLM model_type", model_type(llm), LANGUAGE_MODELS)
-    tower_type = model_type(clip)
-    check_known("vision tower model_type", tower_type, (*VISION_TOWERS, "clip"))
-    text, vision = _auto_config(llm), _auto_config(clip)
-    if tower_type == "clip":
-        vision = vision.vision_config
     text.vocab_size = vocabulary
     patches = (vision.image_size // vision.patch_size) ** 2
     with _quiet_transformers():
@@ -133,8 +175,8 @@ def llava_config(
             vision_config=vision,
             image_token_index=image_id,
             image_seq_length=patches,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
+            vision_feature_layer=feature_layer,
+            vision_feature_select_strategy="default" if VISION_TOWERS[vision.model_type].class_token else "full",
             projector_hidden_act="gelu",
             multimodal_projector_bias=True,
             tie_word_embeddings=text.tie_word_embeddings,
@@ -180,7 +222,7 @@ def _square(size: object, shape: bool) -> object:
 
 
 def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """preprocessor_config.json of a tower folder, spelled for transformers 5; CLIP's own numbers when there is none.
+    """preprocessor_config.json of a tower folder, spelled for transformers 5; its kind's numbers when there is none.
 
     Raises:
         UserError: it crops to another size than the tower takes.
@@ -194,7 +236,12 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
         values = read_json(nested)["image_processor"]
     else:
         values = {}
-        notes.append(f"{folder.name} has no preprocessor_config.json: CLIP's mean, std and bicubic crop to {side} px")
+        notes.append(
+            f"{folder.name} has no preprocessor_config.json: mean, std and bicubic resizing to {side} px are those of "
+            "the tower's kind"
+        )
+    if config["vision_config"]["model_type"] == "siglip_vision_model":
+        return _siglip_processor(folder, values, side), notes
     defaults = {
         "do_resize": True,
         "size": {"shortest_edge": side},
@@ -214,6 +261,26 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
     if values["crop_size"] != {"height": side, "width": side}:
         raise UserError(f"{folder}: pictures are cropped to {values['crop_size']}, but the tower takes {side} px")
     return {"image_processor_type": "CLIPImageProcessor"} | values, notes
+
+
+def _siglip_processor(folder: Path, values: dict[str, Any], side: int) -> dict[str, Any]:
+    """SigLIP's: squeezed to a square of `side` pixels, nothing cut off."""
+    square = {"height": side, "width": side}
+    defaults = {
+        "do_resize": True,
+        "size": square,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }
+    values = defaults | {name: values[name] for name in defaults if values.get(name) is not None}
+    if _square(values["size"], True) != square:
+        raise UserError(f"{folder}: pictures are resized to {values['size']}, but the tower takes {side} px")
+    return {"image_processor_type": "SiglipImageProcessor"} | values | {"size": square}
 
 
 def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: Path, tower: Path) -> list[str]:
@@ -236,7 +303,8 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE_TOKEN,
             "patch_size": config["vision_config"]["patch_size"],
-            "num_additional_image_tokens": 1,  # the class token, which the strategy "default" subtracts again
+            # the class token, which the strategy "default" subtracts again
+            "num_additional_image_tokens": int(VISION_TOWERS[config["vision_config"]["model_type"]].class_token),
             "vision_feature_select_strategy": config["vision_feature_select_strategy"],
         },
     )
@@ -269,6 +337,16 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_fingerprint(path: Path) -> dict[str, Any]:
+    """What a single source file was: name, size, SHA-256."""
+    with open(path, "rb") as file:
+        return {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

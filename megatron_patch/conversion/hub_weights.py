@@ -206,16 +206,44 @@ _LLAVA_RULES = [
     (r"lm_head\.", "language_model.lm_head."),
 ]
 _CLIP_RULES = [
-    (r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_tower.vision_model."),
+    (
+        r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)",
+        "vision_tower.vision_model.",
+    ),
 ]
-RULES = {"LLM": _LLM_RULES, "LLaVA": _LLAVA_RULES, "CLIP": _CLIP_RULES}
+# liuhaotian's original layout: the LLM's names are those of an LLM, the rest stands below `model.` beside them.
+_ORIGINAL_RULES = [
+    (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"model\.mm_projector\.(?=(?:weight|bias)$)", "multi_modal_projector.linear_1."),  # a linear projector
+    (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
+    (r"lm_head\.", "language_model.lm_head."),
+]
+# mm_projector.bin, as the original code saves it (with `base_model.model.` while LoRA wraps the model), or bare.
+_WRAPPED = r"(?:base_model\.model\.)?(?:model\.)?"
+_PROJECTOR_RULES = [
+    (_WRAPPED + r"(?:mm_projector\.)?0\.", "multi_modal_projector.linear_1."),
+    (_WRAPPED + r"(?:mm_projector\.)?2\.", "multi_modal_projector.linear_2."),
+    (_WRAPPED + r"(?:mm_projector\.)?(?=(?:weight|bias)$)", "multi_modal_projector.linear_1."),
+    (_WRAPPED + r"multi_modal_projector\.", "multi_modal_projector."),
+]
+RULES = {
+    "LLM": _LLM_RULES,
+    "LLaVA": _LLAVA_RULES,
+    "CLIP": _CLIP_RULES,
+    "original LLaVA": _ORIGINAL_RULES,
+    "projector": _PROJECTOR_RULES,
+}
 
 # Names that may be there and are not weights of a LLaVA: buffers that the config determines, and, in a whole CLIP
 # model, its text tower and the projections into the shared space.
 IGNORED = {
     "LLM": r".*\.rotary_emb\.inv_freq",
     "LLaVA": r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids",
-    "CLIP": r"(?:.*\.)?embeddings\.position_ids|text_model\..*|logit_scale|(?:text|visual)_projection\.weight",
+    "CLIP": r"(?:.*\.)?embeddings\.position_ids|text_model\..*|logit_(?:scale|bias)|(?:text|visual)_projection\.weight",
+    "original LLaVA": r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids",
+    "projector": r"(?!)",
 }
 
 

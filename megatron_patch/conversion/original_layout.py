@@ -1,0 +1,319 @@
+"""The layout of liuhaotian's own LLaVA folders, read and written.
+
+Such a folder is the LLM's folder with more in it: config.json is the LLM's with `mm_*` fields beside, the projector is
+`model.mm_projector.{0,2}.*` (linear: `model.mm_projector.*`), the tower is inside as
+`model.vision_tower.vision_tower.vision_model.*` or only named by `mm_vision_tower`.  Its tokenizer has no `<image>`:
+the original code puts the picture in place of an index of its own.  Source of the names: github.com/haotian-liu/LLaVA,
+llava/model/llava_arch.py, multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_patch.conversion import hub_files
+from megatron_patch.conversion.table import HubTensor
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known
+
+Blocks = Callable[[HubTensor], Iterator[Tensor]]  # the rows of a tensor, in any number of blocks
+# Below CKPT/llava: config and tokenizer of an original source, as they were, for the way back.
+SAVED_FOLDER = "original"
+# LLM's model_type: (model_type, class) of the original code; v1.5's own folders say model_type "llava".
+KINDS = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+_TOWER = "model.vision_tower."
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_LARGE |= {"projection_dim": 768, "patch_size": 14}
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_BASE |= {"projection_dim": 512, "image_size": 224}
+# A folder that holds its tower holds no config of it: the numbers of the towers that are named.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
+    "openai/clip-vit-large-patch14": _LARGE | {"image_size": 224},
+    "openai/clip-vit-base-patch16": _BASE | {"patch_size": 16},
+    "openai/clip-vit-base-patch32": _BASE | {"patch_size": 32},
+}
+_TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def is_original(folder: Path) -> bool:
+    """Is it a folder of the original layout?  Hub LLaVAs say text_config where these say mm_vision_tower."""
+    config = hub_files.read_json(folder / "config.json")
+    return str(config.get("model_type")).startswith("llava") and "mm_vision_tower" in config
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Original:
+    """What config.json of an original folder says."""
+
+    folder: Path
+    values: dict[str, Any]
+    llm_type: str
+    tower_name: str
+    feature_layer: int
+    projector: str
+
+    def text_config(self) -> Any:
+        """transformers' config object of the LLM inside."""
+        known = json.loads(hub_files.config_object(self.llm_type, {}).to_json_string(use_diff=False))
+        # rope's older spelling; what is no field of the LLM belongs to the multimodal part
+        fields = (set(known) | {"rope_theta", "rope_scaling"}) - {"model_type", "architectures", "dtype"}
+        return hub_files.config_object(
+            self.llm_type, {name: value for name, value in self.values.items() if name in fields}
+        )
+
+
+def _llm_type(values: dict[str, Any]) -> str:
+    """model_type of the LLM inside, from the class or else from the model_type of the folder."""
+    name = (values.get("architectures") or [values.get("model_type")])[0]
+    by_name = {name: llm for llm, names in KINDS.items() for name in names} | {"llava": "llama"}
+    check_known("the class of an original LLaVA", name, by_name)
+    return by_name[name]
+
+
+def read_original(folder: Path) -> Original:
+    """Read and check config.json.
+
+    Raises:
+        UserError: it asks for something other than LLaVA-1.5's way of seeing; named.
+    """
+    values = hub_files.read_json(folder / "config.json")
+    where = f"{folder}/config.json"
+    try:
+        check_known("mm_vision_select_feature", values.get("mm_vision_select_feature", "patch"), ("patch",))
+        check_known("mm_patch_merge_type", values.get("mm_patch_merge_type") or "flat", ("flat",))
+        projector = values.get("mm_projector_type", "linear")  # v1.0 had no other and did not name it
+        check_known("mm_projector_type", projector, PROJECTOR_TYPES)
+        if values.get("s2") or values.get("mm_resampler_type"):
+            raise UserError("several image scales (s2) and resamplers are not built here; choose a model without")
+        layer = values.get("mm_vision_select_layer")
+        if not isinstance(layer, int):
+            raise UserError(f"mm_vision_select_layer is {layer!r}; wanted a whole number like -2")
+        llm_type = _llm_type(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Original(folder, values, llm_type, str(values["mm_vision_tower"]), layer, projector)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where the tower of an original folder comes from."""
+
+    config: Any  # transformers' config object
+    folder: Path | None  # with its config, image processor and, unless they are inside, its weights
+    inside: bool
+    notes: list[str]
+
+
+def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> Tower:
+    """Find the tower and its config.
+
+    Args:
+        clip: the tower's folder as the user gave it; it wins over the name in config.json.
+        names: raw tensor names of the original folder.
+    Raises:
+        UserError: the tower, or its config, is nowhere to be found, or its width is not mm_hidden_size.
+    """
+    inside = any(name.startswith(_TOWER) for name in names)
+    named, notes = Path(original.tower_name), []
+    if clip is None and named.is_absolute() and (named / "config.json").is_file():
+        clip = named
+    if clip is not None:
+        config = hub_files.tower_config(clip)
+        if inside:
+            notes.append(f"the tower's weights are those inside {original.folder.name}, not those of {clip.name}")
+    elif inside and original.tower_name in KNOWN_TOWERS:
+        config = hub_files.config_object("clip_vision_model", KNOWN_TOWERS[original.tower_name])
+    else:
+        problem = "holds a tower without its config" if inside else "holds no tower"
+        raise UserError(
+            f"{original.folder} {problem}: its config.json names {original.tower_name!r}; pass the folder of that "
+            "model as SOURCE_CLIP_CKPT_PATH"
+        )
+    width = original.values.get("mm_hidden_size", config.hidden_size)
+    if width != config.hidden_size:
+        raise UserError(
+            f"{original.folder}: mm_hidden_size is {width}, but the tower is {config.hidden_size} wide; "
+            f"pass the folder of {original.tower_name} as SOURCE_CLIP_CKPT_PATH"
+        )
+    return Tower(config, clip, inside, notes)
+
+
+def advice(original: Original) -> list[str]:
+    """What the original config says that a converted checkpoint cannot hold."""
+    notes, values = [], original.values
+    ratio = values.get("image_aspect_ratio")
+    if ratio == "pad":
+        notes.append("the original was trained on padded pictures: set IMAGE_ASPECT_RATIO=pad when training on")
+    if values.get("mm_use_im_start_end"):
+        notes.append("the original put <im_start> and <im_end> around pictures; training here does not")
+    return notes
+
+
+def save_text_files(source: Path, target: Path) -> None:
+    """Keep config and tokenizer of an original folder as they are."""
+    target.mkdir()
+    for name in _TEXT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def original_name(hub_name: str, projector: str) -> str:
+    """Name in the original layout of a tensor of hub LLaVA files."""
+    first, second = ("model.mm_projector.0.", "model.mm_projector.2.")
+    places = {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": _TOWER + "vision_tower.",
+        "multi_modal_projector.linear_1.": first if projector != "linear" else "model.mm_projector.",
+        "multi_modal_projector.linear_2.": second,
+    }
+    begin = next(begin for begin in places if hub_name.startswith(begin))
+    return places[begin] + hub_name.removeprefix(begin)
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a checkpoint is written in the original layout."""
+
+    config: dict[str, Any]
+    saved: Path | None  # config and tokenizer of the original source, when the checkpoint came from one
+    rows: int  # of the vocabulary
+    with_tower: bool
+    projector: str
+    notes: list[str]
+
+    def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
+        """The tensors of the folder under their original names, and blocks() that is asked for those."""
+        hub: dict[str, HubTensor] = {}
+        for tensor in tensors:
+            if tensor.name.startswith("vision_tower.") and not self.with_tower:
+                continue
+            if tensor.name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                tensor = HubTensor(tensor.name, (self.rows, *tensor.shape[1:]))
+            hub[original_name(tensor.name, self.projector)] = tensor
+        renamed = [HubTensor(name, tensor.shape) for name, tensor in hub.items()]
+        return renamed, lambda tensor: blocks(hub[tensor.name])
+
+    def write_text_files(self, folder: Path, hub: Path) -> None:
+        """config.json, tokenizer and, with the tower, its image processor; `hub` is the checkpoint's llava/ folder."""
+        source = self.saved or hub
+        for name in _TEXT_FILES[1:]:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if self.with_tower and not (folder / "preprocessor_config.json").exists():
+            shutil.copyfile(hub / "preprocessor_config.json", folder / "preprocessor_config.json")
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def plan_export(
+    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, with_tower: bool, tower_name: str | None
+) -> Export:
+    """How to write the checkpoint with this llava/ folder in the original layout.
+
+    Args:
+        config: hub/config.json.
+        tower_name: for mm_vision_tower; None: that of the source, or of the known tower with these numbers.
+    Raises:
+        UserError: the original code has no class for this LLM or projector, or the tower has no name.
+    """
+    check_known("the original layout's LLM", geometry.language.model_type, KINDS)
+    saved = hub / SAVED_FOLDER
+    saved = saved if (saved / "config.json").is_file() else None
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    rows, notes = geometry.language.vocabulary, []
+    if saved:
+        values = hub_files.read_json(saved / "config.json")
+        if (values["vocab_size"], rows) == (geometry.image_token_id, geometry.image_token_id + 1):
+            rows = values["vocab_size"]
+            notes.append(f"row {rows} of the vocabulary, <image>, is left out: the original layout has none")
+        else:
+            saved = None  # tokens were added since: its tokenizer has not got them
+        values |= {"vocab_size": rows} | ({"torch_dtype": dtype} if "torch_dtype" in values else {})
+        if tower_name:
+            values["mm_vision_tower"] = tower_name
+    else:
+        values = _derived_config(config, geometry, dtype, tower_name or _known_tower(config, hub))
+        values["unfreeze_mm_vision_tower"] = with_tower  # with it, the original code takes the tower inside
+        notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded pictures")
+    name = values["mm_vision_tower"]
+    if not with_tower:
+        notes.append(f"without the tower: who loads the folder takes {name}; a tuned tower needs --layout original")
+    elif not values.get("unfreeze_mm_vision_tower"):
+        notes.append(
+            f"the original code loads {name} instead of the tower inside unless config.json says "
+            "unfreeze_mm_vision_tower: set it to true when the tower was tuned"
+        )
+    return Export(values, saved, rows, with_tower, geometry.projector_type, notes)
+
+
+def _known_tower(config: dict[str, Any], hub: Path) -> str:
+    """mm_vision_tower: the known tower with the checkpoint's numbers, or else the folder the tower came from."""
+    vision = config["vision_config"]
+    for name, numbers in KNOWN_TOWERS.items():
+        if all(vision.get(key) == value for key, value in numbers.items() if key != "projection_dim"):
+            return name
+    provenance = hub_files.read_json(hub / "provenance.json") if (hub / "provenance.json").is_file() else {}
+    name = provenance.get("sources", {}).get("clip", {}).get("name")
+    if not name:
+        raise UserError("the original layout names the vision tower, and this one's name is not known; pass its name")
+    return name
+
+
+def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str, tower_name: str) -> dict[str, Any]:
+    """config.json of the original code for a checkpoint that came from elsewhere."""
+    model_type, name = KINDS[geometry.language.model_type]
+    text = dict(config["text_config"])
+    rope = dict(text.pop("rope_parameters", None) or {})
+    base = rope.pop("rope_theta", text.get("rope_theta", 10000.0))
+    for field in ("dtype", "transformers_version"):
+        text.pop(field, None)
+    return text | {
+        "architectures": [name],
+        "model_type": model_type,
+        "torch_dtype": dtype,
+        "rope_theta": base,
+        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+        "use_mm_proj": True,
+        "mm_vision_tower": tower_name,
+        "mm_hidden_size": geometry.tower.hidden,
+        "mm_projector_type": geometry.projector_type,
+        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": "square",
+        "tokenizer_padding_side": "right",
+    }
