@@ -57,13 +57,14 @@ class Report:
         return f"{self.nbytes / 1e9:.3f} GB of weights in {self.seconds:.1f} s ({speed:.2f} GB/s) -> {self.target}"
 
 
-def _dtype(precision: str) -> torch.dtype:
+def precision_dtype(precision: str) -> torch.dtype:
+    """The dtype of a PR; UserError when there is none."""
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; wanted one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another dtype; the tensor itself when it has that dtype already.
 
     Raises:
@@ -88,7 +89,7 @@ def _chunks(row: Row, weights: dict[str, Stored], dtype: torch.dtype) -> Iterato
         if row.layout.first_row(0, shapes) is None:
 
             def join(names: list[str] = names) -> Tensor:
-                return row.layout.join([_cast(weights[name].read(), dtype, name) for name in names])
+                return row.layout.join([cast(weights[name].read(), dtype, name) for name in names])
 
             yield Chunk((*prefix, *(0 for _ in row.joined_shape)), (*one, *row.joined_shape), join)
             continue
@@ -97,7 +98,7 @@ def _chunks(row: Row, weights: dict[str, Stored], dtype: torch.dtype) -> Iterato
             for first, last in row_blocks(shapes[part], dtype):
 
                 def read(name: str = name, first: int = first, last: int = last) -> Tensor:
-                    return _cast(weights[name].read_rows(first, last), dtype, name)
+                    return cast(weights[name].read_rows(first, last), dtype, name)
 
                 yield Chunk((*prefix, begin + first, *(0 for _ in rest)), (*one, last - first, *rest), read)
 
@@ -123,7 +124,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _provenance(direction: str, sources: dict[str, Path], arguments: dict[str, Any], facts: dict[str, Any]) -> str:
+def provenance_text(direction: str, sources: dict[str, Path], arguments: dict[str, Any], facts: dict[str, Any]) -> str:
+    """provenance.json: what was made, when, by which versions, out of what."""
     value = {
         "direction": direction,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -181,7 +183,7 @@ def convert_to_megatron(
     began = time.monotonic()
     llm, target = Path(source_llm), Path(target)
     clip = None if source_clip is None else Path(source_clip)
-    dtype = _dtype(precision)
+    dtype = precision_dtype(precision)
     projector_file = None if mm_projector is None else Path(mm_projector)
     additions = Additions(read_tokens(add_tokens), projector, projector_file, seed)
     check_known("checkpoint format", checkpoint_format, FORMATS)
@@ -201,7 +203,8 @@ def convert_to_megatron(
         hub = folder / "llava"
         notes += hub_files.write_hub_folder(hub, plan.config, plan.tokens, llm, plan.tower_folder)
         if plan.original is not None:
-            original_layout.save_text_files(plan.original, hub / original_layout.SAVED_FOLDER)
+            saved = hub / original_layout.SAVED_FOLDER
+            original_layout.save_text_files(plan.original, saved, with_tokenizer=not additions.tokens)
         with progress_bar(nbytes, "hub -> Megatron", progress) as advance:
             release = folder / "release"
             if checkpoint_format == "torch":
@@ -211,7 +214,7 @@ def convert_to_megatron(
             _write_checkpoint(writer, plan.rows, plan.weights, dtype, advance)
 
             def blocks(tensor: HubTensor) -> Iterator[Tensor]:
-                yield _cast(plan.weights[tensor.name].read(), dtype, tensor.name)
+                yield cast(plan.weights[tensor.name].read(), dtype, tensor.name)
 
             write_safetensors(hub / UNTRAINED_TOWER, carried, dtype, blocks, advance)
         arguments = {
@@ -225,7 +228,7 @@ def convert_to_megatron(
             "seed": seed,
             "checkpoint_format": checkpoint_format,
         }
-        text = _provenance("huggingface to megatron", plan.sources, arguments, plan.facts | {"notes": notes})
+        text = provenance_text("huggingface to megatron", plan.sources, arguments, plan.facts | {"notes": notes})
         (hub / PROVENANCE).write_text(text, encoding="utf-8")
         (folder / TRACKER).write_text("release\n")
     return Report(target, nbytes, time.monotonic() - began, notes)
@@ -303,7 +306,7 @@ def _hub_blocks(
 
     def blocks(tensor: HubTensor) -> Iterator[Tensor]:
         if tensor.name in carried:
-            yield _cast(carried[tensor.name].read(), dtype, tensor.name)
+            yield cast(carried[tensor.name].read(), dtype, tensor.name)
             return
         row, layer, part = places[tensor.name]
         prefix, one = ((layer,), (1,)) if layer is not None else ((), ())
@@ -314,11 +317,11 @@ def _hub_blocks(
                 zeros = tuple(0 for _ in row.joined_shape)
                 whole = reader.read(row.key, (*prefix, *zeros), (*one, *row.joined_shape)).reshape(row.joined_shape)
                 joined[row.key, layer] = row.layout.split(whole, row.part_shapes)
-            yield _cast(joined[row.key, layer][part], dtype, tensor.name)
+            yield cast(joined[row.key, layer][part], dtype, tensor.name)
             return
         for first, last in row_blocks(tensor.shape, torch.float32):
             offset = (*prefix, begin + first, *(0 for _ in rest))
-            yield _cast(reader.read(row.key, offset, (*one, last - first, *rest)), dtype, tensor.name)
+            yield cast(reader.read(row.key, offset, (*one, last - first, *rest)), dtype, tensor.name)
 
     return blocks
 
@@ -360,7 +363,7 @@ def convert_to_huggingface(
     """
     began = time.monotonic()
     checkpoint, target = Path(checkpoint), Path(target)
-    dtype = _dtype(precision)
+    dtype = precision_dtype(precision)
     check_known("layout", layout, LAYOUTS)
     if layout == "hub" and tower_name is not None:
         raise UserError(
@@ -375,8 +378,8 @@ def convert_to_huggingface(
     geometry = read_geometry(config)
     if layout == "hub" and geometry.projector_type != "mlp2x_gelu":
         raise UserError(
-            f"{checkpoint} has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu only, "
-            "choose the layout original"
+            f"{checkpoint} has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu "
+            "only: choose the layout original"
         )
     rows = table_of_weights(geometry)
     check_model_size(model_size, geometry.language.parameters)
@@ -408,7 +411,7 @@ def convert_to_huggingface(
             earlier = hub_files.read_json(hub / PROVENANCE) if (hub / PROVENANCE).is_file() else None
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
             facts = {"iteration": iteration.name, "checkpoint_provenance": earlier}
-            text = _provenance("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
+            text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
             (folder / PROVENANCE).write_text(text, encoding="utf-8")
     notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
     notes += export.notes if export is not None else []

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.conversion.hub_weights import Stored, hub_name, open_weight_file
 from megatron_patch.conversion.original_layout import original_name
 from megatron_patch.conversion.output import check_disk
-from megatron_patch.conversion.table import Row
-from megatron_patch.conversion.torch_dist import CheckpointReader
+from megatron_patch.conversion.table import projector_rows, table_of_weights
+from megatron_patch.conversion.torch_ranks import open_checkpoint
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import read_geometry_of
 
 
 def read_projector(path: Path) -> tuple[str, dict[str, Stored]]:
@@ -29,44 +31,44 @@ def read_projector(path: Path) -> tuple[str, dict[str, Stored]]:
     if not any(hub_name("projector", name) for name in tensors):
         shown = ", ".join(list(tensors)[:8]) or "nothing"
         raise UserError(f"{path} holds no projector but {shown}; wanted model.mm_projector.0.weight and the like")
-    numbered = any(re.search(r"(?:^|\.)(?:[0-9]+|linear_[0-9]+)\.(?:weight|bias)$", name) for name in tensors)
+    numbered = any(re.search(r"(?:^|\.)(?:\d+|linear_\d+)\.(?:weight|bias)$", name) for name in tensors)
     return "mlp2x_gelu" if numbered else "linear", tensors
 
 
-def write_projector(
-    reader: CheckpointReader, rows: list[Row], kind: str, target: Path, dtype: torch.dtype | None
-) -> int:
-    """Write the projector of a checkpoint; only its tensors are read.
+def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None = None) -> tuple[str, int]:
+    """Write the projector of a Megatron checkpoint's newest iteration; only its tensors are read.
 
     Args:
-        rows: those of the projector.
         dtype: of the file; None: as stored.
     Returns:
-        Bytes of weights.
+        Kind of the projector, bytes of its weights.
     Raises:
-        UserError: the checkpoint has no such projector; the target exists; nothing was written.
+        UserError: the checkpoint has no such projector, or the target exists; nothing was written.
     """
-    problems = []
-    for row in rows:
-        entry = reader.tensors.get(row.key)
-        if entry is None:
-            problems.append(f"{row.key} is missing")
-        elif tuple(entry.size) != row.shape:
-            problems.append(f"{row.key} is {list(entry.size)}, config.json says {list(row.shape)}")
-    if problems:
-        raise UserError(f"the checkpoint does not hold the projector its config.json tells of: {'; '.join(problems)}")
-    tensors = {}
-    for row in rows:
-        (part,) = row.parts  # a projector's layouts are Same: one hub tensor each
-        whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
-        tensors[original_name(part.name, kind)] = whole if dtype is None else whole.to(dtype)
-    return save_file(tensors, target)
-
-
-def save_file(tensors: dict[str, torch.Tensor], target: Path) -> int:
-    """torch.save beside the target, then renamed; returns the bytes of the weights."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; remove it or choose another file")
+    iteration = newest_iteration(checkpoint)
+    geometry = read_geometry_of(checkpoint / "llava")
+    tensors: dict[str, torch.Tensor] = {}
+    with open_checkpoint(iteration, table_of_weights(geometry)) as reader:
+        problems = []
+        for row in projector_rows(geometry):
+            entry = reader.tensors.get(row.key)
+            if entry is None:
+                problems.append(f"{row.key} is missing")
+            elif tuple(entry.size) != row.shape:
+                problems.append(f"{row.key} is {list(entry.size)}, config.json says {list(row.shape)}")
+            else:
+                (part,) = row.parts  # the layouts of a projector are Same: one hub tensor each
+                whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
+                tensors[original_name(part.name, geometry.projector_type)] = whole.to(dtype or whole.dtype)
+    if problems:
+        raise UserError(f"{iteration} does not hold the projector its config.json tells of: {'; '.join(problems)}")
+    return geometry.projector_type, _save(tensors, target)
+
+
+def _save(tensors: dict[str, torch.Tensor], target: Path) -> int:
+    """torch.save beside the target, then renamed; returns the bytes of the weights."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_disk(target.parent, nbytes)
     beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")

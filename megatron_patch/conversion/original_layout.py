@@ -58,6 +58,9 @@ _TEXT_FILES = (
 )
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
 def is_original(folder: Path) -> bool:
     """Is it a folder of the original layout?  Hub LLaVAs say text_config where these say mm_vision_tower."""
     config = hub_files.read_json(folder / "config.json")
@@ -175,10 +178,10 @@ def advice(original: Original) -> list[str]:
     return notes
 
 
-def save_text_files(source: Path, target: Path) -> None:
-    """Keep config and tokenizer of an original folder as they are."""
+def save_text_files(source: Path, target: Path, with_tokenizer: bool) -> None:
+    """Keep config and, unless tokens were added to it, tokenizer of an original folder as they are."""
     target.mkdir()
-    for name in _TEXT_FILES:
+    for name in _TEXT_FILES if with_tokenizer else _TEXT_FILES[:1]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -205,7 +208,7 @@ class Export:
     """How a checkpoint is written in the original layout."""
 
     config: dict[str, Any]
-    saved: Path | None  # config and tokenizer of the original source, when the checkpoint came from one
+    texts: Path | None  # folder of the source's own tokenizer; None: the checkpoint's
     rows: int  # of the vocabulary
     with_tower: bool
     projector: str
@@ -225,7 +228,7 @@ class Export:
 
     def write_text_files(self, folder: Path, hub: Path) -> None:
         """config.json, tokenizer and, with the tower, its image processor; `hub` is the checkpoint's llava/ folder."""
-        source = self.saved or hub
+        source = self.texts or hub
         for name in _TEXT_FILES[1:]:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -248,16 +251,15 @@ def plan_export(
     """
     check_known("the original layout's LLM", geometry.language.model_type, KINDS)
     saved = hub / SAVED_FOLDER
-    saved = saved if (saved / "config.json").is_file() else None
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    rows, notes = geometry.language.vocabulary, []
-    if saved:
+    rows, notes, texts = geometry.language.vocabulary, [], None
+    if (saved / "config.json").is_file():
         values = hub_files.read_json(saved / "config.json")
-        if (values["vocab_size"], rows) == (geometry.image_token_id, geometry.image_token_id + 1):
-            rows = values["vocab_size"]
-            notes.append(f"row {rows} of the vocabulary, <image>, is left out: the original layout has none")
-        else:
-            saved = None  # tokens were added since: its tokenizer has not got them
+        if any((saved / name).is_file() for name in _TOKENIZERS):
+            texts = saved
+            if values["vocab_size"] < rows:
+                rows = values["vocab_size"]
+                notes.append(f"the vocabulary has the source's {rows} rows: the original layout has no <image>")
         values |= {"vocab_size": rows} | ({"torch_dtype": dtype} if "torch_dtype" in values else {})
         if tower_name:
             values["mm_vision_tower"] = tower_name
@@ -273,7 +275,7 @@ def plan_export(
             f"the original code loads {name} instead of the tower inside unless config.json says "
             "unfreeze_mm_vision_tower: set it to true when the tower was tuned"
         )
-    return Export(values, saved, rows, with_tower, geometry.projector_type, notes)
+    return Export(values, texts, rows, with_tower, geometry.projector_type, notes)
 
 
 def _known_tower(config: dict[str, Any], hub: Path) -> str:
@@ -285,7 +287,7 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
     provenance = hub_files.read_json(hub / "provenance.json") if (hub / "provenance.json").is_file() else {}
     name = provenance.get("sources", {}).get("clip", {}).get("name")
     if not name:
-        raise UserError("the original layout names the vision tower, and this one's name is not known; pass its name")
+        raise UserError("the original layout names the vision tower, and this one has none; pass --vision-tower-name")
     return name
 
 

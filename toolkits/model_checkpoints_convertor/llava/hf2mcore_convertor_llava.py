@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
-from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
+from megatron_patch.conversion.convert import FORMATS, LAYOUTS, PRECISIONS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
 from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
@@ -31,14 +31,45 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mg2hf", action="store_true", help="from Megatron to Hugging Face")
     parser.add_argument("--precision", required=True, choices=list(PRECISIONS), help="dtype of the result")
     parser.add_argument("--hf-checkpoint", default="none", help="with --mg2hf: the LLM or LLaVA it came from, or none")
-    parser.add_argument("--projector", choices=PROJECTOR_TYPES, default="mlp2x_gelu", help="kind of a new projector")
+    parser.add_argument("--projector", choices=PROJECTOR_TYPES, help="kind of a new projector; default: mlp2x_gelu")
+    parser.add_argument(
+        "--mm-projector", metavar="FILE", help="start from this mm_projector.bin, not from a new projector"
+    )
+    parser.add_argument(
+        "--add-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of a new projector's weights")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="torch_dist: read with any TP and PP; torch: one file per rank of the TP and PP given; exports read both",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="with --mg2hf: hub (default), what LlavaForConditionalGeneration loads; or liuhaotian's original layout",
+    )
+    parser.add_argument("--vision-tower-name", metavar="NAME", help="mm_vision_tower of an original layout")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(words)
 
 
 def _folder(text: str) -> Path | None:
     return None if text in ("none", "") else Path(text)
+
+
+def _check_direction(arguments: argparse.Namespace) -> None:
+    """Words of the other direction are refused, not ignored."""
+    ours = ("projector", "mm_projector", "add_tokens") if arguments.mg2hf else ("layout", "vision_tower_name")
+    for name in ours:
+        if getattr(arguments, name):
+            word = "--" + name.replace("_", "-")
+            raise UserError(f"{word} is for conversions {'to' if arguments.mg2hf else 'from'} Megatron; leave it out")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,17 +80,31 @@ def run(arguments: argparse.Namespace) -> None:
         "pipeline_parallel": arguments.pipeline_model_parallel_size,
         "progress": not arguments.no_progress,
     }
+    _check_direction(arguments)
     if arguments.mg2hf:
         source, target = Path(arguments.source_llm), Path(arguments.target)
-        report = convert_to_huggingface(source, target, hf_checkpoint=_folder(arguments.hf_checkpoint), **common)
-        following = [f"LlavaForConditionalGeneration.from_pretrained({str(target)!r}) and AutoProcessor load it."]
+        layout = arguments.layout or LAYOUTS[0]
+        report = convert_to_huggingface(
+            source,
+            target,
+            hf_checkpoint=_folder(arguments.hf_checkpoint),
+            layout=layout,
+            tower_name=arguments.vision_tower_name,
+            **common,
+        )
+        following = []
+        if layout == "hub":
+            following = [f"LlavaForConditionalGeneration.from_pretrained({str(target)!r}) and AutoProcessor load it."]
     else:
         report = convert_to_megatron(
             arguments.source_llm,
             _folder(arguments.source_clip),
             arguments.target,
             projector=arguments.projector,
+            mm_projector=arguments.mm_projector,
+            add_tokens=arguments.add_tokens,
             seed=arguments.seed,
+            checkpoint_format=arguments.format,
             **common,
         )
         shown = shlex.quote(os.path.abspath(arguments.target))

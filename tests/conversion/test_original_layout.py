@@ -1,0 +1,232 @@
+"""liuhaotian's LLaVA layout: in, out, and across to the hub's; every tensor byte-equal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron, original_layout
+from megatron_patch.errors import UserError
+from tests.conversion.conftest import tensors_of
+from tests.conversion.original_folders import make_original
+from tests.conversion.test_refusals import edit_json, forward
+from tests.conversion.test_round_trip import greedy, load, same_bytes
+
+TOWER = "model.vision_tower.vision_tower."
+
+
+def to_megatron(source, clip, target, **more):
+    return convert_to_megatron(source, clip, target, model_size="tiny", precision="fp32", **more)
+
+
+def export(checkpoint, target, **more):
+    return convert_to_huggingface(checkpoint, target, model_size="tiny", precision="fp32", **more)
+
+
+def assert_same(before: dict, after: dict) -> None:
+    assert before.keys() == after.keys()
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+def in_hub_names(weights: dict) -> dict:
+    """Written down a second time on purpose: the names that LlavaForConditionalGeneration's files have."""
+    result = {}
+    for name, tensor in weights.items():
+        if name.startswith(TOWER):
+            name = name.replace(TOWER, "vision_tower.")
+        elif name.startswith("model.mm_projector."):
+            name = name.replace("model.mm_projector.0", "multi_modal_projector.linear_1")
+            name = name.replace("model.mm_projector.2", "multi_modal_projector.linear_2")
+        else:
+            name = "language_model." + name
+        result[name] = tensor
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "linear", "pickled"),
+    [
+        ("llama", True, False, True),
+        ("llama", False, True, False),
+        ("mistral", False, False, True),
+        ("qwen2", True, True, True),
+    ],
+)
+def test_original_to_original(hub, tmp_path, family, inside, linear, pickled):
+    """Names, bytes, config and tokenizer come back as they were, whatever the projector and wherever the tower."""
+    source, clip = tmp_path / "llava-v1.5", hub("clip")
+    before = make_original(source, hub(family), clip, family, inside, linear, pickled)
+    report = to_megatron(source, clip, tmp_path / "ckpt")
+    assert any("IMAGE_ASPECT_RATIO=pad" in note for note in report.notes)
+    layout = "original" if inside else "original_without_tower"
+    export(tmp_path / "ckpt", tmp_path / "back", layout=layout, hf_checkpoint=source)
+    assert_same(before, tensors_of(tmp_path / "back"))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (source / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    assert not list((tmp_path / "back").glob("processor_config.json"))
+
+
+def test_original_to_hub(hub, tmp_path):
+    """The hub's layout of an original folder: transformers loads it, and <image> has its row."""
+    source = tmp_path / "llava-v1.5"
+    before = in_hub_names(make_original(source, hub("llama"), hub("clip"), "llama"))
+    to_megatron(source, hub("clip"), tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "hub")
+    after = tensors_of(tmp_path / "hub")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        assert after[name].shape == (321, 64)
+        torch.testing.assert_close(after[name][320], before[name].mean(dim=0), rtol=0, atol=1e-6)
+        after[name] = after[name][:320].contiguous()
+    assert_same(before, after)
+    model, processor = load(tmp_path / "hub")
+    greedy(model, processor, tokens=4)
+    assert not (tmp_path / "hub/original").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_hub_to_original_and_back(hub, tmp_path, family):
+    """A hub LLaVA in the original layout has the original's fields, and is a source again."""
+    before = tensors_of(hub(f"llava_{family}"))
+    to_megatron(hub(f"llava_{family}"), None, tmp_path / "ckpt")
+    with pytest.raises(UserError, match="--vision-tower-name"):
+        export(tmp_path / "ckpt", tmp_path / "original", layout="original")
+    export(tmp_path / "ckpt", tmp_path / "original", layout="original", tower_name="openai/clip-vit-large-patch14-336")
+    assert_same(before, in_hub_names(tensors_of(tmp_path / "original")))
+    config = json.loads((tmp_path / "original/config.json").read_text())
+    expected = {
+        "architectures": [f"Llava{family.removesuffix('2').title()}ForCausalLM"],
+        "model_type": f"llava_{family.removesuffix('2')}",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": 48,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        "rope_theta": 1e4 if family == "llama" else 1e6,
+        "rope_scaling": None,
+        "vocab_size": 352 if family == "qwen2" else 336,
+        "torch_dtype": "float32",
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert "rope_parameters" not in config and "text_config" not in config
+    to_megatron(tmp_path / "original", hub("clip"), tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "hub")
+    assert_same(before, tensors_of(tmp_path / "hub"))
+
+
+def test_parts_to_original(hub, tmp_path):
+    """The tower is named after the folder it came from; without it no tower tensor is written."""
+    to_megatron(hub("mistral"), hub("clip"), tmp_path / "ckpt", projector="linear")
+    report = export(tmp_path / "ckpt", tmp_path / "original", layout="original_without_tower")
+    config = json.loads((tmp_path / "original/config.json").read_text())
+    assert (config["mm_vision_tower"], config["unfreeze_mm_vision_tower"]) == ("clip", False)
+    names = tensors_of(tmp_path / "original")
+    assert not [name for name in names if "vision_tower" in name]
+    assert {name: tuple(tensor.shape) for name, tensor in names.items() if "projector" in name} == {
+        "model.mm_projector.weight": (64, 48),
+        "model.mm_projector.bias": (64,),
+    }
+    assert any("a tuned tower needs" in note for note in report.notes)
+
+
+def test_added_tokens_are_kept(hub, tmp_path):
+    """Rows of new tokens are not taken for the one of <image>: they and their tokenizer are exported."""
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "llava"
+    make_original(source, hub("llama"), hub("clip"), "llama")
+    to_megatron(source, hub("clip"), tmp_path / "ckpt", add_tokens=["<a_0>..<a_2>"])
+    export(tmp_path / "ckpt", tmp_path / "back", layout="original")
+    assert tensors_of(tmp_path / "back")["lm_head.weight"].shape == (324, 64)
+    assert json.loads((tmp_path / "back/config.json").read_text())["vocab_size"] == 324
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer.convert_tokens_to_ids(["<a_0>", "<a_2>", "<image>"]) == [320, 322, 323]
+
+
+def test_known_towers_are_those_of_transformers():
+    """A tower inside a folder has no config there: the numbers of the four that are known."""
+    tokens = {"patch14-336": 576, "patch14": 256, "patch16": 196, "patch32": 49}
+    for name in original_layout.KNOWN_TOWERS:
+        values = {"mm_vision_tower": name, "mm_hidden_size": 1024 if "large" in name else 768}
+        source = original_layout.Original(Path("x"), values, "llama", name, -2, "mlp2x_gelu")
+        found = original_layout.find_tower(source, None, [TOWER + "vision_model.pre_layrnorm.weight"])
+        config = found.config
+        assert found.inside and found.folder is None and config.hidden_act == "quick_gelu"
+        assert (config.image_size // config.patch_size) ** 2 == tokens[
+            name.partition("patch")[1] + name.split("patch")[1]
+        ]
+        assert config.intermediate_size == 4 * config.hidden_size == 256 * config.num_attention_heads
+
+
+@pytest.fixture
+def original(hub, tmp_path):
+    folder = tmp_path / "source"
+    make_original(folder, hub("llama"), hub("clip"), "llama", pickled=False)
+    return folder
+
+
+REFUSED = {
+    "llava-1.6": ({"mm_patch_merge_type": "spatial_unpad"}, ["'spatial_unpad'", "known: flat"]),
+    "class token kept": ({"mm_vision_select_feature": "cls_patch"}, ["'cls_patch'", "known: patch"]),
+    "another class": ({"architectures": ["LlavaMptForCausalLM"]}, ["LlavaMptForCausalLM", "LlavaLlamaForCausalLM"]),
+    "another projector": ({"mm_projector_type": "mlp3x_gelu"}, ["'mlp3x_gelu'", "known: mlp2x_gelu, linear"]),
+    "no layer": ({"mm_vision_select_layer": None}, ["mm_vision_select_layer is None"]),
+    "another width": ({"mm_hidden_size": 1024}, ["mm_hidden_size is 1024", "48 wide"]),
+    "resampler": ({"mm_resampler_type": "perceiver"}, ["resamplers"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_configs_that_are_refused(hub, original, tmp_path, command, case):
+    values, texts = REFUSED[case]
+    edit_json(original / "config.json", **values)
+    code, _, err = command(*forward(original, hub("clip"), tmp_path / "ckpt"))
+    assert code == 2 and all(text in err for text in texts), err
+    assert not list(tmp_path.glob("ckpt*"))
+
+
+def test_weights_that_are_refused(hub, original, tmp_path, command):
+    """The three lists; and a tower that is neither inside nor given."""
+    whole = load_file(str(original / "model.safetensors"))
+    words = forward(original, hub("clip"), tmp_path / "ckpt")
+
+    def refuse(weights: dict, *texts: str, words=words) -> None:
+        save_file(weights, str(original / "model.safetensors"))
+        code, _, err = command(*words)
+        assert code == 2 and all(text in err for text in texts), err
+        assert not list(tmp_path.glob("ckpt*"))
+
+    refuse(whole | {"model.image_newline": torch.ones(64)}, "unknown (1): model.image_newline")
+    extra = {"model.layers.4.mlp.up_proj.weight": torch.ones(176, 64)}
+    refuse(whole | extra, "left over (1): model.layers.4.mlp.up_proj.weight")
+    absent = {name: tensor for name, tensor in whole.items() if name != "model.mm_projector.2.bias"}
+    refuse(absent, "missing (1): multi_modal_projector.linear_2.bias")
+    one = TOWER + "vision_model.encoder.layers.3.mlp.fc1.bias"
+    refuse({name: tensor for name, tensor in whole.items() if name != one}, "missing (1)", "layers.3.mlp.fc1.bias")
+    alone = {name: tensor for name, tensor in whole.items() if "vision_tower" not in name}
+    none = forward(original, "none", tmp_path / "ckpt")
+    refuse(alone, "'openai/clip-vit-large-patch14-336'", "SOURCE_CLIP_CKPT_PATH", words=none)
+    projector = ["--mm-projector", original / "config.json"]
+    refuse(whole, "its own projector", words=[*words, *projector])
+
+
+def test_words_of_the_other_direction(hub, original, tmp_path, command):
+    for words in (["--layout", "original"], ["--vision-tower-name", "x"]):
+        code, _, err = command(*forward(original, hub("clip"), tmp_path / "ckpt", *words))
+        assert code == 2 and words[0] in err and not (tmp_path / "ckpt").exists()
+    code, _, err = command(*forward(original, hub("clip"), tmp_path / "ckpt"))
+    assert code == 0, err
+    back = forward(tmp_path / "ckpt", "none", tmp_path / "back", "--mg2hf")
+    code, _, err = command(*back, "--add-tokens", "<a>")
+    assert code == 2 and "--add-tokens" in err
+    code, _, err = command(*back, "--vision-tower-name", "x")
+    assert code == 2 and "the hub's holds the tower itself" in err
+    code, _, err = command(*back, "--hf-checkpoint", hub("mistral"), "--layout", "original")
+    assert code == 2 and "is not the model" in err and not (tmp_path / "back").exists()
+    code, out, err = command(*back, "--hf-checkpoint", original, "--layout", "original")
+    assert code == 0 and "unfreeze_mm_vision_tower" in out, err

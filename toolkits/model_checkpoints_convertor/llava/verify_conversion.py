@@ -1,0 +1,275 @@
+"""Does a converted checkpoint compute what its Hugging Face source computes?
+
+    python verify_conversion.py --hf LLAVA_FOLDER --checkpoint CKPT [--tensor-model-parallel-size N] ...
+    python verify_conversion.py --hf LLM_FOLDER --hf-clip CLIP_FOLDER --checkpoint CKPT ...
+
+Both models run the same pictures and text in fp32, transformers in this process, Megatron in TP x PP processes that it
+starts.  Printed: embedding, vision tower, projector, every decoder layer, logits and first loss with the largest
+absolute and relative difference.  Exit code 0: all agree; 1: the first part that differs is named; 2: wrong input.
+
+A checkpoint made of a language model and a CLIP tower has a projector that no source holds: the checkpoint's own is
+used on both sides, so its row tells about the computation only, and all other rows about weights as well.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(REPOSITORY))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_patch.checkpoint_files import newest_iteration  # noqa: E402
+from megatron_patch.conversion import hub_files  # noqa: E402
+from megatron_patch.conversion.table import projector_rows, table_of_weights  # noqa: E402
+from megatron_patch.conversion.torch_ranks import open_checkpoint  # noqa: E402
+from megatron_patch.errors import UserError  # noqa: E402
+from megatron_patch.geometry import LlavaGeometry, read_geometry_of  # noqa: E402
+
+IGNORE_LABEL = -100
+TEXT_TOKENS = 24
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face LLaVA folder, or the language model's")
+    parser.add_argument("--hf-clip", type=Path, help="with a language model: the vision tower's folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="converted checkpoint")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--image", type=Path, help="a picture; default: two of random pixels")
+    parser.add_argument("--prompt", help="text behind the picture; default: random tokens")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference / largest value of a part")
+    parser.add_argument("--seed", type=int, default=0, help="of the random pixels and tokens")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- what both sides compute
+
+
+def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int) -> dict[str, Tensor]:
+    """tokens, labels int64 [B, S], pixels uint8 [B, 3, side, side]: a picture, then text; no padding anywhere."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    side, rows = geometry.tower.side_px, 1 if arguments.image or arguments.prompt else 2
+    pixels = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
+    if arguments.image:
+        from megatron_patch.data.image import open_picture, picture_to_pixels
+
+        picture = open_picture(arguments.image.read_bytes())
+        pixels = torch.from_numpy(picture_to_pixels(picture, side, "crop", (0.0, 0.0, 0.0)))[None]
+    text = torch.randint(0, ids, (rows, TEXT_TOKENS), generator=generator)
+    if arguments.prompt:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint / "llava")
+        text = torch.tensor([tokenizer(arguments.prompt).input_ids])
+    text[text == geometry.image_token_id] = 0
+    marks = torch.full((rows, geometry.tower.image_tokens), geometry.image_token_id)
+    tokens = torch.cat([text[:, :1], marks, text[:, 1:]], dim=1)
+    labels = torch.full_like(tokens, IGNORE_LABEL)
+    labels[:, geometry.tower.image_tokens : -1] = text[:, 1:]  # the token to predict at each position
+    return {"tokens": tokens, "labels": labels, "pixels": pixels}
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def _copy(parameters: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Copy into a parameter, the first rows where the LLaVA has grown more."""
+    if name not in parameters:
+        raise UserError(f"the source's {name} has no place in transformers' LLaVA; is it the checkpoint's source?")
+    target = parameters[name]
+    if target.shape[1:] != value.shape[1:] or target.shape[:1] < value.shape[:1]:
+        raise UserError(f"{name} is {list(value.shape)} in the source, {list(target.shape)} in the checkpoint's config")
+    target[: len(value)].copy_(value) if target.dim() else target.copy_(value)
+
+
+def _projector_of(checkpoint: Path, geometry: LlavaGeometry) -> Iterator[tuple[str, Tensor]]:
+    """(name below the projector, tensor) of the checkpoint's own projector."""
+    with open_checkpoint(newest_iteration(checkpoint), table_of_weights(geometry)) as reader:
+        for row in projector_rows(geometry):
+            whole = reader.read(row.key, (0,) * len(row.shape), row.shape)
+            yield row.parts[0].name.removeprefix("multi_modal_projector."), whole
+
+
+def _assembled(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers' LLaVA of a language model, a tower and the checkpoint's projector."""
+    import transformers
+
+    config = transformers.LlavaConfig.from_pretrained(arguments.checkpoint / "llava")
+    model = transformers.LlavaForConditionalGeneration(config).float()
+    if geometry.projector_type == "linear":
+        linear = torch.nn.Linear(geometry.tower.hidden, geometry.language.hidden)
+        model.model.multi_modal_projector = torch.nn.ModuleDict({"linear_1": linear})
+        model.model.multi_modal_projector.forward = linear.forward
+    llm = transformers.AutoModelForCausalLM.from_pretrained(arguments.hf, dtype=dtype)
+    tower = transformers.AutoModel.from_pretrained(arguments.hf_clip, dtype=dtype)
+    tower = getattr(tower, "vision_model", tower)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in llm.named_parameters():
+            inner = name.removeprefix("model.")
+            _copy(parameters, name if inner == name else f"model.language_model.{inner}", value)
+        in_llava = {name.replace("vision_model.", ""): name for name in parameters if ".vision_tower." in name}
+        for name, value in tower.named_parameters():
+            name = f"model.vision_tower.{name.removeprefix('vision_model.')}"
+            _copy(parameters, in_llava.get(name, name), value)
+        for name, value in _projector_of(arguments.checkpoint, geometry):
+            _copy(parameters, f"model.multi_modal_projector.{name}", value.to(dtype))
+    return model
+
+
+def load_source(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers' LLaVA with the source's weights, rounded to the checkpoint's dtype, in fp32.
+
+    Raises:
+        UserError: a folder is of another kind, or lacks weights.
+    """
+    import transformers
+
+    kind = hub_files.model_type(arguments.hf)
+    if kind != "llava":
+        if arguments.hf_clip is None:
+            raise UserError(f"{arguments.hf} is a {kind} without a vision tower; pass --hf-clip as well")
+        return _assembled(arguments, geometry, dtype)
+    if arguments.hf_clip is not None:
+        raise UserError(f"{arguments.hf} is a whole LLaVA with its own tower; leave --hf-clip out")
+    model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+        arguments.hf, dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise UserError(f"{arguments.hf} lacks weights of a LLaVA: {', '.join(sorted(report['missing_keys'])[:4])}")
+    return model.float()
+
+
+def run_source(model: torch.nn.Module, batch: dict[str, Tensor], statistics: dict) -> dict[str, Tensor]:
+    """Name -> output of every part."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            seen[name] = (output[0] if isinstance(output, tuple) else output).detach().float().clone()
+
+        return hook
+
+    inner = model.model
+    inner.language_model.embed_tokens.register_forward_hook(keep("embedding"))
+    inner.multi_modal_projector.register_forward_hook(keep("projector"))
+    inner.multi_modal_projector.register_forward_pre_hook(
+        lambda _module, inputs: seen.__setitem__("vision tower", inputs[0].detach().float().clone())
+    )
+    for number, layer in enumerate(inner.language_model.layers):
+        layer.register_forward_hook(keep(f"decoder layer {number}"))
+    mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+    labels = torch.full_like(batch["labels"], IGNORE_LABEL)
+    labels[:, 1:] = batch["labels"][:, :-1]  # transformers' labels stand at the token itself
+    with torch.no_grad():
+        output = model.eval()(
+            input_ids=batch["tokens"], pixel_values=(batch["pixels"].float() / 255 - mean) / std, labels=labels
+        )
+    return seen | {"logits": output.logits.float(), "first loss": output.loss.float()}
+
+
+# ---------------------------------------------------------------- Megatron, comparison
+
+
+def run_megatron(arguments: argparse.Namespace, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> output of every part, from TP x PP processes.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded; with the reason.
+    """
+    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    with tempfile.TemporaryDirectory() as folder:
+        plan = {
+            **{"checkpoint": str(arguments.checkpoint.resolve()), "tensor": tensor, "pipeline": pipeline},
+            **{"batch": f"{folder}/batch.pt", "result": f"{folder}/result"},
+        }
+        torch.save(batch, plan["batch"])
+        Path(folder, "plan.json").write_text(json.dumps(plan))
+        threads = str(max(1, (os.cpu_count() or 1) // (tensor * pipeline)))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc_per_node", str(tensor * pipeline)),
+                *(str(Path(__file__).with_name("verify_worker.py")), f"{folder}/plan.json"),
+            ],
+            capture_output=True,
+            text=True,
+            env={"OMP_NUM_THREADS": threads} | os.environ,
+        )
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise UserError(said[0].removeprefix("error: ") if said else f"Megatron failed:\n{done.stderr[-3000:]}")
+        result: dict[str, Tensor] = {}
+        for stage in range(pipeline):
+            result |= torch.load(f"{plan['result']}.{stage}", weights_only=True)
+    return result
+
+
+def compare(expected: dict[str, Tensor], got: dict[str, Tensor], layers: int) -> list[tuple[str, float, float]]:
+    """(part, largest absolute difference, the same / largest value) in the order of the computation."""
+    decoder = [f"decoder layer {number}" for number in range(layers)]
+    names = ["embedding", "vision tower", "projector", *decoder, "logits", "first loss"]
+    table = []
+    for name in names:
+        one, other = expected[name], got[name].reshape(expected[name].shape)
+        difference = (one - other).abs().max().item()
+        table.append((name, difference, difference / max(one.abs().max().item(), 1e-30)))
+    return table
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    geometry = read_geometry_of(arguments.checkpoint / "llava")
+    geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    rows = table_of_weights(geometry)
+    with open_checkpoint(newest_iteration(arguments.checkpoint), rows) as reader:
+        stored = reader.tensors.get(rows[0].key)
+        if stored is None:
+            raise UserError(f"{arguments.checkpoint} holds no {rows[0].key}; is it a LLaVA?")
+        dtype = stored.properties.dtype
+    source_rows = hub_files.full_config(arguments.hf)
+    vocabulary = min(source_rows.get("text_config", source_rows)["vocab_size"], geometry.language.vocabulary)
+    batch = make_batch(arguments, geometry, min(vocabulary, geometry.language.vocabulary))
+
+    statistics = hub_files.read_json(arguments.checkpoint / "llava" / "preprocessor_config.json")
+    expected = run_source(load_source(arguments, geometry, dtype), batch, statistics)
+    got = run_megatron(arguments, batch)
+    is_text = (batch["tokens"] != geometry.image_token_id)[..., None]
+    for side in (expected, got):
+        side["embedding"] = side["embedding"] * is_text  # at pictures it is replaced
+        side["logits"] = side["logits"][..., :vocabulary]  # rows that the conversion added are in no source
+    table = compare(expected, got, geometry.language.layers)
+
+    wrong = [name for name, _, relative in table if not relative <= arguments.tolerance]  # NaN is wrong too
+    print(f"{'part':<20} {'max abs diff':>13} {'relative':>10}")
+    for name, absolute, relative in table:
+        print(f"{name:<20} {absolute:>13.3e} {relative:>10.2e}{'   <-- differs' if name in wrong else ''}")
+    if arguments.hf_clip is not None:
+        print("projector: the checkpoint's own on both sides; the sources hold none")
+    layout = f"TP {arguments.tensor_model_parallel_size} x PP {arguments.pipeline_model_parallel_size}"
+    if wrong:
+        print(f"DIFFERENT at {layout}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
+        return 1
+    print(f"EQUAL at {layout}: every part within {arguments.tolerance:g} of transformers ({dtype} weights, fp32)")
+    return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        return verify(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

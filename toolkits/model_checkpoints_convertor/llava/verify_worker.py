@@ -1,0 +1,154 @@
+"""One process of verify_conversion.py's Megatron side; started by torchrun, one process per TP x PP rank.
+
+PLAN.json: {"checkpoint": CKPT, "tensor": TP, "pipeline": PP, "batch": FILE.pt, "result": PREFIX}
+Writes PREFIX.<stage>: name -> tensor of what this pipeline stage computes, batch first, fp32 on the CPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from megatron_patch import device
+
+device.install()
+
+import torch  # noqa: E402
+
+from megatron_patch import patches  # noqa: E402
+
+patches.apply_all(device.backend().NAME)
+
+from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_patch.checkpoint_files import (  # noqa: E402
+    RANK_FILE,
+    checkpoint_format,
+    newest_iteration,
+    rank_folder_name,
+    read_rank_file,
+)
+from megatron_patch.conversion.hub_weights import pread_into  # noqa: E402
+from megatron_patch.errors import UserError  # noqa: E402
+from megatron_patch.geometry import read_geometry_of  # noqa: E402
+from megatron_patch.model.llava import LlavaModel  # noqa: E402
+from megatron_patch.training.strict_load import check_checkpoint  # noqa: E402
+from megatron_patch.training.words import decoder_words  # noqa: E402
+
+
+def build(checkpoint: Path, plan: dict, length: int) -> LlavaModel:
+    """This rank's part of the model in fp32, without weights."""
+    geometry = read_geometry_of(checkpoint / "llava")
+    sys.argv[1:] = [
+        *device.megatron_words(),
+        *decoder_words(geometry.language, length),
+        *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
+        *("--tensor-model-parallel-size", str(plan["tensor"])),
+        *("--pipeline-model-parallel-size", str(plan["pipeline"])),
+    ]
+    args = parse_args()
+    validate_args(args)
+    statistics = json.loads((checkpoint / "llava" / "preprocessor_config.json").read_text())
+    step = 128 * plan["tensor"]
+    model = LlavaModel(
+        core_transformer_config_from_args(args),
+        geometry,
+        -(-geometry.language.vocabulary // step) * step,  # Megatron's padding of the vocabulary
+        tuple(statistics["image_mean"]),
+        tuple(statistics["image_std"]),
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+    )
+    return model.to(device.current_device()).eval()
+
+
+def load(model: LlavaModel, checkpoint: Path, plan: dict) -> None:
+    """Weights of the newest iteration, by Megatron's own reader."""
+    check_checkpoint([model], checkpoint)
+    iteration = newest_iteration(checkpoint)
+    if checkpoint_format(iteration) == "torch":
+        pipeline = plan["pipeline"] > 1
+        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+        path = iteration / rank_folder_name(*ranks, pipeline) / RANK_FILE
+        with open(path, "rb", buffering=0) as file:
+            places = read_rank_file(path)
+            state = {n: pread_into(file.fileno(), p.position, p.shape, p.dtype) for n, p in places.items()}
+    else:
+        metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
+        metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+        wanted = model.sharded_state_dict(metadata=metadata)
+        state = dist_checkpointing.load({"model": wanted}, str(iteration))["model"]
+    model.load_state_dict(state)
+
+
+def watch(model: LlavaModel, seen: dict[str, Tensor]) -> None:
+    """Keep what the parts of the model put out: [S, B, ...] becomes [B, S, ...]."""
+
+    def keep(name: str, sequence_first: bool):
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            seen[name] = (states.transpose(0, 1) if sequence_first else states).detach().float().cpu().clone()
+
+        return hook
+
+    if model.pre_process:
+        model.language_model.embedding.register_forward_hook(keep("embedding", True))
+        model.vision_projection.register_forward_hook(keep("projector", False))
+        model.vision_projection.register_forward_pre_hook(
+            lambda _module, inputs: seen.__setitem__("vision tower", inputs[0].detach().float().cpu().clone())
+        )
+    for layer in model.language_model.decoder.layers:
+        layer.register_forward_hook(keep(f"decoder layer {layer.layer_number - 1}", True))
+
+
+def through_stages(model: LlavaModel, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+    """Forward through the pipeline; returns this stage's output."""
+    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    tokens, pixels = batch["tokens"], batch["pixels"]
+    if not first:
+        received = torch.empty(tokens.shape[1], tokens.shape[0], model.config.hidden_size, device=tokens.device)
+        torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(received)
+    output = model(tokens if first else None, labels if last else None, pixels if first else None)
+    if not last:
+        torch.distributed.send(output.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+    return output
+
+
+def main() -> int:
+    """Exit code 0, or 2 with a sentence."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    checkpoint = Path(plan["checkpoint"])
+    torch.distributed.init_process_group("nccl" if device.backend().NAME == "cuda" else "gloo")
+    mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"])
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    batch = torch.load(plan["batch"], weights_only=True)
+    batch = {name: tensor.to(device.current_device()) for name, tensor in batch.items()}
+    seen: dict[str, Tensor] = {}
+    try:
+        model = build(checkpoint, plan, batch["tokens"].shape[1])
+        load(model, checkpoint, plan)
+    except UserError as error:
+        if torch.distributed.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    with torch.no_grad():
+        loss = through_stages(model, batch, batch["labels"])
+        watch(model, seen)
+        logits = through_stages(model, batch, None)
+    if mpu.is_pipeline_last_stage():
+        seen |= {"logits": logits.float().cpu(), "first loss": (loss[0] / loss[1]).float().cpu()}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        torch.save(seen, f"{plan['result']}.{mpu.get_pipeline_model_parallel_rank()}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
