@@ -27,7 +27,8 @@ MUST_NOT_IMPORT = {
     "conversion": {"megatron", "transformers"},
     "patches": {"transformers"},
     "data": {"megatron.training"},
-    **{name: {"torch", "megatron", "transformers"} for name in FREE},
+    **{name: {"torch", "megatron", "transformers"} for name in FREE - {"checkpoint_files"}},
+    "checkpoint_files": {"megatron", "transformers"},
 }
 
 

@@ -5,6 +5,7 @@ The listing is the architecture:
   table.py        the one table of weights: a row is (Megatron key, layout, hub names)
   hub_weights.py  hub files: dialects of names, reading by pread, writing shards
   torch_dist.py   distributed checkpoints: writing and reading without a model or a process group
+  torch_ranks.py  Megatron's older format: one file per tensor-parallel and pipeline-parallel rank
   hub_files.py    config, tokenizer and processor (the only file that needs transformers, imported when called)
   output.py       free disk, staged folder, progress
   convert.py      the two directions

@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from megatron_patch.checkpoint_files import TensorFacts, archive_records, content, read_metadata
 from megatron_patch.conversion.hub_weights import pread_into
 from megatron_patch.conversion.layouts import Shape
 from megatron_patch.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 DATA_FILE = "__0_0.distcp"
-_STORAGE_NAMES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
 
 
 # ---------------------------------------------------------------- writing
@@ -126,101 +125,12 @@ class CheckpointWriter:
 # ---------------------------------------------------------------- reading
 
 
-class _Inert:
-    """Stands for classes that carry nothing we read: the plans of the ranks that wrote the checkpoint."""
-
-    def __init__(self, *values: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Allows the metadata's own data classes and nothing else: a checkpoint must not be able to run code."""
-
-    _DCP = (
-        dcp.Metadata,
-        dcp.TensorStorageMetadata,
-        dcp.BytesStorageMetadata,
-        dcp.ChunkStorageMetadata,
-        dcp.MetadataIndex,
-        dcp.TensorProperties,
-        dcp.StorageMeta,
-        dcp._MEM_FORMAT_ENCODING,
-    )
-    _ALLOWED = {
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Inert,
-        ("torch.distributed.checkpoint.planner", "SavePlan"): _Inert,
-        ("torch.distributed.checkpoint.planner", "WriteItem"): _Inert,
-        ("torch.distributed.checkpoint.planner", "WriteItemType"): _Inert,
-        ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Inert,
-        ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): _Inert,
-        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Inert,
-        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Inert,
-        ("collections", "OrderedDict"): dict,
-        ("pathlib", "PosixPath"): str,
-        ("pathlib", "Path"): str,
-        ("pathlib._local", "PosixPath"): str,
-    } | {("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in _DCP}
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise UserError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs; not read")
-
-
-def newest_iteration(checkpoint: Path) -> Path:
-    """Folder of the newest iteration of a CKPT folder, as its tracker file says.
-
-    Raises:
-        UserError: no tracker, or no such folder, or not the torch_dist format.
-    """
-    tracker = checkpoint / TRACKER
-    if not tracker.is_file():
-        raise UserError(f"{checkpoint} is no Megatron checkpoint: it has no {TRACKER}")
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdecimal():
-        raise UserError(f"{tracker} says {text!r}; wanted 'release' or an iteration number")
-    folder = checkpoint / ("release" if text == "release" else f"iter_{int(text):07}")
-    if not (folder / ".metadata").is_file():
-        raise UserError(f"{tracker} says {text!r}, but {folder} is no whole torch_dist checkpoint (no .metadata)")
-    return folder
-
-
-class _TensorFacts(pickle.Unpickler):
-    """Reads the pickle of one saved tensor into its facts (record, first element, size, stride); runs nothing."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, first, size, stride, *rest: (storage, first, tuple(size), tuple(stride))
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, identifier: tuple) -> object:
-        return identifier[1], identifier[2]  # storage type, record
-
-
 class CheckpointReader:
     """Reads boxes of tensors out of one iteration's folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            with open(folder / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{folder}/.metadata cannot be read: {error}") from None
+        metadata = read_metadata(folder)
         self._places: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {}
         self.objects: list[str] = []
@@ -312,59 +222,16 @@ class CheckpointReader:
 
 def _contiguous_start(descriptor: int, place: _StorageInfo, size: Shape, dtype: torch.dtype) -> int | None:
     """File position of a saved tensor's first byte; None when its bytes are not simply the tensor in order."""
-
-    def span(info: zipfile.ZipInfo) -> tuple[int, int]:
-        """(file position, bytes) of a record.  Not ZipFile.read: it refuses records without a checksum."""
-        header = os.pread(descriptor, 30, place.offset + info.header_offset)  # a zip's local file header
-        name_bytes, extra_bytes = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        return place.offset + info.header_offset + 30 + name_bytes + extra_bytes, info.file_size
-
-    def content(info: zipfile.ZipInfo) -> bytes:
-        begin, length = span(info)
-        return os.pread(descriptor, length, begin)
-
     try:
-        with zipfile.ZipFile(_Window(descriptor, place.offset, place.length)) as archive:
-            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        facts = _TensorFacts(io.BytesIO(content(records["data.pkl"]))).load()
-        (storage, record), first, saved_size, stride = facts
-        order = content(records["byteorder"]) if "byteorder" in records else b"little"
-        data = records[f"data/{record}"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError):
+        records = archive_records(descriptor, place.offset, place.length)
+        saved = TensorFacts(content(descriptor, records["data.pkl"])).load()
+        order = content(descriptor, records["byteorder"]) if "byteorder" in records else b"little"
+        data = records[f"data/{saved.record}"]
+    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    expected = [math.prod(saved_size[axis + 1 :]) for axis in range(len(saved_size))]
-    in_order = all(n == 1 or a == b for n, a, b in zip(saved_size, stride, expected, strict=True))
-    if not in_order or math.prod(saved_size) != math.prod(size) or order != b"little":
+    count = math.prod(size)
+    if not saved.in_order or math.prod(saved.shape) != count or order != b"little" or saved.dtype != dtype:
         return None
-    begin, length = span(data)
-    if data.compress_type != zipfile.ZIP_STORED or length < (first + math.prod(size)) * dtype.itemsize:
+    if not data.stored or data.nbytes < (saved.first + count) * dtype.itemsize:
         return None
-    if storage != _STORAGE_NAMES.get(dtype):
-        return None
-    return begin + first * dtype.itemsize
-
-
-class _Window(io.RawIOBase):
-    """Part of a file, as a file of its own."""
-
-    def __init__(self, descriptor: int, begin: int, length: int) -> None:
-        self._descriptor, self._begin, self._length, self._at = descriptor, begin, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        left = self._length - self._at
-        data = os.pread(self._descriptor, left if count < 0 else min(count, left), self._begin + self._at)
-        self._at += len(data)
-        return data
+    return data.position + saved.first * dtype.itemsize

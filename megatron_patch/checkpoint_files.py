@@ -1,0 +1,324 @@
+"""What checkpoint folders hold, read without Megatron and without running anything that a pickle asks for.
+
+Two formats lie below CKPT/release or CKPT/iter_0000010, and both the trainer and the converter look into them:
+  torch_dist  `.metadata` names every tensor with its global shape
+  torch       one `mp_rank_XX[_YYY]/model_optim_rng.pt` per tensor-parallel (and pipeline-parallel) rank
+"""
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_patch.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK_FILE = "model_optim_rng.pt"
+# Entries of a trainer's checkpoint that are no weights of the model begin with these.
+NOT_WEIGHTS = ("optimizer", "opt_param_scheduler", "chained_", "rng_state", "rerun_state", "common_state")
+STORAGE_NAMES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
+_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_NAMES.items()}
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+
+
+class _Inert:
+    """Stands for classes that carry nothing we read: plans of the ranks that wrote it, arguments, optimizer state."""
+
+    def __init__(self, *values: object, **named: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __call__(self, *values: object, **named: object) -> "_Inert":
+        return _Inert()
+
+    def append(self, value: object) -> None:
+        pass
+
+    def extend(self, values: object) -> None:
+        pass
+
+    def __setitem__(self, name: object, value: object) -> None:
+        pass
+
+
+# ---------------------------------------------------------------- which folder, which format
+
+
+def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
+    """(tensor rank, pipeline rank) -> file of a per-rank checkpoint; empty when the folder is none.
+
+    Raises:
+        UserError: ranks are missing, or names with and without a pipeline rank are mixed.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    kinds = set()
+    for path in iteration.glob("mp_rank_*"):
+        match = _RANK_FOLDER.fullmatch(path.name)
+        if match is None or not (path / RANK_FILE).is_file():
+            raise UserError(f"{path}: wanted mp_rank_XX or mp_rank_XX_YYY with {RANK_FILE} in it")
+        kinds.add(match[2] is not None)
+        found[int(match[1]), int(match[2] or 0)] = path / RANK_FILE
+    if len(kinds) > 1:
+        raise UserError(f"{iteration} mixes mp_rank_XX and mp_rank_XX_YYY: two checkpoints in one folder")
+    if found:
+        tensor, pipeline = (max(numbers) + 1 for numbers in zip(*found, strict=True))
+        missing = [(t, p) for t in range(tensor) for p in range(pipeline) if (t, p) not in found]
+        if missing:
+            names = ", ".join(rank_folder_name(t, p, True) for t, p in missing[:4])
+            raise UserError(f"{iteration} is not whole: of TP {tensor} x PP {pipeline} ranks {names} are missing")
+    return found
+
+
+def rank_folder_name(tensor_rank: int, pipeline_rank: int, pipeline: bool) -> str:
+    """Megatron's name of a rank's folder (get_checkpoint_name): the pipeline rank only where there is a pipeline."""
+    return f"mp_rank_{tensor_rank:02d}" + (f"_{pipeline_rank:03d}" if pipeline else "")
+
+
+def checkpoint_format(iteration: Path) -> str | None:
+    """torch_dist, torch, or None when the folder is no whole checkpoint."""
+    if (iteration / ".metadata").is_file():
+        return "torch_dist"
+    return "torch" if any(iteration.glob(f"mp_rank_*/{RANK_FILE}")) else None
+
+
+def newest_iteration(checkpoint: Path) -> Path:
+    """Folder of the newest iteration of a CKPT folder, as its tracker file says.
+
+    Raises:
+        UserError: no tracker, or no such folder, or of no known format.
+    """
+    tracker = checkpoint / TRACKER
+    if not tracker.is_file():
+        raise UserError(f"{checkpoint} is no Megatron checkpoint: it has no {TRACKER}")
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise UserError(f"{tracker} says {text!r}; wanted 'release' or an iteration number")
+    folder = checkpoint / ("release" if text == "release" else f"iter_{int(text):07}")
+    if checkpoint_format(folder) is None:
+        raise UserError(
+            f"{tracker} says {text!r}, but {folder} is no whole checkpoint (neither .metadata nor mp_rank_*)"
+        )
+    return folder
+
+
+# ---------------------------------------------------------------- torch_dist
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Allows the metadata's own data classes and nothing else: a checkpoint must not be able to run code."""
+
+    _DCP = (
+        dcp.Metadata,
+        dcp.TensorStorageMetadata,
+        dcp.BytesStorageMetadata,
+        dcp.ChunkStorageMetadata,
+        dcp.MetadataIndex,
+        dcp.TensorProperties,
+        dcp.StorageMeta,
+        dcp._MEM_FORMAT_ENCODING,
+    )
+    _ALLOWED = {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Inert,
+        ("torch.distributed.checkpoint.planner", "SavePlan"): _Inert,
+        ("torch.distributed.checkpoint.planner", "WriteItem"): _Inert,
+        ("torch.distributed.checkpoint.planner", "WriteItemType"): _Inert,
+        ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Inert,
+        ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): _Inert,
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Inert,
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Inert,
+        ("collections", "OrderedDict"): dict,
+        ("pathlib", "PosixPath"): str,
+        ("pathlib", "Path"): str,
+        ("pathlib._local", "PosixPath"): str,
+    } | {("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in _DCP}
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise UserError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs; not read")
+
+
+def read_metadata(iteration: Path) -> dcp.Metadata:
+    """The metadata of a torch_dist folder.
+
+    Raises:
+        UserError: it cannot be read, or asks for a class that no checkpoint needs.
+    """
+    try:
+        with open(iteration / ".metadata", "rb") as file:
+            return _MetadataUnpickler(file).load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{iteration}/.metadata cannot be read: {error}") from None
+
+
+# ---------------------------------------------------------------- files of torch.save
+
+
+class _Window(io.RawIOBase):
+    """Part of a file, as a file of its own."""
+
+    def __init__(self, descriptor: int, begin: int, length: int) -> None:
+        self._descriptor, self._begin, self._length, self._at = descriptor, begin, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        left = self._length - self._at
+        data = os.pread(self._descriptor, left if count < 0 else min(count, left), self._begin + self._at)
+        self._at += len(data)
+        return data
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of an archive: where its bytes stand in the file, and how many; stored: not compressed."""
+
+    position: int
+    nbytes: int
+    stored: bool
+
+
+def archive_records(descriptor: int, begin: int, length: int) -> dict[str, Record]:
+    """Records of the zip archive in [begin, begin + length) of a file, by name without the archive's own folder.
+
+    Raises:
+        zipfile.BadZipFile: there is no archive.
+    """
+    with zipfile.ZipFile(_Window(descriptor, begin, length)) as archive:
+        entries = archive.infolist()
+    records = {}
+    for entry in entries:
+        header = os.pread(descriptor, 30, begin + entry.header_offset)  # a zip's local file header
+        name_bytes, extra_bytes = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        position = begin + entry.header_offset + 30 + name_bytes + extra_bytes
+        stored = entry.compress_type == zipfile.ZIP_STORED
+        records[entry.filename.partition("/")[2]] = Record(position, entry.file_size, stored)
+    return records
+
+
+def content(descriptor: int, record: Record) -> bytes:
+    """Bytes of a record.  Not ZipFile.read: it refuses records without a checksum."""
+    return os.pread(descriptor, record.nbytes, record.position)
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor as a pickle of torch.save describes it; first: its first element within the storage."""
+
+    storage: str
+    record: str
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return _STORAGE_DTYPES.get(self.storage)
+
+    @property
+    def in_order(self) -> bool:
+        """Do its bytes stand one after the other?"""
+        expected = torch.Size(self.shape).numel()
+        for size, stride in zip(self.shape, self.stride, strict=True):
+            expected //= max(size, 1)
+            if size > 1 and stride != expected:
+                return False
+        return True
+
+
+class TensorFacts(pickle.Unpickler):
+    """Reads a pickle of torch.save with SavedTensor in place of tensors; runs nothing.
+
+    lenient: classes that are no tensors become inert; else they are an error.
+    """
+
+    def __init__(self, data: bytes, lenient: bool = False) -> None:
+        super().__init__(io.BytesIO(data))
+        self._lenient = lenient
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, first, size, stride, *rest: SavedTensor(*storage, first, tuple(size), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *rest: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        if self._lenient:
+            return _Inert
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, identifier: tuple) -> object:
+        return identifier[1], identifier[2]  # storage type, record
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor in a file: its bytes stand in order from `position` on."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    position: int
+
+
+def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
+    """Name -> place of the model's tensors in one model_optim_rng.pt.  Only its pickle is read.
+
+    Raises:
+        UserError: the file is cut off or no such file, or was written by an interleaved pipeline.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            records = archive_records(descriptor, 0, size)
+            state = TensorFacts(content(descriptor, records["data.pkl"]), lenient=True).load()
+        finally:
+            os.close(descriptor)
+        if "model0" in state:
+            raise UserError(f"{path} comes from an interleaved pipeline (model0, model1, ...), which is not read here")
+        model = state["model"]
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is no whole file of Megatron's format torch: {error!r}; write it again") from None
+    found = {}
+    for name, tensor in model.items():
+        if not isinstance(tensor, SavedTensor):
+            continue  # an extra state
+        record = records.get(f"data/{tensor.record}")
+        if tensor.dtype is None or not tensor.in_order or record is None or not record.stored:
+            raise UserError(f"{path}: {name} is stored as {tensor.storage} in an order or dtype that is not read here")
+        position = record.position + tensor.first * tensor.dtype.itemsize
+        if position + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize > size:
+            raise UserError(f"{path} is cut off within {name}; write it again")
+        found[name] = PlacedTensor(tensor.dtype, tensor.shape, position)
+    return found
