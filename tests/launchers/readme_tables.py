@@ -61,7 +61,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def readme_tables() -> list[str]:
-    """The four tables of the README: training arguments, options, cluster variables, conversion arguments."""
+    """The five tables of the README: training arguments, options, cluster variables, conversion arguments and options."""
     first, second, converter = rows_of_help(STAGE_1), rows_of_help(STAGE_2), rows_of_help(CONVERTER)
     assert first.arguments == second.arguments and first.cluster == second.cluster
     options = []
@@ -69,11 +69,13 @@ def readme_tables() -> list[str]:
         default = one.default if one.default == two.default else f"{one.default}; stage 2: {two.default}"
         options.append([one.name, default, one.rule, one.meaning])
     numbered = ["#", "name", "value", "meaning"]
+    named = ["name", "default", "value", "meaning"]
     return [
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in first.arguments]),
-        markdown(["name", "default", "value", "meaning"], options),
+        markdown(named, options),
         markdown(["name", "value", "meaning"], [[row.name, row.rule, row.meaning] for row in first.cluster]),
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in converter.arguments]),
+        markdown(named, [[row.name, row.default or "", row.rule, row.meaning] for row in converter.options]),
     ]
 
 

@@ -8,12 +8,13 @@ ARGUMENTS="MODEL_SIZE|one of $MODEL_SIZES|size of the language model; compared w
 SOURCE_LLM_CKPT_PATH|a Hugging Face model folder or a converted checkpoint|mg2hf=false: the Hugging Face language model, or a whole LLaVA; mg2hf=true: the checkpoint to export
 SOURCE_CLIP_CKPT_PATH|a Hugging Face model folder, or none|the vision tower; none when the first source holds it
 TARGET_CKPT_PATH|a new or empty folder, not /|where the result goes
-TP|$PARALLEL|tensor-parallel size the checkpoint is meant for; any size can read it
-PP|$PARALLEL|pipeline-parallel size the checkpoint is meant for; any size can read it
+TP|$PARALLEL|tensor-parallel size the checkpoint is meant for; any size reads the format torch_dist
+PP|$PARALLEL|pipeline-parallel size the checkpoint is meant for; any size reads the format torch_dist
 mg2hf|one of true false|false: Hugging Face to Megatron; true: Megatron to Hugging Face
 PR|one of fp16 bf16 fp32|precision of the written weights
 HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it came from, compared before the export"
 OPTIONS="PROJECTOR|(mlp2x_gelu)|one of mlp2x_gelu linear|kind of the new projector; not with mg2hf=true
+CKPT_FORMAT|(torch_dist)|one of torch_dist torch|torch_dist: any TP and PP reads it; torch: one file per rank of this TP and PP; mg2hf=true reads both
 $COMMON_OPTIONS"
 
 show_help() {
@@ -37,6 +38,7 @@ check_conversion() {
             refuse SOURCE_LLM_CKPT_PATH "must be a converted checkpoint with mg2hf=true ($detail)"
         fi
         [[ -z ${arg[PROJECTOR]} ]] || refuse PROJECTOR "is for mg2hf=false: an export keeps the projector of the checkpoint"
+        [[ -z ${arg[CKPT_FORMAT]} ]] || refuse CKPT_FORMAT "is for mg2hf=false: an export sees the checkpoint's format itself"
     elif right SOURCE_LLM_CKPT_PATH && [[ ! -f $source/config.json ]]; then
         refuse SOURCE_LLM_CKPT_PATH "must be a Hugging Face model folder with mg2hf=false (it has no config.json)"
     elif right SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH && [[ ${arg[SOURCE_CLIP_CKPT_PATH]} == none ]]; then
@@ -68,6 +70,7 @@ command=(
     --precision "${arg[PR]}"
 )
 [[ -z ${arg[PROJECTOR]} ]] || command+=(--projector "${arg[PROJECTOR]}")
+[[ -z ${arg[CKPT_FORMAT]} ]] || command+=(--format "${arg[CKPT_FORMAT]}")
 if [[ ${arg[mg2hf]} == true ]]; then
     command+=(--mg2hf --hf-checkpoint "${arg[HF_CKPT_PATH]}")
 elif (($# >= 9)); then
