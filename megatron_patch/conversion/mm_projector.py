@@ -78,7 +78,12 @@ def _save(tensors: dict[str, torch.Tensor], target: Path) -> int:
             torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
-        os.link(beside, target)  # unlike a rename it fails when the target appeared meanwhile
+        try:
+            os.link(beside, target)  # unlike a rename it fails when the target appeared meanwhile
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.rename(beside, target)
     except (OSError, RuntimeError) as error:
         raise UserError(f"writing {target} failed: {error}; nothing was left behind") from error
     finally:
