@@ -38,8 +38,8 @@ def plot(out: Path, runs: list[tuple[str, Path]]) -> None:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
     for axis, (name, iterations, losses) in zip(axes.flat, curves, strict=True):
         axis.plot(iterations, losses, linewidth=1)
-        axis.set(title=name, xlabel="iteration", ylabel=TAG, ylim=(0, None))
-        axis.grid(alpha=0.3)
+        axis.set(title=name, xlabel="iteration", ylabel=TAG, yscale="log")
+        axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(out, dpi=100)
     pyplot.close(figure)
