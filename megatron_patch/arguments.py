@@ -4,7 +4,7 @@ import argparse
 
 TEMPLATES = ("auto", "plain", "v1", "mistral", "qwen")
 # the conversation format each language model was tuned with: what `auto` stands for
-TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen"}
+TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -21,5 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--freeze-language-model", action="store_true")
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")
+    group.add_argument("--allow-fresh-projector", action="store_true", help="train the LLM with an untrained projector")
     group.add_argument("--optimizer-offload-policy", choices=("false", "static", "auto"), default="false")
     return parser

@@ -10,10 +10,41 @@ from typing import Any
 
 from megatron_patch.errors import UserError
 
-# Language models by HF model_type: does the QKV projection have a bias?
-LANGUAGE_MODELS = {"llama": False, "mistral": False, "qwen2": True}
-VISION_TOWERS = ("clip_vision_model",)
+
+@dataclass(frozen=True)
+class LanguageKind:
+    """How the layers of a Llama-like LLM differ from Llama's."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm over each query and key head before the rotation
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """What a tower has around its layers, and the numbers a config leaves out."""
+
+    class_token: bool
+    pre_norm: bool  # between embedding and layers
+    patch_bias: bool
+    activation: str
+    norm_epsilon: float
+
+
+# By HF model_type.  The llama kind holds Llama 1-3, Vicuna, TinyLlama, SmolLM2.
+LANGUAGE_MODELS = {
+    "llama": LanguageKind(),
+    "mistral": LanguageKind(),
+    "qwen2": LanguageKind(qkv_bias=True),
+    "qwen3": LanguageKind(qk_norm=True),
+}
+VISION_TOWERS = {
+    "clip_vision_model": TowerKind(True, True, False, "quick_gelu", 1e-5),
+    "siglip_vision_model": TowerKind(False, False, True, "gelu_pytorch_tanh", 1e-6),
+}
 PROJECTOR_TYPES = ("mlp2x_gelu", "linear")
+SELECT_STRATEGIES = ("default", "full")
+# The rope scaling "llama3" that megatron-core's RotaryEmbedding._apply_scaling has built in; only its factor is free.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -34,13 +65,16 @@ class LanguageGeometry:
     qkv_bias: bool
     tied_embeddings: bool
     sliding_window: int | None
+    qk_norm: bool = False
+    rope_factor: float | None = None  # of the scaling "llama3"; None: no scaling
 
     @property
     def parameters(self) -> int:
         """Number of parameters: embedding (and head unless tied), attention, gated MLP, norms."""
         query, key = self.heads * self.head_dim, self.groups * self.head_dim
         attention = 2 * self.hidden * query + 2 * self.hidden * key + (query + 2 * key if self.qkv_bias else 0)
-        layer = attention + 3 * self.hidden * self.ffn_hidden + 2 * self.hidden
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        layer = attention + 3 * self.hidden * self.ffn_hidden + norms
         return self.layers * layer + self.hidden + self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
 
 
@@ -58,11 +92,23 @@ class TowerGeometry:
     patch_px: int
     norm_epsilon: float
     activation: str
+    pooling_head: bool  # SigLIP's, behind the last layer: never run, carried along
+    first_token_dropped: bool  # vision_feature_select_strategy: "default" drops it, "full" keeps all
+
+    @property
+    def kind(self) -> TowerKind:
+        """What this model_type has around its layers."""
+        return VISION_TOWERS[self.model_type]
+
+    @property
+    def positions(self) -> int:
+        """Rows of the position embedding: whole patches (384 px hold 27 x 27 of 14 px) and the class token."""
+        return (self.side_px // self.patch_px) ** 2 + self.kind.class_token
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one picture: its patches; the class token is dropped."""
-        return (self.side_px // self.patch_px) ** 2
+        """Tokens of one picture in the text."""
+        return self.positions - self.first_token_dropped
 
 
 @dataclass(frozen=True)
@@ -122,11 +168,24 @@ def _value(config: dict[str, Any], name: str, where: str) -> Any:
     return config[name]
 
 
-def _rope_base(config: dict[str, Any]) -> float:
+def _rope(config: dict[str, Any]) -> tuple[float, float | None]:
+    """Base, and factor of the scaling "llama3" (None without scaling)."""
     # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    check_known("text_config's rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check_known("text_config's rope_type", kind, ("default", "llama3"))
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return base, None
+    wrong = [
+        f"{name} is {rope.get(name)}, not {value:g}" for name, value in LLAMA3_ROPE.items() if rope.get(name) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"text_config's rope scaling llama3: {'; '.join(wrong)}; megatron-core knows Llama-3's own values only, "
+            "choose a model with those"
+        )
+    return base, float(_value(rope, "factor", "text_config's rope scaling llama3"))
 
 
 def _language(config: dict[str, Any]) -> LanguageGeometry:
@@ -137,8 +196,9 @@ def _language(config: dict[str, Any]) -> LanguageGeometry:
         if config.get(flag):
             raise UserError(f"text_config has {flag}=true, which is not built here; choose a model without")
     hidden, heads = _value(config, "hidden_size", where), _value(config, "num_attention_heads", where)
+    rope_base, rope_factor = _rope(config)
     window = config.get("sliding_window")
-    if model_type == "qwen2" and not config.get("use_sliding_window"):
+    if model_type.startswith("qwen") and not config.get("use_sliding_window"):
         window = None
     return LanguageGeometry(
         model_type=model_type,
@@ -151,22 +211,19 @@ def _language(config: dict[str, Any]) -> LanguageGeometry:
         vocabulary=_value(config, "vocab_size", where),
         max_positions=_value(config, "max_position_embeddings", where),
         norm_epsilon=_value(config, "rms_norm_eps", where),
-        rope_base=_rope_base(config),
-        qkv_bias=LANGUAGE_MODELS[model_type],
+        rope_base=rope_base,
+        rope_factor=rope_factor,
+        qkv_bias=LANGUAGE_MODELS[model_type].qkv_bias,
+        qk_norm=LANGUAGE_MODELS[model_type].qk_norm,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         sliding_window=window,
     )
 
 
-def _tower(config: dict[str, Any], feature_layer: object) -> TowerGeometry:
+def _tower(config: dict[str, Any], feature_layer: object, strategy: str) -> TowerGeometry:
     where, model_type = "vision_config", config.get("model_type")
     check_known("model_type of the vision tower", model_type, VISION_TOWERS)
-    layers = _value(config, "num_hidden_layers", where)
-    side_px, patch_px = _value(config, "image_size", where), _value(config, "patch_size", where)
-    if side_px % patch_px:
-        raise UserError(
-            f"vision_config: image_size {side_px} is no multiple of patch_size {patch_px}; choose another tower"
-        )
+    kind, layers = VISION_TOWERS[model_type], _value(config, "num_hidden_layers", where)
     return TowerGeometry(
         model_type=model_type,
         layers=layers,
@@ -174,10 +231,12 @@ def _tower(config: dict[str, Any], feature_layer: object) -> TowerGeometry:
         hidden=_value(config, "hidden_size", where),
         ffn_hidden=_value(config, "intermediate_size", where),
         heads=_value(config, "num_attention_heads", where),
-        side_px=side_px,
-        patch_px=patch_px,
-        norm_epsilon=config.get("layer_norm_eps", 1e-5),
-        activation=config.get("hidden_act", "quick_gelu"),
+        side_px=_value(config, "image_size", where),
+        patch_px=_value(config, "patch_size", where),
+        norm_epsilon=config.get("layer_norm_eps", kind.norm_epsilon),
+        activation=config.get("hidden_act", kind.activation),
+        pooling_head=model_type == "siglip_vision_model" and config.get("vision_use_head", True),
+        first_token_dropped=strategy == "default",
     )
 
 
@@ -188,7 +247,8 @@ def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
         UserError: a number is missing, or the model is of a kind that is not known; named, with what is known.
     """
     check_known("model_type", config.get("model_type", "llava"), ("llava",))
-    check_known("vision_feature_select_strategy", config.get("vision_feature_select_strategy", "default"), ("default",))
+    strategy = config.get("vision_feature_select_strategy", "default")
+    check_known("vision_feature_select_strategy", strategy, SELECT_STRATEGIES)
     check_known("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
     projector_type = config.get("mm_projector_type", "mlp2x_gelu")
     check_known("mm_projector_type", projector_type, PROJECTOR_TYPES)
@@ -196,7 +256,7 @@ def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
         raise UserError("multimodal_projector_bias is false; LLaVA-1.5's projector has biases")
     return LlavaGeometry(
         language=_language(_value(config, "text_config", "config.json")),
-        tower=_tower(_value(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2)),
+        tower=_tower(_value(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2), strategy),
         projector_type=projector_type,
         image_token_id=_value(
             config, "image_token_index" if "image_token_index" in config else "image_token_id", "config.json"

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2")  # one of each kind that most tests go through
+# The others, each with what sets it apart: rope scaling, GQA, 9 heads in 3 groups, a window of 48 tokens, an untied
+# head beside QKV biases, norms of queries and keys with heads wider than hidden / heads.
+MORE_FAMILIES = ("llama3", "tinyllama", "smollm2", "mistral_window", "qwen2_untied", "qwen3")
+TOWERS = ("clip", "clip_b32", "siglip", "siglip_last")
 IMAGE_SIDE_PX = 28
 PATCH_PX = 7
 IMAGE_TOKENS = (IMAGE_SIDE_PX // PATCH_PX) ** 2
@@ -34,7 +38,7 @@ def make_tiny_tokenizer(folder: str | Path, family: str = "llama", image_token: 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    chatml = family == "qwen2"
+    chatml = family.startswith("qwen")
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if chatml else ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,11 +68,11 @@ def make_tiny_tokenizer(folder: str | Path, family: str = "llama", image_token: 
 
 
 def text_config(family: str, vocab_size: int | None = None, tied: bool | None = None):
-    """Configuration of a 4-layer LLM of width 64: Llama (MHA), Mistral (GQA), Qwen2 (GQA, QKV bias, tied)."""
+    """Configuration of a 4-layer LLM of width 64: Llama (MHA), Mistral (GQA), Qwen2 (GQA, QKV bias, tied), and more."""
     import transformers
 
     sizes = {
-        "vocab_size": vocab_size or LLM_VOCAB[family],
+        "vocab_size": vocab_size or LLM_VOCAB["qwen2" if family.startswith("qwen") else "llama"],
         "hidden_size": 64,
         "intermediate_size": 176,
         "num_hidden_layers": 4,
@@ -104,22 +108,67 @@ def text_config(family: str, vocab_size: int | None = None, tied: bool | None = 
             pad_token_id=0,
             tie_word_embeddings=True if tied is None else tied,
         )
-    raise ValueError(f"family {family!r}: wanted one of {FAMILIES}")
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    if family == "mistral_window":
+        return transformers.MistralConfig(**sizes, **tokens, num_key_value_heads=2, sliding_window=48)
+    if family == "tinyllama":
+        return transformers.LlamaConfig(**sizes, **tokens, num_key_value_heads=2)
+    if family == "smollm2":
+        sizes |= {"hidden_size": 72, "intermediate_size": 192, "num_attention_heads": 9}
+        return transformers.LlamaConfig(
+            **sizes, **tokens, num_key_value_heads=3, rope_theta=1e5, tie_word_embeddings=True
+        )
+    if family == "llama3":
+        sizes["max_position_embeddings"] = 16384
+        scaling = {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        return transformers.LlamaConfig(**sizes, **tokens, num_key_value_heads=2, rope_parameters=scaling)
+    tokens = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    if family == "qwen2_untied":
+        return transformers.Qwen2Config(
+            **sizes, **tokens, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=False
+        )
+    if family == "qwen3":
+        return transformers.Qwen3Config(
+            **sizes, **tokens, num_key_value_heads=2, head_dim=24, rope_theta=1e6, tie_word_embeddings=bool(tied)
+        )
+    raise ValueError(f"family {family!r}: wanted one of {FAMILIES + MORE_FAMILIES}")
 
 
-def vision_config(layers: int = 4):
-    """CLIP tower of width 48: 28 px, patch 7 (16 image tokens and a class token), quick_gelu."""
+def vision_config(layers: int = 4, tower: str = "clip"):
+    """Tower of width 48.
+
+    clip: 28 px, patch 7 (16 image tokens and a class token), quick_gelu, as OpenAI's CLIP.
+    clip_b32: patch 14 (4 image tokens), three heads, gelu, as LAION's CLIP.
+    siglip: 30 px, patch 7 (16 image tokens, two pixels left over as in 384 px of patch 14), pooling head.
+    siglip_last: the same with 28 px and without pooling head.
+    """
     import transformers
 
-    return transformers.CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        image_size=IMAGE_SIDE_PX,
-        patch_size=PATCH_PX,
-        projection_dim=32,
-    )
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIDE_PX,
+        "patch_size": PATCH_PX,
+    }
+    if tower == "clip":
+        return transformers.CLIPVisionConfig(**sizes, projection_dim=32)
+    if tower == "clip_b32":
+        sizes |= {"patch_size": 14, "num_attention_heads": 6}
+        return transformers.CLIPVisionConfig(**sizes, projection_dim=32, hidden_act="gelu")
+    if tower == "siglip":
+        return transformers.SiglipVisionConfig(**sizes | {"image_size": 30})
+    if tower == "siglip_last":
+        return transformers.SiglipVisionConfig(**sizes, vision_use_head=False)
+    raise ValueError(f"tower {tower!r}: wanted one of {TOWERS}")
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
@@ -168,8 +217,23 @@ def make_tiny_llm(
     return folder
 
 
-def _save_image_processor(folder: Path) -> None:
+def _save_image_processor(folder: Path, tower: str = "clip") -> None:
     side = IMAGE_SIDE_PX
+    if tower.startswith("siglip"):
+        side = vision_config(tower=tower).image_size
+        values = {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_resize": True,
+            "size": {"height": side, "width": side},
+            "resample": 3 if tower == "siglip" else 2,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
+        return
     values = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -229,6 +293,36 @@ def make_tiny_clip(
     return folder
 
 
+def make_tiny_siglip(
+    folder: str | Path, seed: int = 1, dtype: torch.dtype = torch.float32, full_model: bool = False
+) -> Path:
+    """A SigLIP tower under hub names as a hub folder; full_model: a SiglipModel, as google/siglip-* are."""
+    import transformers
+
+    folder = Path(folder)
+    vision = vision_config(tower="siglip")
+    if full_model:
+        text = transformers.SiglipTextConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=100,
+            bos_token_id=98,
+            eos_token_id=99,
+        )
+        config = transformers.SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+        model = transformers.SiglipModel(config)
+    else:
+        model = transformers.SiglipVisionModel(vision)
+    randomize(model, seed)
+    model.to(dtype)
+    prefix = "" if full_model else "vision_model."
+    _rename_and_save(model, folder, lambda name: name if name.startswith("vision_model.") else prefix + name)
+    _save_image_processor(folder, "siglip")
+    return folder
+
+
 def make_tiny_llava(
     folder: str | Path,
     family: str = "llama",
@@ -236,21 +330,27 @@ def make_tiny_llava(
     dtype: torch.dtype = torch.float32,
     tied: bool | None = None,
     layers: int = 4,
+    tower: str = "clip",
 ) -> Path:
     """A whole LLaVA in the hub layout with tokenizer and processor: `LlavaForConditionalGeneration`, `AutoProcessor`.
 
-    The text vocabulary has 336 rows (352 for qwen2); `<image>` is token 320.
+    The text vocabulary has 336 rows (352 for qwen); `<image>` is token 320.  siglip_last takes the last layer's
+    features, the others the last but one's; SigLIP keeps all tokens.
     """
     import transformers
 
     folder = Path(folder)
-    vocab = LLM_VOCAB["qwen2"] if family == "qwen2" else LLAVA_VOCAB
+    vocab = LLM_VOCAB["qwen2"] if family.startswith("qwen") else LLAVA_VOCAB
     text = text_config(family, vocab, tied)
+    vision = vision_config(layers, tower)
+    strategy = "default" if tower.startswith("clip") else "full"
     config = transformers.LlavaConfig(
-        vision_config=vision_config(layers),
+        vision_config=vision,
         text_config=text,
         image_token_index=TOKENIZER_SIZE,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-1 if tower == "siglip_last" else -2,
+        vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
     )
     model = transformers.LlavaForConditionalGeneration(config)
@@ -264,13 +364,13 @@ def make_tiny_llava(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token
         tokenizer.save_pretrained(str(folder))
-    _save_image_processor(folder)
+    _save_image_processor(folder, tower)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
-        "patch_size": PATCH_PX,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        "vision_feature_select_strategy": strategy,
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     return folder

@@ -84,6 +84,12 @@ def llm_rows(language: LanguageGeometry) -> list[Row]:
                 ("self_attn.v_proj.bias", (key,)),
             )
         )
+    if language.qk_norm:
+        width = (language.head_dim,)
+        rows += [
+            layer("self_attention.q_layernorm.weight", Same(), ("self_attn.q_norm.weight", width)),
+            layer("self_attention.k_layernorm.weight", Same(), ("self_attn.k_norm.weight", width)),
+        ]
     rows += [
         layer("self_attention.linear_proj.weight", Same(1), ("self_attn.o_proj.weight", (h, query))),
         layer("mlp.linear_fc1.layer_norm_weight", Same(), ("post_attention_layernorm.weight", (h,))),
@@ -97,7 +103,7 @@ def llm_rows(language: LanguageGeometry) -> list[Row]:
 
 
 def tower_rows(tower: TowerGeometry) -> list[Row]:
-    """Rows of the CLIP tower's layers that run; see untrained_tower for the others."""
+    """Rows of the tower's embedding and of its layers that run; see untrained_tower for the rest."""
     t, patch = tower.hidden, tower.patch_px
     qkv = QueryKeyValue(tower.heads, tower.heads)
     hub_tower = "vision_tower.vision_model."
@@ -109,15 +115,18 @@ def tower_rows(tower: TowerGeometry) -> list[Row]:
         named = tuple(HubTensor(hub_tower + "encoder.layers.{layer}." + part, shape) for part, shape in parts)
         return Row("vision_model.decoder.layers." + name, layout, named, tower.running_layers)
 
-    rows = [
-        alone("class_token", Reshaped((1, 1, t)), "embeddings.class_embedding", (t,)),
-        alone("conv1.weight", Same(), "embeddings.patch_embedding.weight", (t, 3, patch, patch)),
-        alone(
-            "position_embeddings.weight", Same(), "embeddings.position_embedding.weight", (tower.image_tokens + 1, t)
-        ),
-        alone("ln_pre.weight", Same(), "pre_layrnorm.weight", (t,)),
-        alone("ln_pre.bias", Same(), "pre_layrnorm.bias", (t,)),
-    ]
+    rows = [alone("conv1.weight", Same(), "embeddings.patch_embedding.weight", (t, 3, patch, patch))]
+    if tower.kind.patch_bias:
+        rows.append(alone("conv1.bias", Same(), "embeddings.patch_embedding.bias", (t,)))
+    if tower.kind.class_token:
+        rows.append(alone("class_token", Reshaped((1, 1, t)), "embeddings.class_embedding", (t,)))
+    positions = (tower.positions, t)
+    rows.append(alone("position_embeddings.weight", Same(), "embeddings.position_embedding.weight", positions))
+    if tower.kind.pre_norm:
+        rows += [
+            alone("ln_pre.weight", Same(), "pre_layrnorm.weight", (t,)),
+            alone("ln_pre.bias", Same(), "pre_layrnorm.bias", (t,)),
+        ]
     if not tower.running_layers:
         return rows
     for kind in ("weight", "bias"):
@@ -169,7 +178,7 @@ def table_of_weights(geometry: LlavaGeometry) -> list[Row]:
 
 
 def untrained_tower(tower: TowerGeometry) -> list[HubTensor]:
-    """Hub tensors of the tower that no row holds: layers behind the selected one, the final norm."""
+    """Hub tensors of the tower that no row holds: layers behind the selected one, final norm, pooling head."""
     whole = tower_rows(replace(tower, running_layers=tower.layers))
     layer_parts = [part for row in whole if row.layers for part in row.parts]
     layers = [
@@ -177,8 +186,25 @@ def untrained_tower(tower: TowerGeometry) -> list[HubTensor]:
         for layer in range(tower.running_layers, tower.layers)
         for part in layer_parts
     ]
-    norm = "vision_tower.vision_model.post_layernorm."
-    return [*layers, HubTensor(norm + "weight", (tower.hidden,)), HubTensor(norm + "bias", (tower.hidden,))]
+    behind = [HubTensor(name, shape) for name, shape in _behind_the_layers(tower)]
+    return layers + behind
+
+
+def _behind_the_layers(tower: TowerGeometry) -> Iterator[tuple[str, Shape]]:
+    t, f = tower.hidden, tower.ffn_hidden
+    modules: dict[str, tuple[Shape, Shape]] = {"post_layernorm.": ((t,), (t,))}  # shapes of weight and bias
+    if tower.pooling_head:
+        yield "vision_tower.vision_model.head.probe", (1, 1, t)
+        modules |= {
+            "head.attention.in_proj_": ((3 * t, t), (3 * t,)),
+            "head.attention.out_proj.": ((t, t), (t,)),
+            "head.layernorm.": ((t,), (t,)),
+            "head.mlp.fc1.": ((f, t), (f,)),
+            "head.mlp.fc2.": ((t, f), (t,)),
+        }
+    for module, (weight, bias) in modules.items():
+        yield f"vision_tower.vision_model.{module}weight", weight
+        yield f"vision_tower.vision_model.{module}bias", bias
 
 
 def extra_states(rows: list[Row]) -> dict[str, int]:
@@ -190,7 +216,7 @@ def extra_states(rows: list[Row]) -> dict[str, int]:
     modules: dict[str, int] = {}
     for row in rows:
         module, _, _ = row.key.rpartition(".")
-        if module.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "final_layernorm", "ln_pre")):
+        if module.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "_layernorm", "ln_pre")):
             modules[module] = row.layers
         if module.endswith("self_attention.linear_qkv"):
             modules[module.replace("linear_qkv", "core_attention")] = row.layers

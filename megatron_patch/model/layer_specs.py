@@ -64,18 +64,21 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
         from megatron.core.extensions.transformer_engine import (
             TEDotProductAttention,
             TELayerNormColumnParallelLinear,
+            TENorm,
             TERowParallelLinear,
         )
 
-        column, row, core, norm, keys = (
+        column, row, core, norm, head_norm, keys = (
             *(TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention),
-            *(IdentityOp, {}),
+            *(IdentityOp, TENorm, {}),
         )
     else:
-        column, row, core, norm, keys = (
+        column, row, core, norm, head_norm, keys = (
             *(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention),
-            *(LocalNorm, NORM_KEYS_AS_TRANSFORMER_ENGINE),
+            *(LocalNorm, LocalNorm, NORM_KEYS_AS_TRANSFORMER_ENGINE),
         )
+    if not config.qk_layernorm:
+        head_norm = None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -83,7 +86,13 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core, linear_proj=row),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=core,
+                    linear_proj=row,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,

@@ -5,7 +5,7 @@ Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeli
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,22 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry, TowerGeometry
 from megatron_patch.model.attention import zigzag_positions
-from megatron_patch.model.layer_specs import decoder_block, norm_builder, projector_layers, tower_block
+from megatron_patch.model.layer_specs import (
+    NORM_KEYS_AS_TRANSFORMER_ENGINE,
+    decoder_block,
+    norm_builder,
+    projector_layers,
+    tower_block,
+)
 
 IGNORE_LABEL = -100  # Hugging Face's, torch's and LLaVA's own mark of "not trained"
 
@@ -46,6 +54,9 @@ TOWER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
 }
+
+# CLIPViTModel's names of its variants: with class token and norm before the layers, or with a bias of the patches.
+MEGATRON_SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 # What the tower and the projector take over from the decoder's config.  Everything else (widths, heads, norms, biases,
 # pipeline split) is their own: a tower that inherits the decoder's width or pipeline split is silently wrong.
@@ -112,6 +123,46 @@ def projector_config(decoder: TransformerConfig) -> TransformerConfig:
     )
 
 
+def own_name(name: str, own: Container[str]) -> str:
+    """The name that `own` uses for a weight which layers of the other kind call `name`; `name` when there is none."""
+    for local, engine in NORM_KEYS_AS_TRANSFORMER_ENGINE.items():
+        for old, new in ((local, engine), (engine, local)):
+            if name not in own and name.replace(old, new) in own:
+                return name.replace(old, new)
+    return name
+
+
+def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a state's weights; extra states are none, even where they are tensors."""
+    return {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.endswith("_extra_state")
+    }
+
+
+def check_weights(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of the weights given with those of a model.
+
+    Raises:
+        UserError: with three lists.
+    """
+    lists = {
+        "missing": [name for name in wanted if name not in given],
+        "unknown": [name for name in given if name not in wanted],
+        "of another shape": [
+            f"{name} is {list(given[name])}, the model has {list(shape)}"
+            for name, shape in wanted.items()
+            if name in given and given[name] != shape
+        ],
+    }
+    if any(lists.values()):
+        raise UserError(
+            "the checkpoint's weights are not this model's: "
+            + "; ".join(f"{title} ({len(names)}): {', '.join(names[:4]) or 'none'}" for title, names in lists.items())
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     """Which parts keep their weights."""
@@ -164,6 +215,8 @@ class LlavaModel(MegatronModule):
             share_embeddings_and_output_weights=language.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=language.rope_base,
+            rope_scaling=language.rope_factor is not None,
+            rope_scaling_factor=language.rope_factor or 1.0,
             scatter_embedding_sequence_parallel=False,  # pictures are scattered in first
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
@@ -176,20 +229,27 @@ class LlavaModel(MegatronModule):
         self.vision_model = self.vision_projection = None
         if pre_process:
             self._build_tower_and_projector(config)
-            self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1) * 255, persistent=False)
-            self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1) * 255, persistent=False)
+            # no buffers: in half precision Megatron casts those too, and the mean would be off by up to half a grey level
+            where = device.current_device()
+            self.pixel_mean = torch.tensor(pixel_mean, device=where).view(1, 3, 1, 1) * 255
+            self.pixel_std = torch.tensor(pixel_std, device=where).view(1, 3, 1, 1) * 255
         self._freeze()
 
     def _build_tower_and_projector(self, config: TransformerConfig) -> None:
         tower = self.geometry.tower
         vision_config = tower_config(config, tower)
+        whole_patches_px = tower.side_px // tower.patch_px * tower.patch_px  # pixels beyond never reach a patch
         self.vision_model = CLIPViTModel(
             vision_config,
             tower_block(vision_config),
             ln_pre_impl=norm_builder(vision_config),
+            ln_post_impl=IdentityOp,  # the features are taken before the final norm
+            add_class_token=tower.kind.class_token,
+            class_token_len=int(tower.kind.class_token),
             patch_dim=tower.patch_px,
-            img_h=tower.side_px,
-            img_w=tower.side_px,
+            img_h=whole_patches_px,
+            img_w=whole_patches_px,
+            model_subtype=MEGATRON_SUBTYPES[tower.model_type],
             pg_collection=self.pg_collection,
         )
         side_config = projector_config(config)
@@ -217,6 +277,22 @@ class LlavaModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied embedding, for Megatron's reduction of its gradient between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
+
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False):
+        """Load weights by the names of either kind of layer, every one of them, and let extra states be.
+
+        Files of Megatron's format `torch` name a norm after the layers that wrote them, with or without Transformer
+        Engine.  `_extra_state` alone may be missing or left over.  Weights may not, whatever `strict` says: Megatron
+        answers a failed strict load with a silent one that is not.
+
+        Raises:
+            UserError: weights are missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        given = {own_name(name, own): value for name, value in state_dict.items()}
+        check_weights(weight_shapes(given), weight_shapes(own))
+        given = {name: given.get(name, value) for name, value in own.items()}
+        return super().load_state_dict(given, strict=strict, assign=assign)
 
     def forward(self, tokens: Tensor | None, labels: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
         """One micro-batch.
@@ -265,9 +341,11 @@ class LlavaModel(MegatronModule):
             if self.frozen.vision_tower:
                 return self.vision_projection(weight.new_zeros(1, tower.image_tokens, tower.hidden))
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
-        normalised = (pixels.float() - self.pixel_mean.float()) / self.pixel_std.float()
+        normalised = (pixels.float() - self.pixel_mean) / self.pixel_std
         with torch.no_grad() if self.frozen.vision_tower else contextlib.nullcontext():
-            features = self.vision_model(normalised.to(weight.dtype))[:, 1:]  # without the class token
+            features = self.vision_model(normalised.to(weight.dtype))
+        if tower.first_token_dropped:
+            features = features[:, 1:]
         return self.vision_projection(features)
 
     def _on_this_context_rank(self, states: Tensor, dim: int) -> Tensor:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
+from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.training.offload import offload_words
 
-TRACKER = "latest_checkpointed_iteration.txt"
 LLAVA_FOLDER = "llava"
 
 
@@ -67,6 +67,14 @@ def _llava_folder(arguments: argparse.Namespace) -> Path:
     return Path(arguments.tokenizer_path)
 
 
+def projector_is_fresh(checkpoint: Path) -> bool:
+    """Is this the converter's output with a projector that no training has seen?"""
+    provenance = checkpoint / "llava" / "provenance.json"
+    if newest_iteration(checkpoint).name != "release" or not provenance.is_file():
+        return False
+    return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
+
+
 def _pixel_statistics(llava_folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     where = llava_folder / "preprocessor_config.json"
     if not where.is_file():
@@ -116,6 +124,10 @@ def decoder_words(language: LanguageGeometry, decoder_seq_len: int) -> list[str]
         words += ["--group-query-attention", "--num-query-groups", language.groups]
     if language.qkv_bias:
         words.append("--add-qkv-bias")
+    if language.qk_norm:
+        words.append("--qk-layernorm")
+    if language.rope_factor is not None:
+        words += ["--use-rope-scaling", "--rope-scaling-factor", language.rope_factor]
     if not language.tied_embeddings:
         words.append("--untie-embeddings-and-output-weights")
     return [str(word) for word in words]
@@ -131,6 +143,13 @@ def read_settings(argv: list[str]) -> RunSettings:
     folder = _llava_folder(arguments)
     geometry = read_geometry_of(folder)
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    starting = arguments.init_from != "none" and not has_checkpoint(arguments.load)
+    stage_2 = starting and not arguments.freeze_language_model
+    if stage_2 and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
+        raise UserError(
+            f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from}: its projector is new, and no stage 1 has trained it; "
+            "start from the checkpoint of stage 1, or pass --allow-fresh-projector after the 23rd argument"
+        )
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)

@@ -91,11 +91,11 @@ def test_tower_names_that_do_not_fit(hub, tmp_path, refused):
 def test_unknown_families(hub, tmp_path, refused):
     llm, clip = copied(hub("llama"), tmp_path / "llm"), copied(hub("clip"), tmp_path / "clip")
     edit_json(llm / "config.json", model_type="gpt2")
-    refused("'gpt2'", "known: llama, mistral, qwen2", words=forward(llm, clip, refused.target))
+    refused("'gpt2'", "known: llama, mistral, qwen2, qwen3", words=forward(llm, clip, refused.target))
     edit_json(llm / "config.json", model_type="llama", attention_bias=True)
     refused("attention_bias", words=forward(llm, clip, refused.target))
-    edit_json(clip / "config.json", model_type="siglip_vision_model")
-    refused("'siglip_vision_model'", "clip_vision_model", words=forward(hub("llama"), clip, refused.target))
+    edit_json(clip / "config.json", model_type="dinov2")
+    refused("'dinov2'", "clip_vision_model, siglip_vision_model", words=forward(hub("llama"), clip, refused.target))
 
 
 def test_cut_off_files(hub, tmp_path, refused):

@@ -4,12 +4,14 @@ python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py 
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
              "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
-A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss and projector gradient.
+A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss, projector gradient and,
+where queries and keys are normed, the gradient of the first layer's query norm.
 """
 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -24,6 +26,7 @@ from megatron_patch import patches  # noqa: E402
 patches.apply_all(device.backend().NAME)
 
 from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
@@ -31,14 +34,16 @@ from megatron_patch.geometry import read_geometry_of  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
 from megatron_patch.training.words import decoder_words  # noqa: E402
 
+LENGTH = 48  # tokens of every record of a batch
+
 
 def build(checkpoint: Path, plan: dict) -> LlavaModel:
     """The model of this process with the checkpoint's weights."""
     geometry = read_geometry_of(checkpoint / "llava")
     sys.argv[1:] = [
         *device.megatron_words(),
-        *decoder_words(geometry.language, 256),
-        *("--seq-length", "256", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
+        *decoder_words(geometry.language, LENGTH),
+        *("--seq-length", str(LENGTH), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
         *("--tensor-model-parallel-size", str(plan["tensor"])),
         *("--pipeline-model-parallel-size", str(plan["pipeline"])),
@@ -98,6 +103,20 @@ def gradient_of_projector(model: LlavaModel, output: torch.Tensor, received: tor
     return gradient
 
 
+def gradient_of_query_norm(model: LlavaModel) -> torch.Tensor | None:
+    """Of the decoder's first layer, summed over the ranks that hold other heads as Megatron's trainer sums it."""
+    name = "language_model.decoder.layers.0.self_attention.q_layernorm.weight"
+    parameter = dict(model.named_parameters()).get(name)
+    if parameter is None or not mpu.is_pipeline_first_stage():
+        return None
+    model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+    reduce = sys.modules[finalize_model_grads.__module__]._allreduce_non_tensor_model_parallel_grads
+    reduce([model], model.config)
+    gradient = parameter.grad.clone()
+    torch.distributed.all_reduce(gradient, group=mpu.get_context_parallel_group())
+    return gradient
+
+
 def main() -> None:
     """Run every case of the plan."""
     plan = json.loads(Path(sys.argv[1]).read_text())
@@ -118,6 +137,7 @@ def main() -> None:
         torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
         count = float((labels != -100).sum())
         result["gradient"] = gradient_of_projector(model, output, received, count)
+        result["query_norm"] = gradient_of_query_norm(model)
         if mpu.is_pipeline_last_stage():
             assert total[1] == count, (total, count)
             result["loss"] = total[0] / total[1]
