@@ -80,6 +80,14 @@ fits() {
         "a host name or address")
             [[ $value =~ ^[[:alnum:]:][[:alnum:]._:-]*$ ]]
             ;;
+        "a file")
+            [[ -f $value ]] || detail="it does not exist"
+            [[ ! -d $value ]] || detail="it is a folder"
+            [[ -f $value ]]
+            ;;
+        "words")
+            [[ $value == *[![:space:]]* ]]
+            ;;
         "a program")
             command -v -- "$value" >/dev/null
             ;;

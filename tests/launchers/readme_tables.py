@@ -61,7 +61,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def readme_tables() -> list[str]:
-    """The five tables of the README: training arguments, options, cluster variables, conversion arguments and options."""
+    """The README's tables: training arguments, options, cluster variables; conversion arguments, options."""
     first, second, converter = rows_of_help(STAGE_1), rows_of_help(STAGE_2), rows_of_help(CONVERTER)
     assert first.arguments == second.arguments and first.cluster == second.cluster
     options = []

@@ -219,6 +219,36 @@ def test_rules_between_conversion_arguments(inputs: Inputs, changes: dict, line:
     assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
 
 
+@pytest.mark.parametrize(
+    ("mg2hf", "environment", "line"),
+    [
+        (
+            "true",
+            {"PROJECTOR_PATH": "llm/config.json"},
+            "environment PROJECTOR_PATH='llm/config.json' is for mg2hf=false",
+        ),
+        ("true", {"ADD_TOKENS": "<a>"}, "environment ADD_TOKENS='<a>' is for mg2hf=false"),
+        ("true", {"VISION_TOWER_NAME": "x"}, "environment VISION_TOWER_NAME='x' is for EXPORT_LAYOUT=original"),
+        ("true", {"EXPORT_LAYOUT": "originl"}, "environment EXPORT_LAYOUT='originl' must be one of hub original orig"),
+        ("false", {"EXPORT_LAYOUT": "original"}, "environment EXPORT_LAYOUT='original' is for mg2hf=true"),
+        (
+            "false",
+            {"PROJECTOR_PATH": "absent"},
+            "environment PROJECTOR_PATH='absent' must be a file (it does not exist)",
+        ),
+        ("false", {"PROJECTOR_PATH": "llm"}, "environment PROJECTOR_PATH='llm' must be a file (it is a folder)"),
+        ("false", {"ADD_TOKENS": " "}, "environment ADD_TOKENS=' ' must be words"),
+    ],
+)
+def test_options_of_the_conversion(inputs: Inputs, mg2hf: str, environment: dict, line: str):
+    changes = {"mg2hf": mg2hf}
+    if mg2hf == "true":
+        changes |= {"SOURCE_LLM_CKPT_PATH": "checkpoint", "HF_CKPT_PATH": "llm"}
+    before = tree(inputs.folder)
+    result = start(CONVERTER, inputs.conversion(**changes), cwd=inputs.folder, **environment)
+    assert_refused(result, inputs.folder, before, line)
+
+
 CLUSTER = {
     "WORLD_SIZE": "2",
     "RANK": "1",

@@ -79,6 +79,24 @@ def test_the_guides_conversion_lines(inputs: Inputs, shell: str):
     assert value_after(dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH="none")), "--source-clip") == "none"
 
 
+def test_options_of_the_conversion(inputs: Inputs):
+    """Tokens are split at white space and are plain text; paths become absolute."""
+    tokens = {"ADD_TOKENS": "<extra_id_0>..<extra_id_7> *\n$(touch x)", "PROJECTOR_PATH": "llm/config.json"}
+    words = dry_run(CONVERTER, inputs.conversion(), cwd=inputs.folder, **tokens)
+    assert value_after(words, "--mm-projector") == str(inputs.llm / "config.json")
+    first = words.index("--add-tokens") + 1
+    assert words[first : first + 4] == ["<extra_id_0>..<extra_id_7>", "*", "$(touch", "x)"]
+    back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "HF_CKPT_PATH": str(inputs.llm)}
+    layout = {"EXPORT_LAYOUT": "original_without_tower", "VISION_TOWER_NAME": "openai/clip-vit-large-patch14-336"}
+    words = dry_run(CONVERTER, inputs.conversion(**back), **layout)
+    assert value_after(words, "--layout") == "original_without_tower"
+    assert value_after(words, "--vision-tower-name") == layout["VISION_TOWER_NAME"]
+    for kind in ("llava_llama", "llava_mistral", "llava_qwen"):
+        (inputs.llm / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        words = dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH="none"))
+        assert value_after(words, "--source-clip") == "none"
+
+
 @pytest.mark.parametrize("name", ["a b", ";touch x", "$(touch x)", "`touch x`", "-rf", "*", "a'b\"c", "x&y|z>w", "é"])
 def test_odd_paths_are_plain_text(tmp_path: Path, name: str):
     inputs = Inputs(tmp_path / name)

@@ -14,6 +14,10 @@ mg2hf|one of true false|false: Hugging Face to Megatron; true: Megatron to Huggi
 PR|one of fp16 bf16 fp32|precision of the written weights
 HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it came from, compared before the export"
 OPTIONS="PROJECTOR|(mlp2x_gelu)|one of mlp2x_gelu linear|kind of the new projector; not with mg2hf=true
+PROJECTOR_PATH|(a new one)|a file|mm_projector.bin to start from, such as stage 1 of LLaVA leaves; not with mg2hf=true
+ADD_TOKENS|(none)|words|special tokens for tokenizer, embedding and head, before the image token; x_0..x_7 is a range; not with mg2hf=true
+EXPORT_LAYOUT|(hub)|one of hub original original_without_tower|with mg2hf=true: the layout of transformers, or that of the original LLaVA code
+VISION_TOWER_NAME|(see meaning)|words|with an original layout: its mm_vision_tower; else the name of the source or of the known CLIP
 CKPT_FORMAT|(torch_dist)|one of torch_dist torch|torch_dist: any TP and PP reads it; torch: one file per rank of this TP and PP; mg2hf=true reads both
 $COMMON_OPTIONS"
 
@@ -24,9 +28,9 @@ show_help() {
     show_rows "Options, from the environment: name, default, value" "$OPTIONS" options
 }
 
-# is_llava FOLDER: is it a whole Hugging Face LLaVA?
+# is_llava FOLDER: is it a whole LLaVA, in the layout of transformers or of the original code?
 is_llava() {
-    [[ -f $1/config.json && $(<"$1/config.json") =~ \"model_type\"[[:space:]]*:[[:space:]]*\"llava\" ]]
+    [[ -f $1/config.json && $(<"$1/config.json") =~ \"model_type\"[[:space:]]*:[[:space:]]*\"llava(_llama|_mistral|_qwen)?\" ]]
 }
 
 # check_conversion: the rules that hold between rows.
@@ -37,9 +41,21 @@ check_conversion() {
         if right SOURCE_LLM_CKPT_PATH && ! is_checkpoint "$source"; then
             refuse SOURCE_LLM_CKPT_PATH "must be a converted checkpoint with mg2hf=true ($detail)"
         fi
-        [[ -z ${arg[PROJECTOR]} ]] || refuse PROJECTOR "is for mg2hf=false: an export keeps the projector of the checkpoint"
+        local name
+        for name in PROJECTOR PROJECTOR_PATH; do
+            [[ -z ${arg[$name]} ]] || refuse "$name" "is for mg2hf=false: an export keeps the projector of the checkpoint"
+        done
+        [[ -z ${arg[ADD_TOKENS]} ]] || refuse ADD_TOKENS "is for mg2hf=false: an export keeps the tokenizer of the checkpoint"
         [[ -z ${arg[CKPT_FORMAT]} ]] || refuse CKPT_FORMAT "is for mg2hf=false: an export sees the checkpoint's format itself"
-    elif right SOURCE_LLM_CKPT_PATH && [[ ! -f $source/config.json ]]; then
+        [[ -z ${arg[VISION_TOWER_NAME]} || ${arg[EXPORT_LAYOUT]} == original* ]] ||
+            refuse VISION_TOWER_NAME "is for EXPORT_LAYOUT=original or original_without_tower"
+        return
+    fi
+    local name
+    for name in EXPORT_LAYOUT VISION_TOWER_NAME; do
+        [[ -z ${arg[$name]} ]] || refuse "$name" "is for mg2hf=true: a checkpoint has one layout only"
+    done
+    if right SOURCE_LLM_CKPT_PATH && [[ ! -f $source/config.json ]]; then
         refuse SOURCE_LLM_CKPT_PATH "must be a Hugging Face model folder with mg2hf=false (it has no config.json)"
     elif right SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH && [[ ${arg[SOURCE_CLIP_CKPT_PATH]} == none ]]; then
         is_llava "$source" || refuse SOURCE_CLIP_CKPT_PATH \
@@ -59,7 +75,7 @@ check_conversion
 (($# >= 9)) || [[ ${arg[mg2hf]} != true ]] ||
     complain "argument 9 HF_CKPT_PATH" "is missing: with mg2hf=true it must be a Hugging Face model folder"
 stop_if_wrong
-absolute SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH TARGET_CKPT_PATH HF_CKPT_PATH
+absolute SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH TARGET_CKPT_PATH HF_CKPT_PATH PROJECTOR_PATH
 environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}")
 command=(
     "${arg[PYTHON]}" -u "$repository/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
@@ -70,6 +86,13 @@ command=(
     --precision "${arg[PR]}"
 )
 [[ -z ${arg[PROJECTOR]} ]] || command+=(--projector "${arg[PROJECTOR]}")
+[[ -z ${arg[PROJECTOR_PATH]} ]] || command+=(--mm-projector "${arg[PROJECTOR_PATH]}")
+if [[ -n ${arg[ADD_TOKENS]} ]]; then
+    read -ra tokens <<<"${arg[ADD_TOKENS]//$'\n'/ }"
+    command+=(--add-tokens "${tokens[@]}")
+fi
+[[ -z ${arg[EXPORT_LAYOUT]} ]] || command+=(--layout "${arg[EXPORT_LAYOUT]}")
+[[ -z ${arg[VISION_TOWER_NAME]} ]] || command+=(--vision-tower-name "${arg[VISION_TOWER_NAME]}")
 [[ -z ${arg[CKPT_FORMAT]} ]] || command+=(--format "${arg[CKPT_FORMAT]}")
 if [[ ${arg[mg2hf]} == true ]]; then
     command+=(--mg2hf --hf-checkpoint "${arg[HF_CKPT_PATH]}")
