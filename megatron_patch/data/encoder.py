@@ -73,7 +73,8 @@ class RecordEncoder:
         pixels = None
         if self._with_pixels:
             side_px, ratio, mean = settings.side_px, settings.image_aspect_ratio, settings.image_mean
+            center_crop, resample = settings.center_crop, settings.resample
             pixels = np.empty((len(pictures), 3, side_px, side_px), dtype=np.uint8)
             for number, picture in enumerate(pictures):
-                pixels[number] = picture_to_pixels(picture, side_px, ratio, mean)
+                pixels[number] = picture_to_pixels(picture, side_px, ratio, mean, center_crop, resample)
         return EncodedRecord(record.record_id, tokens, labels, pixels, encoded.image_starts, truncated)

@@ -1,4 +1,5 @@
-"""Picture bytes -> uint8 pixels, equal to HF's CLIPImageProcessor (PIL backend) before it rescales and normalises.
+"""Picture bytes -> uint8 pixels, equal to HF's CLIP and SigLIP image processors (PIL backend) before they rescale and
+normalise.
 
 Transparency is blended over white, as that processor does (LLaVA's original code shows what lies hidden below).
 Orientation follows the EXIF tag, as transformers' load_image does (the original code and the bare processor ignore it).
@@ -50,15 +51,23 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def picture_to_pixels(
-    picture: Image.Image, side_px: int, image_aspect_ratio: str, image_mean: tuple[float, float, float]
+    picture: Image.Image,
+    side_px: int,
+    image_aspect_ratio: str,
+    image_mean: tuple[float, float, float],
+    center_crop: bool = True,
+    resample: int = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """RGB picture -> uint8 pixels [3, side_px, side_px].
 
-    crop: bicubic until the shorter side is side_px, then the centre; pad: to a square of the mean colour first.
+    center_crop: resized until the shorter side is side_px, then its centre; else squeezed to side_px x side_px.  With
+    image_aspect_ratio `pad` it becomes a square of the mean colour first.
     Raises RecordError when the picture is too elongated to be resized.
     """
     if image_aspect_ratio == "pad":
         picture = _pad_to_square(picture, image_mean)
+    if not center_crop:
+        return _channels_first(picture.resize((side_px, side_px), resample))
     width, height = picture.size
     # Lengths and offsets as transformers computes them (get_resize_output_image_size, center_crop).
     if width <= height:
@@ -70,9 +79,12 @@ def picture_to_pixels(
             "picture unreadable", f"{width} x {height} pixels are too elongated for {side_px} x {side_px}"
         )
     if (width, height) != (new_width, new_height):
-        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
+        picture = picture.resize((new_width, new_height), resample)
     left, top = (new_width - side_px) // 2, (new_height - side_px) // 2
-    picture = picture.crop((left, top, left + side_px, top + side_px))
+    return _channels_first(picture.crop((left, top, left + side_px, top + side_px)))
+
+
+def _channels_first(picture: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 

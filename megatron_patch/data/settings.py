@@ -17,12 +17,16 @@ class DataSettings:
     image_tokens: int  # placeholders per picture: the vision tower's patch count
     side_px: int  # pictures become side_px x side_px
     image_mean: tuple[float, float, float]  # in 0..1, the colour of the padding
-    image_aspect_ratio: str  # crop: centre crop; pad: to a square with the mean colour first
+    image_aspect_ratio: str  # crop: as the tower's processor does; pad: to a square with the mean colour first
     decoder_seq_len: int  # longest record in tokens, image placeholders included
     micro_batch_size: int  # records per batch
     length_multiple: int  # batch lengths are padded up to a multiple of this
     seed: int  # of the order of the records
     num_workers: int  # processes that prepare batches; 0: in this process
+    center_crop: bool = (
+        True  # CLIP's way: shorter side to side_px, then the centre; False, SigLIP's: squeezed to a square
+    )
+    resample: int = 3  # Pillow's number of the filter: 2 bilinear, 3 bicubic
     max_skipped_share: float = 0.01  # a run stops when more of its records than this had to be skipped
 
     def __post_init__(self) -> None:
@@ -39,6 +43,8 @@ class DataSettings:
             )
             if getattr(self, name) < least
         ]
+        if self.resample not in range(6):
+            problems.append(f"resample is {self.resample}, wanted a filter of Pillow, from 0 to 5")
         if self.image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
             wanted = " or ".join(IMAGE_ASPECT_RATIOS)
             problems.append(f"image_aspect_ratio is {self.image_aspect_ratio!r}, wanted {wanted}")

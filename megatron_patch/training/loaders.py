@@ -71,6 +71,8 @@ def data_settings(settings: RunSettings, args: Any) -> DataSettings:
         side_px=geometry.tower.side_px,
         image_mean=settings.pixel_mean,
         image_aspect_ratio=args.image_aspect_ratio,
+        center_crop=settings.center_crop,
+        resample=settings.resample,
         decoder_seq_len=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         length_multiple=multiple,

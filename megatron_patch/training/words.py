@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
@@ -27,6 +28,8 @@ class RunSettings:
     template: str
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
+    center_crop: bool  # pictures are resized and cropped (CLIP), else squeezed to a square (SigLIP)
+    resample: int  # Pillow's number of the resizing filter
     words: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
@@ -75,12 +78,26 @@ def projector_is_fresh(checkpoint: Path) -> bool:
     return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
 
 
-def _pixel_statistics(llava_folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _picture_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
+    """pixel_mean, pixel_std, center_crop and resample of RunSettings."""
     where = llava_folder / "preprocessor_config.json"
     if not where.is_file():
         raise UserError(f"{where}: no such file; it holds the pixel statistics of the vision tower, convert again")
     config = json.loads(where.read_text())
-    return tuple(config["image_mean"]), tuple(config["image_std"])
+    center_crop = config.get("do_center_crop", "crop_size" in config)
+    size, square = config.get("size"), {"height": side_px, "width": side_px}
+    wanted = (side_px, {"shortest_edge": side_px}) if center_crop else (side_px, square)
+    if size not in wanted or (center_crop and config.get("crop_size") not in (side_px, square)):
+        raise UserError(
+            f"{where}: size is {size}, crop_size {config.get('crop_size')}; for {side_px} x {side_px} px set "
+            f"size {wanted[1]}{f' and crop_size {square}' if center_crop else ''}"
+        )
+    return {
+        "pixel_mean": tuple(config["image_mean"]),
+        "pixel_std": tuple(config["image_std"]),
+        "center_crop": center_crop,
+        "resample": config.get("resample", 3),
+    }
 
 
 def _check_transformer_engine(arguments: argparse.Namespace) -> None:
@@ -169,7 +186,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     template = arguments.conversation_template
     if template == "auto":
         template = TEMPLATE_OF_MODEL[geometry.language.model_type]
-    mean, std = _pixel_statistics(folder)
+    pictures = _picture_settings(folder, tower.side_px)
     derived = [
         *device.megatron_words(),
         *decoder_words(geometry.language, arguments.seq_length),
@@ -185,7 +202,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     ]
     if arguments.init_from != "none":
         derived += ["--pretrained-checkpoint", arguments.init_from]
-    return RunSettings(geometry, folder, template, mean, std, (*derived, *argv))
+    return RunSettings(geometry, folder, template, words=(*derived, *argv), **pictures)
 
 
 def refuse(error: UserError) -> None:

@@ -1,11 +1,11 @@
-"""Pictures: equal to HF's CLIPImageProcessor (PIL backend) in uint8; odd formats upright and in true colours."""
+"""Pictures: equal to HF's CLIP and SigLIP processors (PIL backend) in uint8; odd formats upright, colours true."""
 
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megatron_patch.data.image import open_picture, picture_to_pixels
 from megatron_patch.data.rejection import RecordError
@@ -46,6 +46,24 @@ def test_crop_equals_the_huggingface_processor(size: tuple[int, int], side_px: i
     theirs = huggingface(picture, side_px)
     assert ours.dtype == np.uint8 and ours.shape == (3, side_px, side_px)
     assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (30, 30), (500, 375), (33, 101), (30, 28), (1, 7)])
+@pytest.mark.parametrize(("side_px", "resample"), [(30, 3), (30, 2), (224, 3)])
+def test_squeezing_equals_the_siglip_processor(size: tuple[int, int], side_px: int, resample: int) -> None:
+    picture = random_picture(*size)
+    ours = picture_to_pixels(picture, side_px, "crop", (0.5, 0.5, 0.5), center_crop=False, resample=resample)
+    processor = SiglipImageProcessorPil(
+        size={"height": side_px, "width": side_px}, resample=resample, do_rescale=False, do_normalize=False
+    )
+    theirs = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
+    assert ours.dtype == np.uint8 and np.array_equal(ours, theirs)
+
+
+def test_padding_comes_before_squeezing() -> None:
+    picture = Image.new("RGB", (40, 20), (250, 10, 10))
+    pixels = picture_to_pixels(picture, 8, "pad", (0.5, 0.5, 0.5), center_crop=False, resample=Image.Resampling.NEAREST)
+    assert pixels[:, 0, 4].tolist() == [127, 127, 127] and pixels[:, 4, 4].tolist() == [250, 10, 10]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 37), (37, 50), (33, 8)])
