@@ -1,7 +1,7 @@
 """What was trained is what is exported: transformers finds the loss that Megatron prints next.
 
-Train at TP 2, export, let transformers compute the loss of the following batch, then let Megatron go on.  Tolerance 1e-5
-relative, as for the first step.
+Train at TP 2, export, let transformers compute the loss of the following batch, then let Megatron go on.  Tolerance
+1e-5 relative, as for the first step.
 """
 
 import json
