@@ -27,7 +27,7 @@ from megatron_patch.conversion.hub_weights import (
     write_safetensors,
 )
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import VOCABULARY_TENSORS, make_plan, wanted_tensors
+from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
@@ -39,7 +39,6 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 FORMATS = ("torch_dist", "torch")
 LAYOUTS = ("hub", "original", "original_without_tower")
 UNTRAINED_TOWER = "untrained_tower.safetensors"
-PROVENANCE = "provenance.json"
 
 
 @dataclass

@@ -7,7 +7,9 @@ model.
 import json
 import math
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_patch.checkpoint_files import TensorFacts, archive_records, content
 from megatron_patch.conversion.layouts import Shape
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
@@ -116,33 +119,67 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
         if stop - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{path}: {name} has {stop - begin} bytes, not those of {dtype} {list(shape)}")
 
-        def read_rows(first: int, last: int, start=8 + length + begin, dtype=dtype, shape=shape) -> Tensor:
-            row_bytes = math.prod(shape[1:]) * dtype.itemsize
-            wanted = (last - first, *shape[1:]) if shape else ()
-            with open(path, "rb", buffering=0) as file:
-                return pread_into(file.fileno(), start + first * row_bytes, wanted, dtype)
-
+        read_rows = _pread_rows(path, 8 + length + begin, dtype, shape)
         entries[name] = Stored(dtype, shape, read_rows, path.name)
     return entries
 
 
 def _pickle_entries(path: Path) -> dict[str, Stored]:
-    """A pytorch_model.bin, unpickled with weights only (no code runs) on mapped storages."""
+    """A pytorch_model.bin, unpickled with weights only (no code runs).
+
+    Tensors whose bytes stand in order are read by pread like those of safetensors, others from mapped storages; files
+    from before torch 1.6 are no archives and are loaded whole.
+    """
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise UserError(f"{path} cannot be read with weights_only=True: {error}") from None
-    entries = {}
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds a {type(tensors).__name__}; wanted a plain state dict")
+    places, entries = _places(path), {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {name} is a {type(tensor).__name__}, no tensor; wanted a plain state dict")
-        entries[name] = Stored(
-            tensor.dtype,
-            tuple(tensor.shape),
-            lambda first, last, tensor=tensor: (tensor[first:last] if tensor.dim() else tensor).clone(),
-            path.name,
-        )
+        dtype, shape = tensor.dtype, tuple(tensor.shape)
+        if places.get(name, (None,))[:2] == (dtype, shape):
+            read_rows = _pread_rows(path, places[name][2], dtype, shape)
+        else:
+
+            def read_rows(first: int, last: int, tensor: Tensor = tensor) -> Tensor:
+                return (tensor[first:last] if tensor.dim() else tensor).clone()
+
+        entries[name] = Stored(dtype, shape, read_rows, path.name)
     return entries
+
+
+def _places(path: Path) -> dict[str, tuple[torch.dtype, Shape, int]]:
+    """Dtype, shape and position of the tensors of a torch.save whose bytes stand in order; empty for other files."""
+    places = {}
+    try:
+        with open(path, "rb") as file:
+            records = archive_records(file.fileno(), 0, path.stat().st_size)
+            saved = TensorFacts(content(file.fileno(), records["data.pkl"])).load()
+            if "byteorder" in records and content(file.fileno(), records["byteorder"]) != b"little":
+                return {}
+        for name, tensor in saved.items():
+            record = records[f"data/{tensor.record}"]
+            if tensor.dtype is not None and tensor.in_order and record.stored:
+                places[name] = (tensor.dtype, tensor.shape, record.position + tensor.first * tensor.dtype.itemsize)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return places
+
+
+def _pread_rows(path: Path, start: int, dtype: torch.dtype, shape: Shape) -> Callable[[int, int], Tensor]:
+    """A function that reads rows [first, last) of the tensor whose bytes begin at `start`."""
+
+    def read_rows(first: int, last: int) -> Tensor:
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        wanted = (last - first, *shape[1:]) if shape else ()
+        with open(path, "rb", buffering=0) as file:
+            return pread_into(file.fileno(), start + first * row_bytes, wanted, dtype)
+
+    return read_rows
 
 
 def open_weight_file(path: Path) -> dict[str, Stored]:

@@ -27,6 +27,7 @@ from megatron_patch.geometry import (
     read_geometry,
 )
 
+PROVENANCE = "provenance.json"
 VOCABULARY_TENSORS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -156,7 +157,7 @@ def _plan_llava(source: Path, precision: str, additions: Additions) -> Plan:
     weights = account("LLaVA", hub, _with_rows(wanted_tensors(rows, geometry), stored_rows))
     notes = tokens.notes + _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {
-        "projector": {"type": geometry.projector_type, "origin": "source"},
+        "projector": _origin_of_projector(source, geometry.projector_type),
         "vocabulary": {"rows": vocabulary, "image_token_index": index},
     }
     return Plan(config, geometry, rows, weights, tokens, {"llava": source}, notes, facts)
@@ -226,6 +227,17 @@ def _new_projector(geometry: LlavaGeometry, seed: int) -> dict[str, Stored]:
         drawn = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
         tensors[part.name] = in_memory(drawn, "new projector")
     return tensors
+
+
+def _origin_of_projector(source: Path, kind: str) -> dict[str, Any]:
+    """What is known about a whole LLaVA's projector: stage 0, or an export from before any training, left it new."""
+    note = hub_files.read_json(source / PROVENANCE) if (source / PROVENANCE).is_file() else {}
+    if note.get("iteration") == "release":
+        note = note.get("checkpoint_provenance") or {}
+    projector = note.get("projector")
+    if isinstance(projector, dict) and projector.get("origin") == "new":
+        return projector
+    return {"type": kind, "origin": "source"}
 
 
 def _projector_of(additions: Additions) -> tuple[str, dict[str, Stored]]:

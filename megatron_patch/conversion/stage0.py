@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_patch.conversion import hub_files
 from megatron_patch.conversion.additions import Additions, read_tokens
-from megatron_patch.conversion.convert import PRECISIONS, PROVENANCE, Report, cast, precision_dtype, provenance_text
+from megatron_patch.conversion.convert import PRECISIONS, Report, cast, precision_dtype, provenance_text
 from megatron_patch.conversion.hub_weights import open_hub_weights, row_blocks, write_hub_weights
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import make_plan, wanted_tensors
+from megatron_patch.conversion.plan import PROVENANCE, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, check_known

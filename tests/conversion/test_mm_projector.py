@@ -167,3 +167,22 @@ def test_stage_ones_product_goes_into_stage_two(hub, tmp_path, extract):
     assert extract(tmp_path / "2", tmp_path / "again.bin")[0] == 0
     one, two = load_projector(tmp_path / "p.bin"), load_projector(tmp_path / "again.bin")
     assert one.keys() == two.keys() and all(same_bytes(one[name], two[name]) for name in one)
+
+
+def test_pickles_are_read_in_place(hub, tmp_path, monkeypatch):
+    """pytorch_model.bin is read by pread, not mapped; what does not stand in order, and old files, come out equal."""
+    from megatron_patch.conversion import hub_weights
+
+    whole = torch.arange(24.0).reshape(4, 6)
+    weights = {"plain": whole.clone(), "part": whole[1:3], "turned": whole.T, "bf16": whole.to(torch.bfloat16)}
+    torch.save(weights, tmp_path / "new.bin")
+    torch.save(weights, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    asked = []
+    real = hub_weights.pread_into
+    monkeypatch.setattr(hub_weights, "pread_into", lambda *words: asked.append(words) or real(*words))
+    for name, reads in (("new.bin", 6), ("old.bin", 0)):
+        asked.clear()
+        for key, stored in hub_weights.open_weight_file(tmp_path / name).items():
+            assert torch.equal(stored.read(), weights[key]), key
+            assert torch.equal(stored.read_rows(1, 2), weights[key][1:2]), key
+        assert len(asked) == reads

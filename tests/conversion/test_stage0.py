@@ -51,6 +51,10 @@ def test_it_loads_and_says_what_the_llm_says(hub, tmp_path, stage0, family, clip
     # and the folder is a source of the converter, which keeps its bytes
     convert_to_megatron(tmp_path / "llava", None, tmp_path / "ckpt", model_size="tiny", precision="fp32")
     convert_to_huggingface(tmp_path / "ckpt", tmp_path / "back", model_size="tiny", precision="fp32")
+    for made in ("ckpt/llava", "again/llava"):  # a new projector stays known as new, across exports too
+        if made == "again/llava":
+            convert_to_megatron(tmp_path / "back", None, tmp_path / "again", model_size="tiny", precision="fp32")
+        assert json.loads((tmp_path / made / "provenance.json").read_text())["projector"]["origin"] == "new"
     before, after = tensors_of(tmp_path / "llava"), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys() and all(same_bytes(before[name], after[name]) for name in before)
 
