@@ -170,7 +170,8 @@ printf '\nFinished after %d s. Where everything lies:\n' "$SECONDS"
 printf '  %s\n' "${report[@]}" "contact sheet                                $folder/answers/answers.png"
 cat <<NEXT
 Next:
-  tensorboard --logdir $folder           learning rate, gradient norm, speed (with $PYTHON -m tensorboard.main)
-  bash examples/llava_mcore/run_mcore_llava.sh --help      the same commands with your own data and models:
-  examples/llava_mcore/README.md                           the recipe with Vicuna or Mistral, CLIP-L/14-336, LLaVA-Pretrain
+  $PYTHON -m tensorboard.main --logdir $folder
+      learning rate, gradient norm, samples per second
+  bash examples/llava_mcore/run_mcore_llava.sh --help
+      the same commands take your own data and models; examples/llava_mcore/README.md has the recipe
 NEXT
