@@ -228,6 +228,10 @@ def content(descriptor: int, record: Record) -> bytes:
     return os.pread(descriptor, record.nbytes, record.position)
 
 
+class _StateDict(dict):
+    """A state dict, which may carry attributes (`_metadata`)."""
+
+
 @dataclass(frozen=True)
 class SavedTensor:
     """A tensor as a pickle of torch.save describes it; first: its first element within the storage."""
@@ -269,7 +273,7 @@ class TensorFacts(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *rest: tensor
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _StateDict
         if module == "torch" and name.endswith("Storage"):
             return name
         if self._lenient:
@@ -308,7 +312,7 @@ def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
         model = state["model"]
     except UserError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # whatever a pickle that is cut off or strange may raise
         raise UserError(f"{path} is no whole file of Megatron's format torch: {error!r}; write it again") from None
     found = {}
     for name, tensor in model.items():

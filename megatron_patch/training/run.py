@@ -56,6 +56,7 @@ def train_llava() -> None:
     from megatron_patch.training.loaders import DATA_FOLDER, build_loaders
     from megatron_patch.training.logging import complete_log
     from megatron_patch.training.step import forward_step
+    from megatron_patch.training.strict_load import strict
 
     def build_llava(
         pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
@@ -88,6 +89,7 @@ def train_llava() -> None:
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
     training.training_log = complete_log(training.training_log)
+    training.load_checkpoint = strict(training.load_checkpoint)
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),
@@ -96,7 +98,7 @@ def train_llava() -> None:
             forward_step,
             model_provider=build_llava,
         )
-    except UserError as error:  # the data: a resume on another dataset, too many unusable records
+    except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
         refuse(error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
