@@ -234,6 +234,10 @@ class Export:
                 shutil.copyfile(source / name, folder / name)
         if self.with_tower and not (folder / "preprocessor_config.json").exists():
             shutil.copyfile(hub / "preprocessor_config.json", folder / "preprocessor_config.json")
+        saved = hub / SAVED_FOLDER / "config.json"
+        if saved.is_file() and hub_files.read_json(saved) == self.config:
+            shutil.copyfile(saved, folder / "config.json")  # byte for byte
+            return
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 

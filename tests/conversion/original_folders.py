@@ -87,4 +87,4 @@ def write_config(folder: Path, llm: Path, family: str, linear: bool = False) -> 
         "unfreeze_mm_vision_tower": False,
         "use_mm_proj": True,
     }
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(values, indent=2))  # without the last newline, to be kept as it is
