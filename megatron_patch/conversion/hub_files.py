@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.conversion import openai_clip
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known
 
@@ -139,11 +140,13 @@ def llava_config(
 
 
 def tower_config(folder: Path) -> Any:
-    """transformers' config object of a tower folder; of a whole CLIP or SigLIP, its vision half.
+    """transformers' config object of a tower folder or OpenAI's file; of a whole CLIP or SigLIP, its vision half.
 
     Raises:
         UserError: a tower the table does not know.
     """
+    if folder.is_file():
+        return config_object("clip_vision_model", openai_clip.read_config(folder))
     tower_type = model_type(folder)
     check_known("vision tower model_type", tower_type, (*VISION_TOWERS, *WHOLE_MODELS))
     config = _auto_config(folder)
@@ -350,7 +353,9 @@ def file_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """What a source folder held: name, sizes of its files, SHA-256 of the small JSON ones."""
+    """What a source folder held: name, sizes of its files, SHA-256 of the small JSON ones; of a file its own."""
+    if folder.is_file():
+        return file_fingerprint(folder)
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file():

@@ -16,12 +16,12 @@ from megatron_patch.conversion import hub_files, original_layout
 from megatron_patch.conversion.additions import Additions
 from megatron_patch.conversion.hub_weights import Stored, account, in_memory, open_hub_weights, row_blocks
 from megatron_patch.conversion.mm_projector import read_projector
+from megatron_patch.conversion.openai_clip import open_openai_clip
 from megatron_patch.conversion.table import HubTensor, Row, projector_rows, table_of_weights, untrained_tower
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import (
     LANGUAGE_MODELS,
     PROJECTOR_TYPES,
-    VISION_TOWERS,
     LlavaGeometry,
     check_known,
     read_geometry,
@@ -95,11 +95,15 @@ def _refuse_projector(folder: Path, additions: Additions) -> None:
 # ---------------------------------------------------------------- the three kinds of sources
 
 
+def open_tower(source: Path) -> dict[str, Stored]:
+    """Raw name -> tensor of a tower's folder, or of OpenAI's file."""
+    return open_openai_clip(source) if source.is_file() else open_hub_weights(source)
+
+
 def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> Plan:
     """An LLM folder and a tower folder, with a new projector or one from a file between them."""
-    towers = (*VISION_TOWERS, *hub_files.WHOLE_MODELS)
-    for kind, folder, known in (("LLM", llm, LANGUAGE_MODELS), ("vision tower", clip, towers)):
-        check_known(f"{kind} model_type", hub_files.model_type(folder), known)
+    check_known("LLM model_type", hub_files.model_type(llm), LANGUAGE_MODELS)
+    hub_files.tower_config(clip)  # refuses what is no tower
     projector, from_file = additions.projector or "mlp2x_gelu", None
     if additions.projector_file is not None:
         projector, from_file = _projector_of(additions)
@@ -115,7 +119,7 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
     from_clip = [tensor for tensor in wanted if tensor.name.startswith("vision_tower.")]
     llm_source = open_hub_weights(llm)
     _drop_tied_head(llm_source, geometry.language.tied_embeddings, llm)
-    weights = account("LLM", llm_source, from_llm) | account("CLIP", open_hub_weights(clip), from_clip)
+    weights = account("LLM", llm_source, from_llm) | account("CLIP", open_tower(clip), from_clip)
 
     sources, notes = {"llm": llm, "clip": clip}, list(tokens.notes)
     if from_file is None:
@@ -182,7 +186,7 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     outside = [tensor for tensor in wanted if tensor.name.startswith("vision_tower.") and not found.inside]
     weights = account("original LLaVA", hub, [tensor for tensor in wanted if tensor not in outside])
     if outside:
-        weights |= account("CLIP", open_hub_weights(found.folder), outside)
+        weights |= account("CLIP", open_tower(found.folder), outside)
     notes = [*tokens.notes, *found.notes, *original_layout.advice(original)]
     notes += _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {
