@@ -5,17 +5,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch import device
+from megatron_patch import device  # the toolkit is run from its folder, not installed
+
+# At import, since a save starts a helper process, which imports this file again and must not outlive its parent either.
+device.end_with_parent()
 
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
-    device.end_with_parent()
     device.install()
     from megatron_patch.training.run import train_llava
 
     train_llava()
 
 
-if __name__ == "__main__":  # a save starts a helper process, which imports this file again
+if __name__ == "__main__":
     main()

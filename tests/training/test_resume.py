@@ -18,14 +18,23 @@ LAYOUTS = {
 }
 
 
+def helpers_of_saves() -> set[int]:
+    """Orphaned processes that multiprocessing spawned: a save starts one, which holds half a gigabyte."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    found = (line.split(maxsplit=2) for line in listed.splitlines()[1:])
+    return {int(pid) for pid, parent, args in found if parent == "1" and "multiprocessing.spawn" in args}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kill_and_resume(layout: str, workspace: Workspace, tmp_path: Path) -> None:
     settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": SAVE_INTERVAL, **LAYOUTS[layout]}
     whole = losses(run(workspace, tmp_path / "whole", **settings))
+    before = helpers_of_saves()
     killed = run_and_kill(workspace, tmp_path / "killed", at_iteration=8, **settings)
     assert all(killed[i] == whole[i] for i in killed)
     again = losses(run(workspace, tmp_path / "killed", **settings))
     assert max(killed) < ITERATIONS, "the run was over before it was killed"
+    assert not helpers_of_saves() - before, "a helper process of a save outlived the run"
     assert min(again) > 1 and min(again) % SAVE_INTERVAL == 1, f"resumed at {min(again)}, after no checkpoint"
     assert len(again) >= 10
     different = {i: (again[i], whole[i]) for i in again if again[i] != whole[i]}
