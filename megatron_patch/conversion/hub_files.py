@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_patch.conversion import openai_clip
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known
+from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known, read_geometry
 
 IMAGE_TOKEN = "<image>"
 WHOLE_MODELS = ("clip", "siglip")  # image and text towers in one; only the former is used
@@ -84,10 +84,12 @@ class Tokens:
     notes: list[str]
 
 
-def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> Tokens:
+def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = (), config: Any = None) -> Tokens:
     """The folder's tokenizer with new special tokens, then `<image>`, each when missing; a pad token named when missing
     (unk, else eos).
 
+    Args:
+        config: transformers' config object of the LLM, where the folder's config.json is none that transformers knows.
     Raises:
         UserError: there is no tokenizer that transformers can load from these files.
     """
@@ -95,7 +97,7 @@ def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> Tokens:
 
     with _quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
         except Exception as error:
             raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from error
         notes = _add_special_tokens(tokenizer, add_tokens)
@@ -195,7 +197,8 @@ def finish_config(config: dict[str, Any], precision: str, projector: str) -> dic
     config |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "dtype": dtype}
     if projector != "mlp2x_gelu":
         config["mm_projector_type"] = projector
-    return config
+    # LLaVA folders may hold transformers' default of 576 for any tower; the launchers compare SEQ_LEN with it
+    return config | {"image_seq_length": read_geometry(config).tower.image_tokens}
 
 
 # What every transformers config carries and says nothing about this model.

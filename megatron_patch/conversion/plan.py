@@ -172,8 +172,8 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     original = original_layout.read_original(source)
     hub = open_hub_weights(source)
     found = original_layout.find_tower(original, clip, hub)
-    tokens = hub_files.prepare_tokenizer(source, additions.tokens)
     text = original.text_config()
+    tokens = hub_files.prepare_tokenizer(source, additions.tokens, config=text)
     stored_rows = text.vocab_size
     vocabulary = _vocabulary(stored_rows, tokens, additions)
     config = hub_files.compose_config(

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron, original_layout
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import read_geometry_of
 from tests.conversion.conftest import tensors_of
 from tests.conversion.original_folders import make_original
 from tests.conversion.test_refusals import edit_json, forward
 from tests.conversion.test_round_trip import greedy, load, same_bytes
+from tests.tiny_models import make_tiny_clip, make_tiny_llava, make_tiny_siglip
 
 TOWER = "model.vision_tower.vision_tower."
 
@@ -117,6 +119,27 @@ def test_hub_to_original_and_back(hub, tmp_path, family):
     to_megatron(tmp_path / "original", hub("clip"), tmp_path / "again")
     export(tmp_path / "again", tmp_path / "hub")
     assert_same(before, tensors_of(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize(("family", "tower"), [("llama3", "clip"), ("smollm2", "siglip"), ("mistral_window", "siglip")])
+def test_other_families_across_the_layouts(tmp_path, family, tower):
+    """Rope scaling, tied heads, windows and SigLIP survive the original's config: same bytes, same geometry."""
+    source = make_tiny_llava(tmp_path / "source", family, tower=tower)
+    clip = make_tiny_siglip(tmp_path / "clip") if tower == "siglip" else make_tiny_clip(tmp_path / "clip")
+    to_megatron(source, None, tmp_path / "1")
+    export(tmp_path / "1", tmp_path / "original", layout="original", tower_name="a tower")
+    to_megatron(tmp_path / "original", clip, tmp_path / "2")
+    export(tmp_path / "2", tmp_path / "hub")
+    assert_same(tensors_of(source), tensors_of(tmp_path / "hub"))
+    assert read_geometry_of(tmp_path / "1/llava") == read_geometry_of(tmp_path / "2/llava")
+
+
+def test_llms_the_original_code_has_no_class_for(tmp_path):
+    source = make_tiny_llava(tmp_path / "source", "qwen3")
+    to_megatron(source, None, tmp_path / "ckpt")
+    with pytest.raises(UserError, match="'qwen3'; known: llama, mistral, qwen2"):
+        export(tmp_path / "ckpt", tmp_path / "original", layout="original", tower_name="a tower")
+    assert not (tmp_path / "original").exists()
 
 
 def test_parts_to_original(hub, tmp_path):

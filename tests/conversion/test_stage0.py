@@ -13,7 +13,7 @@ from megatron_patch.errors import UserError
 from tests.conversion.conftest import SCRIPT, tensors_of
 from tests.conversion.original_folders import projector_weights
 from tests.conversion.test_round_trip import greedy, load, same_bytes
-from tests.tiny_models import make_tiny_llm
+from tests.tiny_models import FAMILIES, make_tiny_llm, make_tiny_siglip
 
 
 @pytest.fixture
@@ -34,15 +34,20 @@ def stage0(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("family", "clip"), [("llama", "clip"), ("mistral", "clip_full"), ("qwen2", "clip_bare")])
-def test_it_loads_and_says_what_the_llm_says(hub, tmp_path, stage0, family, clip):
+@pytest.mark.parametrize(
+    ("family", "tower"),
+    [("llama", "clip"), ("mistral", "clip_full"), ("qwen2", "clip_bare"), ("smollm2", "siglip"), ("qwen3", "siglip")],
+)
+def test_it_loads_and_says_what_the_llm_says(hub, tmp_path, stage0, family, tower):
     """0 missing, 0 unexpected; text-only logits are the LLM's bit for bit: its head was copied."""
     from transformers import AutoModelForCausalLM
 
-    code, out, err = stage0(hub(family), hub(clip), tmp_path / "llava")
+    llm_folder = hub(family) if family in FAMILIES else make_tiny_llm(tmp_path / "llm", family)
+    vision = make_tiny_siglip(tmp_path / "siglip", full_model=True) if tower == "siglip" else hub(tower)
+    code, out, err = stage0(llm_folder, vision, tmp_path / "llava")
     assert code == 0 and "new projector mlp2x_gelu" in out, err
     model, processor = load(tmp_path / "llava")
-    llm = AutoModelForCausalLM.from_pretrained(hub(family)).eval()
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder).eval()
     ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         theirs, ours = llm(ids).logits, model(input_ids=ids).logits
