@@ -61,8 +61,8 @@ fits() {
         "a Hugging Face model folder or a converted checkpoint")
             [[ -f $value/config.json ]] || is_checkpoint "$value"
             ;;
-        "a Hugging Face model folder" | "a Hugging Face model folder, or none")
-            [[ ($rule == *", or none" && $value == none) || -f $value/config.json ]] ||
+        "a Hugging Face model folder" | "a Hugging Face model folder, a .pt file, or none")
+            [[ $rule == *", or none" && ($value == none || ($value == *.pt && -f $value)) || -f $value/config.json ]] ||
                 explain_path "$value" config.json
             ;;
         "a folder with LLaVA configuration and tokenizer")

@@ -229,7 +229,7 @@ class LlavaModel(MegatronModule):
         self.vision_model = self.vision_projection = None
         if pre_process:
             self._build_tower_and_projector(config)
-            # no buffers: in half precision Megatron casts those too, and the mean would be off by up to half a grey level
+            # no buffers: Megatron casts those to half precision too, and the mean would be half a grey level off
             where = device.current_device()
             self.pixel_mean = torch.tensor(pixel_mean, device=where).view(1, 3, 1, 1) * 255
             self.pixel_std = torch.tensor(pixel_std, device=where).view(1, 3, 1, 1) * 255

@@ -204,7 +204,7 @@ def test_words_after_the_last_argument(inputs: Inputs):
         ({"SOURCE_LLM_CKPT_PATH": "checkpoint"}, "must be a Hugging Face model folder with mg2hf=false"),
         (
             {"SOURCE_CLIP_CKPT_PATH": "none"},
-            "argument 3 SOURCE_CLIP_CKPT_PATH='none' must be a Hugging Face CLIP",
+            "argument 3 SOURCE_CLIP_CKPT_PATH='none' must be a Hugging Face CLIP or SigLIP",
         ),
         (
             {"TARGET_CKPT_PATH": "llm"},

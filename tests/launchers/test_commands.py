@@ -79,6 +79,15 @@ def test_the_guides_conversion_lines(inputs: Inputs, shell: str):
     assert value_after(dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH="none")), "--source-clip") == "none"
 
 
+def test_openais_file_is_a_tower(inputs: Inputs):
+    archive = inputs.folder / "ViT-L-14-336px.pt"
+    refusal = start(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH=str(archive)))
+    assert refusal.returncode == 2 and "a .pt file, or none (it does not exist)" in refusal.stderr
+    archive.touch()
+    words = dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH=archive.name), cwd=inputs.folder)
+    assert value_after(words, "--source-clip") == str(archive)
+
+
 def test_options_of_the_conversion(inputs: Inputs):
     """Tokens are split at white space and are plain text; paths become absolute."""
     tokens = {"ADD_TOKENS": "<extra_id_0>..<extra_id_7> *\n$(touch x)", "PROJECTOR_PATH": "llm/config.json"}

@@ -24,7 +24,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-size", required=True, help=f"one of {', '.join(MODEL_SIZES)}; checked against the LLM")
     parser.add_argument("--source-llm", required=True, help="hub folder of an LLM or LLaVA; with --mg2hf a checkpoint")
-    parser.add_argument("--source-clip", default="none", help="hub folder of a CLIP model, or none")
+    parser.add_argument("--source-clip", default="none", help="hub folder of a CLIP or SigLIP, OpenAI's .pt, or none")
     parser.add_argument("--target", required=True, help="folder to make; it must not exist or be empty")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="checked against the model")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="checked against the model")

@@ -6,7 +6,7 @@
 
 ARGUMENTS="MODEL_SIZE|one of $MODEL_SIZES|size of the language model; compared with its configuration
 SOURCE_LLM_CKPT_PATH|a Hugging Face model folder or a converted checkpoint|mg2hf=false: the Hugging Face language model, or a whole LLaVA; mg2hf=true: the checkpoint to export
-SOURCE_CLIP_CKPT_PATH|a Hugging Face model folder, or none|the vision tower; none when the first source holds it
+SOURCE_CLIP_CKPT_PATH|a Hugging Face model folder, a .pt file, or none|the vision tower: CLIP or SigLIP, or OpenAI's own ViT-*.pt; none when the first source holds it
 TARGET_CKPT_PATH|a new or empty folder, not /|where the result goes
 TP|$PARALLEL|tensor-parallel size the checkpoint is meant for; any size reads the format torch_dist
 PP|$PARALLEL|pipeline-parallel size the checkpoint is meant for; any size reads the format torch_dist
@@ -59,7 +59,7 @@ check_conversion() {
         refuse SOURCE_LLM_CKPT_PATH "must be a Hugging Face model folder with mg2hf=false (it has no config.json)"
     elif right SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH && [[ ${arg[SOURCE_CLIP_CKPT_PATH]} == none ]]; then
         is_llava "$source" || refuse SOURCE_CLIP_CKPT_PATH \
-            "must be a Hugging Face CLIP folder: SOURCE_LLM_CKPT_PATH holds no vision tower (its model_type is not llava)"
+            "must be a Hugging Face CLIP or SigLIP folder: SOURCE_LLM_CKPT_PATH holds no vision tower (its model_type is not llava)"
     fi
 }
 
