@@ -8,7 +8,12 @@ The listing is the architecture:
   torch_ranks.py  Megatron's older format: one file per tensor-parallel and pipeline-parallel rank
   hub_files.py    config, tokenizer and processor (the only file that needs transformers, imported when called)
   output.py       free disk, staged folder, progress
+  additions.py    what a user may add to the sources: tokens, a trained projector, rows of padding
+  plan.py         the sources, read and checked: LLM and tower, hub LLaVA, original LLaVA
   convert.py      the two directions
+  original_layout.py  folders of the original LLaVA code
+  mm_projector.py     the projector alone, in a file
+  stage0.py           LLM and tower to an untrained hub LLaVA, without Megatron
 
 Nothing here imports Megatron; importing the package imports torch and safetensors only.
 """

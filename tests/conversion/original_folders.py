@@ -1,5 +1,6 @@
 """Tiny LLaVAs in liuhaotian's layout, put together from the folders of their parts as his code saves them."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
 CLASSES = {
     "llama": ("llava", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
@@ -88,3 +90,31 @@ def write_config(folder: Path, llm: Path, family: str, linear: bool = False) -> 
         "use_mm_proj": True,
     }
     (folder / "config.json").write_text(json.dumps(values, indent=2))  # without the last newline, to be kept as it is
+
+
+def use_sentencepiece(folder: Path, sentences: list[str]) -> bytes:
+    """Replace the tokenizer by tokenizer.model and the two files beside it that Llama-2 and llava-v1.5-7b have."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    plain = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    values = {f"{name}_token": plain | {"content": text} for name, text in SPECIAL.items()}
+    values |= {"add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": 2048}
+    values |= {"pad_token": None, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2))
+    values = {f"{name}_token": text for name, text in SPECIAL.items()} | {"pad_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(values, indent=2))
+    return model.getvalue()

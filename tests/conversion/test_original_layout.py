@@ -11,7 +11,7 @@ from megatron_patch.conversion import convert_to_huggingface, convert_to_megatro
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from tests.conversion.conftest import tensors_of
-from tests.conversion.original_folders import make_original
+from tests.conversion.original_folders import make_original, use_sentencepiece
 from tests.conversion.test_refusals import edit_json, forward
 from tests.conversion.test_round_trip import greedy, load, same_bytes
 from tests.tiny_models import make_tiny_clip, make_tiny_llava, make_tiny_siglip
@@ -68,6 +68,27 @@ def test_original_to_original(hub, tmp_path, family, inside, linear, pickled):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (source / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
     assert not list((tmp_path / "back").glob("processor_config.json"))
+
+
+def test_tokenizer_of_sentencepiece(hub, tmp_path):
+    """A folder with tokenizer.model alone: the checkpoint's tokenizer cuts as sentencepiece does, and it comes back."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "llava-v1.5"
+    make_original(source, hub("llama"), hub("clip"), "llama")
+    sentences = [f"USER: What is {number} in the picture? ASSISTANT: It is a digit." for number in range(200)]
+    model = use_sentencepiece(source, sentences)
+    to_megatron(source, hub("clip"), tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "back", layout="original")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        assert (source / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    assert not (tmp_path / "back/tokenizer.json").exists()
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ckpt/llava")
+    for text in ("What is the digit?", "USER: x  y\nASSISTANT:", "Grüße, 世界"):
+        assert tokenizer.encode(text) == [1, *pieces.encode(text)], text
+    assert tokenizer.encode("<image>", add_special_tokens=False) == [pieces.get_piece_size()]
 
 
 def test_original_to_hub(hub, tmp_path):
