@@ -106,6 +106,12 @@ def read_original(folder: Path) -> Original:
         UserError: it asks for something other than LLaVA-1.5's way of seeing; named.
     """
     values = hub_files.read_json(folder / "config.json")
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights and (folder / "mm_projector.bin").is_file():
+        raise UserError(
+            f"{folder} is what stage 1 of the original code leaves: a projector without an LLM; pass the LLM it was "
+            "trained on, and mm_projector.bin of this folder as PROJECTOR_PATH"
+        )
     where = f"{folder}/config.json"
     try:
         check_known("mm_vision_select_feature", values.get("mm_vision_select_feature", "patch"), ("patch",))

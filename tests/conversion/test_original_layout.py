@@ -257,6 +257,10 @@ def test_weights_that_are_refused(hub, original, tmp_path, command):
     refuse(alone, "'openai/clip-vit-large-patch14-336'", "SOURCE_CLIP_CKPT_PATH", words=none)
     projector = ["--mm-projector", original / "config.json"]
     refuse(whole, "its own projector", words=[*words, *projector])
+    torch.save({}, original / "mm_projector.bin")
+    (original / "model.safetensors").unlink()
+    code, _, err = command(*words)
+    assert code == 2 and "a projector without an LLM" in err and "PROJECTOR_PATH" in err
 
 
 def test_words_of_the_other_direction(hub, original, tmp_path, command):
