@@ -13,6 +13,7 @@ from megatron_patch.errors import UserError
 from tests.conversion.conftest import SCRIPT, tensors_of
 from tests.conversion.original_folders import projector_weights
 from tests.conversion.test_round_trip import greedy, load, same_bytes
+from tests.conversion.tiny_openai_clip import make_tiny_openai_clip
 from tests.tiny_models import FAMILIES, make_tiny_llm, make_tiny_siglip
 
 
@@ -86,6 +87,16 @@ def test_padding_tokens_and_projector(hub, tmp_path, stage0):
     assert (model.config.image_token_id, model.config.text_config.vocab_size) == (323, 384)
     notes = json.loads((tmp_path / "llava/provenance.json").read_text())
     assert notes["projector"]["origin"] == "file" and notes["arguments"]["add_tokens"] == ["<box>", "<p_8>", "<p_9>"]
+
+
+def test_openais_file_as_tower(hub, tmp_path, stage0):
+    """ViT-L-14-336px.pt and its like are towers too."""
+    tower = tmp_path / "ViT-tiny.pt"
+    make_tiny_openai_clip(tower)
+    assert stage0(hub("mistral"), tower, tmp_path / "llava")[0] == 0
+    model, processor = load(tmp_path / "llava")
+    greedy(model, processor, tokens=4)
+    assert model.config.vision_config.hidden_size == 128
 
 
 def test_same_seed_same_bytes(hub, tmp_path, stage0):
