@@ -425,11 +425,11 @@ $COMMON_OPTIONS
 OPTIONS
 }
 
-# launch_llava TITLE FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE [ARGUMENT...]: one stage of LLaVA training.
+# launch_llava STAGE TITLE FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE [ARGUMENT...]: one stage of LLaVA training.
 launch_llava() {
-    local title=$1 options
-    options=$(training_options "$2" "$3")
-    shift 3
+    local stage=$1 title=$2 options
+    options=$(training_options "$3" "$4")
+    shift 4
     if [[ ${1:-} == --help || ${1:-} == -h ]]; then
         show_training_help "$title" "$options"
         exit 0
@@ -445,6 +445,8 @@ launch_llava() {
     torchrun_words "${arg[OUTPUT_BASEPATH]}"
     command+=("$repository/examples/llava_mcore/pretrain_llava.py")
     training_words
+    # Stage 1 is where a new projector is trained; in stage 2 it is an error.
+    [[ $stage != 1 ]] || command+=(--allow-fresh-projector)
     command+=("${@:24}")
     start
 }

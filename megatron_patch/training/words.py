@@ -161,8 +161,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     geometry = read_geometry_of(folder)
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
     starting = arguments.init_from != "none" and not has_checkpoint(arguments.load)
-    stage_2 = starting and not arguments.freeze_language_model
-    if stage_2 and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
+    if starting and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
         raise UserError(
             f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from}: its projector is new, and no stage 1 has trained it; "
             "start from the checkpoint of stage 1, or pass --allow-fresh-projector after the 23rd argument"

@@ -128,6 +128,6 @@ def test_stage_2_wants_a_trained_projector(workspace, tmp_path):
     value["projector"]["origin"] = "new"
     provenance.write_text(json.dumps(value))
     fresh = Workspace(made, workspace.dataset)
-    printed = run_with(fresh, tmp_path / "out", [], 1)
+    printed = run_with(fresh, tmp_path / "out", [], 1, script="run_sft_mcore_llava.sh")
     assert "its projector is new" in printed and "--allow-fresh-projector" in printed
-    run_with(fresh, tmp_path / "stage1", [], FREEZE_LANGUAGE_MODEL="true")
+    run_with(fresh, tmp_path / "stage1", [])
