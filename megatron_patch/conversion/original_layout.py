@@ -176,8 +176,7 @@ def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> T
 def advice(original: Original) -> list[str]:
     """What the original config says that a converted checkpoint cannot hold."""
     notes, values = [], original.values
-    ratio = values.get("image_aspect_ratio")
-    if ratio == "pad":
+    if values.get("image_aspect_ratio") == "pad":
         notes.append("the original was trained on padded pictures: set IMAGE_ASPECT_RATIO=pad when training on")
     if values.get("mm_use_im_start_end"):
         notes.append("the original put <im_start> and <im_end> around pictures; training here does not")

@@ -101,6 +101,17 @@ def test_only_the_projector_is_read(hub, tmp_path, extract, monkeypatch):
     assert load_projector(tmp_path / "wide.bin")["model.mm_projector.0.bias"].dtype == torch.float32
 
 
+def test_out_of_the_per_rank_format(hub, tmp_path, extract):
+    """TP 2 cuts the projector; the file holds it whole."""
+    torch.save(projector_weights(), tmp_path / "p.bin")
+    layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "checkpoint_format": "torch"}
+    options = {"model_size": "tiny", "precision": "fp32", "mm_projector": tmp_path / "p.bin"}
+    convert_to_megatron(hub("mistral"), hub("clip"), tmp_path / "c", **options, **layout)
+    assert extract(tmp_path / "c", tmp_path / "out.bin")[0] == 0
+    before, after = projector_weights(), load_projector(tmp_path / "out.bin")
+    assert before.keys() == after.keys() and all(same_bytes(before[name], after[name]) for name in before)
+
+
 def without(name: str) -> dict:
     weights = projector_weights()
     del weights[name]
