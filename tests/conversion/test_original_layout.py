@@ -104,8 +104,31 @@ def test_original_to_hub(hub, tmp_path):
         after[name] = after[name][:320].contiguous()
     assert_same(before, after)
     model, processor = load(tmp_path / "hub")
-    greedy(model, processor, tokens=4)
+    batch, _ = greedy(model, processor, tokens=4)
     assert not (tmp_path / "hub/original").exists()
+    with torch.no_grad():
+        ours = model(**batch).logits[..., :320]
+        theirs = original_forward(hub("llama"), hub("clip"), before, batch)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def original_forward(llm, clip, weights: dict, batch: dict) -> torch.Tensor:
+    """Logits put together from the parts as the original code does it: patches of layer -2, two linear layers with a
+    GELU between, the text's embeddings before and after."""
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    language, tower = AutoModelForCausalLM.from_pretrained(llm).eval(), CLIPVisionModel.from_pretrained(clip).eval()
+    features = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    linear = torch.nn.functional.linear
+    first, second = (
+        [weights[f"multi_modal_projector.linear_{layer}.{kind}"] for kind in ("weight", "bias")] for layer in (1, 2)
+    )
+    features = linear(torch.nn.functional.gelu(linear(features, *first)), *second)
+    (ids,) = batch["input_ids"]
+    begin = int((ids == 320).nonzero()[0])
+    embed = language.get_input_embeddings()
+    parts = [embed(ids[None, :begin]), features, embed(ids[None, begin + 16 :])]
+    return language(inputs_embeds=torch.cat(parts, dim=1)).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
