@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint_files import TensorFacts, archive_records, content
 from megatron_patch.conversion.layouts import Shape
+from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
 
@@ -37,7 +38,7 @@ _OTHER_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-BLOCK_BYTES = 64 * 2**20  # tensors that may be streamed are read in blocks of about this size
+BLOCK_BYTES = 16 * 2**20  # tensors that may be streamed are read in blocks of about this size
 
 
 def pread_into(descriptor: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -390,15 +391,17 @@ def write_safetensors(
     """
     with open(path, "wb") as file:
         file.write(_file_header(tensors, dtype))
+        written = dict.fromkeys((tensor.name for tensor in tensors), 0)
+        for name, block in ahead((tensor.name, block) for tensor in tensors for block in blocks(tensor)):
+            data = block.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            begin = file.tell()
+            file.write(memoryview(data))
+            start_writing_back(file.fileno(), begin, data.nbytes)
+            written[name] += data.nbytes
+            advance(data.nbytes)
         for tensor in tensors:
-            written = 0
-            for block in blocks(tensor):
-                data = block.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
-                file.write(memoryview(data))
-                written += data.nbytes
-                advance(data.nbytes)
             wanted = math.prod(tensor.shape) * dtype.itemsize
-            assert written == wanted, f"{tensor.name}: {written} bytes written, {wanted} promised"
+            assert written[tensor.name] == wanted, f"{tensor.name}: {written[tensor.name]} of {wanted} bytes written"
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,9 +1,11 @@
-"""Where results go: disk checked first, written beside, renamed at the end, progress shown."""
+"""Where results go: disk checked first, written beside, renamed at the end, progress shown; the disk kept busy."""
 
+import ctypes
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,3 +83,23 @@ def progress_bar(total_bytes: int, title: str, shown: bool):
 
     with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, mininterval=0.5) as bar:
         yield bar.update
+
+
+def ahead[Item](items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made in a thread while the caller writes this one: reading and writing overlap."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
+
+
+def start_writing_back(descriptor: int, offset: int, count: int) -> None:
+    """Have the system begin to write these bytes to the disk, without waiting; else it begins with the final sync."""
+    if _sync_file_range is not None and count:
+        write = 2  # SYNC_FILE_RANGE_WRITE
+        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(write))

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from megatron_patch.checkpoint_files import TensorFacts, archive_records, content, read_metadata
 from megatron_patch.conversion.hub_weights import pread_into
 from megatron_patch.conversion.layouts import Shape
+from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.errors import UserError
 
 DATA_FILE = "__0_0.distcp"
@@ -76,7 +77,9 @@ class CheckpointWriter:
             if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind its own failed check
                 raise error.__context__ from None
             raise
-        self._places[index] = _StorageInfo(DATA_FILE, begin, self._file.tell() - begin)
+        end = self._file.tell()
+        self._places[index] = _StorageInfo(DATA_FILE, begin, end - begin)
+        start_writing_back(self._file.fileno(), begin, end - begin)
 
     def add_tensor(
         self, key: str, shape: Shape, chunks: Sequence[Chunk], advance: Callable[[int], None] = lambda count: None
@@ -84,8 +87,8 @@ class CheckpointWriter:
         """Write a tensor [*shape], whose chunks tile it."""
         boxes = []
         with _without_crc():
-            for chunk in chunks:
-                tensor = chunk.make().reshape(chunk.size)
+            for chunk, tensor in zip(chunks, ahead(chunk.make() for chunk in chunks), strict=True):
+                tensor = tensor.reshape(chunk.size)
                 assert tensor.dtype == self._dtype, f"{key}: {tensor.dtype}"
                 if tensor.untyped_storage().nbytes() != tensor.nbytes:
                     tensor = tensor.clone()  # torch.save of a view stores the whole storage

@@ -33,6 +33,7 @@ from megatron_patch.checkpoint_files import (
 )
 from megatron_patch.conversion.hub_weights import pread_into
 from megatron_patch.conversion.layouts import Rows, Shape
+from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import Row
 from megatron_patch.conversion.torch_dist import CheckpointReader, Chunk
 from megatron_patch.errors import UserError
@@ -119,6 +120,7 @@ def _write_at(descriptor: int, tensor: Tensor, position: int) -> None:
     view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     while view:
         count = os.pwrite(descriptor, view, position)
+        start_writing_back(descriptor, position, count)
         view, position = view[count:], position + count
 
 
@@ -157,10 +159,10 @@ class RanksWriter:
     ) -> None:
         """Write a tensor [*shape], whose chunks tile it and hold whole rows."""
         row = self._rows[key]
-        for chunk in chunks:
+        for chunk, made in zip(chunks, ahead(chunk.make() for chunk in chunks), strict=True):
             layer = chunk.offset[0] if row.layers else None
             offset, size = (chunk.offset[1:], chunk.size[1:]) if row.layers else (chunk.offset, chunk.size)
-            tensor = chunk.make().reshape(size)
+            tensor = made.reshape(size)
             assert tensor.dtype == self._dtype, f"{key}: {tensor.dtype}"
             for stage, name in self._targets[key, layer]:
                 for rank in range(self._tensor):

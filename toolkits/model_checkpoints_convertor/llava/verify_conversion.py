@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -37,7 +38,7 @@ IGNORE_LABEL = -100
 TEXT_TOKENS = 24
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face LLaVA folder, or the language model's")
     parser.add_argument("--hf-clip", type=Path, help="with a language model: the vision tower's folder")
@@ -48,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", help="text behind the picture; default: random tokens")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference / largest value of a part")
     parser.add_argument("--seed", type=int, default=0, help="of the random pixels and tokens")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # ---------------------------------------------------------------- what both sides compute
@@ -180,19 +181,20 @@ def run_source(model: torch.nn.Module, batch: dict[str, Tensor], statistics: dic
 # ---------------------------------------------------------------- Megatron, comparison
 
 
-def run_megatron(arguments: argparse.Namespace, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> output of every part, from TP x PP processes.
+def run_megatron(
+    cases: Sequence[tuple[Path, dict[str, Tensor]]], tensor: int, pipeline: int
+) -> list[dict[str, Tensor]]:
+    """Name -> output of every part, for each (checkpoint, batch), from TP x PP processes.
 
     Raises:
-        UserError: the checkpoint cannot be loaded; with the reason.
+        UserError: a checkpoint cannot be loaded; with the reason.
     """
-    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     with tempfile.TemporaryDirectory() as folder:
-        plan = {
-            **{"checkpoint": str(arguments.checkpoint.resolve()), "tensor": tensor, "pipeline": pipeline},
-            **{"batch": f"{folder}/batch.pt", "result": f"{folder}/result"},
-        }
-        torch.save(batch, plan["batch"])
+        plan = {"tensor": tensor, "pipeline": pipeline, "cases": []}
+        for number, (checkpoint, batch) in enumerate(cases):
+            case = {"checkpoint": str(checkpoint.resolve()), "batch": f"{folder}/{number}.batch"}
+            torch.save(batch, case["batch"])
+            plan["cases"].append(case | {"result": f"{folder}/{number}.result"})
         Path(folder, "plan.json").write_text(json.dumps(plan))
         threads = str(max(1, (os.cpu_count() or 1) // (tensor * pipeline)))
         done = subprocess.run(
@@ -208,25 +210,31 @@ def run_megatron(arguments: argparse.Namespace, batch: dict[str, Tensor]) -> dic
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
             raise UserError(said[0].removeprefix("error: ") if said else f"Megatron failed:\n{done.stderr[-3000:]}")
-        result: dict[str, Tensor] = {}
-        for stage in range(pipeline):
-            result |= torch.load(f"{plan['result']}.{stage}", weights_only=True)
-    return result
+        results: list[dict[str, Tensor]] = []
+        for case in plan["cases"]:
+            results.append({})
+            for stage in range(pipeline):
+                results[-1] |= torch.load(f"{case['result']}.{stage}", weights_only=True)
+    return results
 
 
-def compare(expected: dict[str, Tensor], got: dict[str, Tensor], layers: int) -> list[tuple[str, float, float]]:
-    """(part, largest absolute difference, the same / largest value) in the order of the computation."""
-    decoder = [f"decoder layer {number}" for number in range(layers)]
-    names = ["embedding", "vision tower", "projector", *decoder, "logits", "first loss"]
-    table = []
-    for name in names:
-        one, other = expected[name], got[name].reshape(expected[name].shape)
-        difference = (one - other).abs().max().item()
-        table.append((name, difference, difference / max(one.abs().max().item(), 1e-30)))
-    return table
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, what both sides compute, and what its source said."""
+
+    geometry: LlavaGeometry
+    dtype: torch.dtype  # of the checkpoint's weights
+    vocabulary: int  # rows of the embedding that the source has
+    batch: dict[str, Tensor]
+    expected: dict[str, Tensor]
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def prepare(arguments: argparse.Namespace) -> Case:
+    """Run the source.
+
+    Raises:
+        UserError: the folders are no checkpoint and no source of it, or TP and PP do not fit.
+    """
     geometry = read_geometry_of(arguments.checkpoint / "llava")
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
     rows = table_of_weights(geometry)
@@ -235,30 +243,51 @@ def verify(arguments: argparse.Namespace) -> int:
         if stored is None:
             raise UserError(f"{arguments.checkpoint} holds no {rows[0].key}; is it a LLaVA?")
         dtype = stored.properties.dtype
-    source_rows = hub_files.full_config(arguments.hf)
-    vocabulary = min(source_rows.get("text_config", source_rows)["vocab_size"], geometry.language.vocabulary)
-    batch = make_batch(arguments, geometry, min(vocabulary, geometry.language.vocabulary))
-
+    source = hub_files.full_config(arguments.hf)
+    vocabulary = min(source.get("text_config", source)["vocab_size"], geometry.language.vocabulary)
+    batch = make_batch(arguments, geometry, vocabulary)
     statistics = hub_files.read_json(arguments.checkpoint / "llava" / "preprocessor_config.json")
     expected = run_source(load_source(arguments, geometry, dtype), batch, statistics)
-    got = run_megatron(arguments, batch)
-    is_text = (batch["tokens"] != geometry.image_token_id)[..., None]
-    for side in (expected, got):
-        side["embedding"] = side["embedding"] * is_text  # at pictures it is replaced
-        side["logits"] = side["logits"][..., :vocabulary]  # rows that the conversion added are in no source
-    table = compare(expected, got, geometry.language.layers)
+    return Case(geometry, dtype, vocabulary, batch, expected)
 
-    wrong = [name for name, _, relative in table if not relative <= arguments.tolerance]  # NaN is wrong too
+
+def compare(case: Case, got: dict[str, Tensor]) -> list[tuple[str, float, float]]:
+    """(part, largest absolute difference, the same / largest value) in the order of the computation."""
+    decoder = [f"decoder layer {number}" for number in range(case.geometry.language.layers)]
+    is_text = (case.batch["tokens"] != case.geometry.image_token_id)[..., None]
+    table = []
+    for name in ["embedding", "vision tower", "projector", *decoder, "logits", "first loss"]:
+        one, other = case.expected[name], got[name]
+        if name == "embedding":  # at pictures it is replaced
+            one, other = one * is_text, other * is_text
+        if name == "logits":  # rows that the conversion added are in no source
+            one, other = one[..., : case.vocabulary], other[..., : case.vocabulary]
+        difference = (one - other.reshape(one.shape)).abs().max().item()
+        table.append((name, difference, difference / max(one.abs().max().item(), 1e-30)))
+    return table
+
+
+def differing(table: Sequence[tuple[str, float, float]], tolerance: float) -> list[str]:
+    """Parts above the tolerance, the first of the computation first; NaN is above."""
+    return [name for name, _, relative in table if not relative <= tolerance]
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Print the table and the verdict; returns the exit code."""
+    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    case = prepare(arguments)
+    table = compare(case, run_megatron([(arguments.checkpoint, case.batch)], tensor, pipeline)[0])
+    wrong = differing(table, arguments.tolerance)
     print(f"{'part':<20} {'max abs diff':>13} {'relative':>10}")
     for name, absolute, relative in table:
         print(f"{name:<20} {absolute:>13.3e} {relative:>10.2e}{'   <-- differs' if name in wrong else ''}")
     if arguments.hf_clip is not None:
         print("projector: the checkpoint's own on both sides; the sources hold none")
-    layout = f"TP {arguments.tensor_model_parallel_size} x PP {arguments.pipeline_model_parallel_size}"
+    layout = f"TP {tensor} x PP {pipeline}"
     if wrong:
         print(f"DIFFERENT at {layout}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
         return 1
-    print(f"EQUAL at {layout}: every part within {arguments.tolerance:g} of transformers ({dtype} weights, fp32)")
+    print(f"EQUAL at {layout}: every part within {arguments.tolerance:g} of transformers ({case.dtype} weights, fp32)")
     return 0
 
 

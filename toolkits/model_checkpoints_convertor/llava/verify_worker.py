@@ -1,6 +1,6 @@
 """One process of verify_conversion.py's Megatron side; started by torchrun, one process per TP x PP rank.
 
-PLAN.json: {"checkpoint": CKPT, "tensor": TP, "pipeline": PP, "batch": FILE.pt, "result": PREFIX}
+PLAN.json: {"tensor": TP, "pipeline": PP, "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": PREFIX}]}
 Writes PREFIX.<stage>: name -> tensor of what this pipeline stage computes, batch first, fp32 on the CPU.
 """
 
@@ -120,32 +120,39 @@ def through_stages(model: LlavaModel, batch: dict[str, Tensor], labels: Tensor |
     return output
 
 
-def main() -> int:
-    """Exit code 0, or 2 with a sentence."""
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    checkpoint = Path(plan["checkpoint"])
-    torch.distributed.init_process_group("nccl" if device.backend().NAME == "cuda" else "gloo")
-    mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"])
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    batch = torch.load(plan["batch"], weights_only=True)
+def outputs(plan: dict, case: dict) -> dict[str, Tensor]:
+    """Name -> what this pipeline stage computes of a case."""
+    batch = torch.load(case["batch"], weights_only=True)
     batch = {name: tensor.to(device.current_device()) for name, tensor in batch.items()}
+    checkpoint = Path(case["checkpoint"])
+    model = build(checkpoint, plan, batch["tokens"].shape[1])
+    load(model, checkpoint, plan)
     seen: dict[str, Tensor] = {}
-    try:
-        model = build(checkpoint, plan, batch["tokens"].shape[1])
-        load(model, checkpoint, plan)
-    except UserError as error:
-        if torch.distributed.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     with torch.no_grad():
         loss = through_stages(model, batch, batch["labels"])
         watch(model, seen)
         logits = through_stages(model, batch, None)
     if mpu.is_pipeline_last_stage():
         seen |= {"logits": logits.float().cpu(), "first loss": (loss[0] / loss[1]).float().cpu()}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        torch.save(seen, f"{plan['result']}.{mpu.get_pipeline_model_parallel_rank()}")
-    torch.distributed.barrier()
+    return seen
+
+
+def main() -> int:
+    """Exit code 0, or 2 with a sentence."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    torch.distributed.init_process_group("nccl" if device.backend().NAME == "cuda" else "gloo")
+    mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"])
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    for case in plan["cases"]:
+        try:
+            seen = outputs(plan, case)
+        except UserError as error:
+            if torch.distributed.get_rank() == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            torch.save(seen, f"{case['result']}.{mpu.get_pipeline_model_parallel_rank()}")
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
 

@@ -1,0 +1,50 @@
+"""One checkpoint, written once: read at TP 1/2/4 x PP 1/2/4 by Megatron, saved again there, exported byte-equal."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion.torch_dist import CheckpointReader
+from tests.conversion.conftest import tensors_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("processes", "layouts"),
+    [
+        (4, "1x1,2x1,1x2,2x2,4x1,1x4"),  # one start serves all: the others are data-parallel replicas
+        pytest.param(16, "4x2,2x4,4x4", marks=pytest.mark.slow),
+    ],
+)
+def test_read_saved_and_exported_at(processes, layouts, hub, tmp_path):
+    convert_to_megatron(hub("llava_llama"), None, tmp_path / "once", model_size="tiny", precision="fp32")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+            *(str(Path(__file__).with_name("layouts_worker.py")), str(tmp_path / "once"), str(tmp_path), layouts),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rank" in line)[-4000:]
+    source = tensors_of(hub("llava_llama"))
+    for layout in layouts.split(","):
+        tensor = int(layout.split("x")[0])
+        with CheckpointReader(tmp_path / layout / "iter_0000001") as reader:
+            embedding = reader.tensors["language_model.embedding.word_embeddings.weight"]
+            assert embedding.size[0] == -(-336 // (128 * tensor)) * 128 * tensor  # padded as that TP wants it
+            chunks = len(reader.tensors["language_model.decoder.layers.mlp.linear_fc2.weight"].chunks)
+            assert chunks == 4 * tensor  # saved in the pieces of that layout
+        convert_to_huggingface(tmp_path / layout, tmp_path / f"hf {layout}", model_size="tiny", precision="fp32")
+        exported = tensors_of(tmp_path / f"hf {layout}")
+        assert source.keys() == exported.keys()
+        assert all(torch.equal(source[name], exported[name]) for name in source), layout
