@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conversion.conftest import SCRIPT, tensors_of
@@ -20,6 +21,7 @@ def convert(*words: object, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_projector_and_tokens_in_original_layout_out(hub, tmp_path: Path):
     before = projector_weights()
     torch.save(before, tmp_path / "mm_projector.bin")
