@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.conversion import convert_to_huggingface
 from megatron_patch.data.loaders import build_train_loader
@@ -56,7 +57,7 @@ def next_loss_by_transformers(exported: Path, workspace: Workspace) -> float:
     return total / count
 
 
-def test_transformers_finds_the_next_loss(workspace: Workspace, tmp_path: Path) -> None:
+def test_transformers_finds_the_next_loss_and_tensorboard_has_it(workspace: Workspace, tmp_path: Path) -> None:
     words = {"TP": 2, "BATCH_SIZE": BATCH_SIZE, "GLOBAL_BATCH_SIZE": GLOBAL_BATCH_SIZE}
     before = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, **words))
     convert_to_huggingface(
@@ -70,3 +71,10 @@ def test_transformers_finds_the_next_loss(workspace: Workspace, tmp_path: Path) 
     found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS + 1, **words))[ITERATIONS + 1]
     assert expected < 0.9 * before[1], "a model that learnt nothing proves nothing"
     assert found == pytest.approx(expected, rel=1e-5)
+
+    events = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
+    wanted = {"lm loss", "learning-rate", "grad-norm", "samples per second"}
+    assert wanted <= set(events.Tags()["scalars"])
+    recorded = {event.step: event.value for event in events.Scalars("lm loss")}
+    assert recorded[ITERATIONS + 1] == pytest.approx(found, rel=1e-6)
+    assert all(event.value > 0 for event in events.Scalars("samples per second"))
