@@ -20,6 +20,7 @@ class Additions:
         tokens: special tokens, appended to the tokenizer in this order, before `<image>`.
         projector: kind of the projector; None: the kind of projector_file, else mlp2x_gelu.
         projector_file: an mm_projector.bin to start from; None: a new projector drawn from `seed`.
+        feature_layer: vision_feature_layer for a tower of its own folder; None: -2, LLaVA's.
         vocabulary_multiple: the embedding is given unused rows up to a multiple of this.
     """
 
@@ -28,6 +29,7 @@ class Additions:
     projector_file: Path | None = None
     seed: int = 1234
     vocabulary_multiple: int = 1
+    feature_layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.vocabulary_multiple < 1:

@@ -156,6 +156,7 @@ def convert_to_megatron(
     projector: str | None = None,
     mm_projector: str | Path | None = None,
     add_tokens: Sequence[str] = (),
+    vision_feature_layer: int | None = None,
     seed: int = 1234,
     checkpoint_format: str = "torch_dist",
     progress: bool = False,
@@ -173,6 +174,7 @@ def convert_to_megatron(
         projector: of the new projector, mlp2x_gelu (None) or linear; a LLaVA brings its own.
         mm_projector: an mm_projector.bin to start from, instead of a new projector.
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
+        vision_feature_layer: hidden layer of source_clip that the projector sees; None: -2, LLaVA's.
         seed: of the new projector's weights.
         checkpoint_format: torch_dist, which every layout reads; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
@@ -184,7 +186,7 @@ def convert_to_megatron(
     clip = None if source_clip is None else Path(source_clip)
     dtype = precision_dtype(precision)
     projector_file = None if mm_projector is None else Path(mm_projector)
-    additions = Additions(read_tokens(add_tokens), projector, projector_file, seed)
+    additions = Additions(read_tokens(add_tokens), projector, projector_file, seed, feature_layer=vision_feature_layer)
     check_known("checkpoint format", checkpoint_format, FORMATS)
     check_target(target)
     plan = make_plan(llm, clip, precision, additions)

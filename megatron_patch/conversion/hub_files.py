@@ -130,7 +130,7 @@ def _add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
 
 
 def llava_config(
-    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str
+    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int = -2
 ) -> dict[str, Any]:
     """Full LLaVA config of an LLM folder and a CLIP folder, LLaVA-1.5's choices for the rest.
 
@@ -138,7 +138,8 @@ def llava_config(
         UserError: an LLM or tower the table does not know.
     """
     check_known("LLM model_type", model_type(llm), LANGUAGE_MODELS)
-    return compose_config(_auto_config(llm), tower_config(clip), image_id, vocabulary, precision, projector)
+    text, vision = _auto_config(llm), tower_config(clip)
+    return compose_config(text, vision, image_id, vocabulary, precision, projector, feature_layer)
 
 
 def tower_config(folder: Path) -> Any:

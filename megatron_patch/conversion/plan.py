@@ -75,21 +75,26 @@ def make_plan(llm: Path, clip: Path | None, precision: str, additions: Additions
     if additions.projector is not None:
         check_known("projector", additions.projector, PROJECTOR_TYPES)
     if hub_files.model_type(llm).startswith("llava") and original_layout.is_original(llm):
-        _refuse_projector(llm, additions)
+        _refuse_additions(llm, additions)
         return _plan_original(llm, clip, precision, additions)
     if hub_files.model_type(llm) == "llava":
         if clip is not None:
             raise UserError(f"{llm} is a whole LLaVA with its own tower; pass none instead of {clip}")
-        _refuse_projector(llm, additions)
+        _refuse_additions(llm, additions)
         return _plan_llava(llm, precision, additions)
     if clip is None:
         raise UserError(f"{llm} is an LLM without a tower; pass a CLIP folder as well")
     return _plan_parts(llm, clip, precision, additions)
 
 
-def _refuse_projector(folder: Path, additions: Additions) -> None:
+def _refuse_additions(folder: Path, additions: Additions) -> None:
     if additions.projector_file is not None:
         raise UserError(f"{folder} is a whole LLaVA with its own projector; leave {additions.projector_file} out")
+    if additions.feature_layer is not None:
+        raise UserError(
+            f"{folder} is a whole LLaVA, whose config names the layer its projector was trained for; leave the vision "
+            f"feature layer {additions.feature_layer} out"
+        )
 
 
 # ---------------------------------------------------------------- the three kinds of sources
@@ -110,7 +115,8 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
     tokens = hub_files.prepare_tokenizer(llm, additions.tokens)
     stored_rows = hub_files.full_config(llm)["vocab_size"]
     vocabulary = _vocabulary(stored_rows, tokens, additions)
-    config = hub_files.llava_config(llm, clip, tokens.image_id, vocabulary, precision, projector)
+    feature_layer = -2 if additions.feature_layer is None else additions.feature_layer
+    config = hub_files.llava_config(llm, clip, tokens.image_id, vocabulary, precision, projector, feature_layer)
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)
 

@@ -71,6 +71,19 @@ def test_siglip_as_a_part(tmp_path, full):
     greedy(tmp_path / "back", tokens=4)
 
 
+def test_the_feature_layer_may_be_the_last(hub, tmp_path, command):
+    """All layers run then, and only what lies behind them is carried along; a whole LLaVA keeps its own."""
+    words = ["--model-size", "tiny", "--precision", "fp32", "--vision-feature-layer", "-1"]
+    code, _, err = command(
+        "--source-llm", hub("llama"), "--source-clip", hub("clip"), "--target", tmp_path / "c", *words
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "c/llava/config.json").read_text())["vision_feature_layer"] == -1
+    assert len(tensors_of(tmp_path / "c/llava")) == 2
+    code, _, err = command("--source-llm", hub("llava_llama"), "--target", tmp_path / "d", *words)
+    assert code == 2 and "leave the vision feature layer -1 out" in err and not (tmp_path / "d").exists()
+
+
 # ---------------------------------------------------------------- OpenAI's TorchScript archive
 
 

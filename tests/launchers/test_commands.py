@@ -90,6 +90,8 @@ def test_openais_file_is_a_tower(inputs: Inputs):
 
 def test_options_of_the_conversion(inputs: Inputs):
     """Tokens are split at white space and are plain text; paths become absolute."""
+    words = dry_run(CONVERTER, inputs.conversion(), VISION_FEATURE_LAYER="-1")
+    assert value_after(words, "--vision-feature-layer") == "-1"
     tokens = {"ADD_TOKENS": "<extra_id_0>..<extra_id_7> *\n$(touch x)", "PROJECTOR_PATH": "llm/config.json"}
     words = dry_run(CONVERTER, inputs.conversion(), cwd=inputs.folder, **tokens)
     assert value_after(words, "--mm-projector") == str(inputs.llm / "config.json")

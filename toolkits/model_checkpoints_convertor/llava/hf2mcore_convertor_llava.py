@@ -42,6 +42,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="TOKEN",
         help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
     )
+    parser.add_argument("--vision-feature-layer", type=int, help="of --source-clip, for the projector; default: -2")
     parser.add_argument("--seed", type=int, default=1234, help="of a new projector's weights")
     parser.add_argument(
         "--format",
@@ -65,9 +66,9 @@ def _folder(text: str) -> Path | None:
 
 def _check_direction(arguments: argparse.Namespace) -> None:
     """Words of the other direction are refused, not ignored."""
-    ours = ("projector", "mm_projector", "add_tokens") if arguments.mg2hf else ("layout", "vision_tower_name")
-    for name in ours:
-        if getattr(arguments, name):
+    forward, back = ("projector", "mm_projector", "add_tokens", "vision_feature_layer"), ("layout", "vision_tower_name")
+    for name in forward if arguments.mg2hf else back:
+        if getattr(arguments, name) not in (None, []):
             word = "--" + name.replace("_", "-")
             raise UserError(f"{word} is for conversions {'to' if arguments.mg2hf else 'from'} Megatron; leave it out")
 
@@ -103,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
             projector=arguments.projector,
             mm_projector=arguments.mm_projector,
             add_tokens=arguments.add_tokens,
+            vision_feature_layer=arguments.vision_feature_layer,
             seed=arguments.seed,
             checkpoint_format=arguments.format,
             **common,

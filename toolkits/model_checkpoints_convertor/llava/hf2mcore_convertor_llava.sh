@@ -15,6 +15,7 @@ PR|one of fp16 bf16 fp32|precision of the written weights
 HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it came from, compared before the export"
 OPTIONS="PROJECTOR|(mlp2x_gelu)|one of mlp2x_gelu linear|kind of the new projector; not with mg2hf=true
 PROJECTOR_PATH|(a new one)|a file|mm_projector.bin to start from, such as stage 1 of LLaVA leaves; not with mg2hf=true
+VISION_FEATURE_LAYER|(-2)|one of -2 -1|layer of the vision tower whose features the projector sees: the last but one or the last; not with mg2hf=true
 ADD_TOKENS|(none)|words|special tokens for tokenizer, embedding and head, before the image token; x_0..x_7 is a range; not with mg2hf=true
 EXPORT_LAYOUT|(hub)|one of hub original original_without_tower|with mg2hf=true: the layout of transformers, or that of the original LLaVA code
 VISION_TOWER_NAME|(see meaning)|words|with an original layout: its mm_vision_tower; else the name of the source or of the known CLIP
@@ -45,6 +46,7 @@ check_conversion() {
         for name in PROJECTOR PROJECTOR_PATH; do
             [[ -z ${arg[$name]} ]] || refuse "$name" "is for mg2hf=false: an export keeps the projector of the checkpoint"
         done
+        [[ -z ${arg[VISION_FEATURE_LAYER]} ]] || refuse VISION_FEATURE_LAYER "is for mg2hf=false: an export keeps the checkpoint's"
         [[ -z ${arg[ADD_TOKENS]} ]] || refuse ADD_TOKENS "is for mg2hf=false: an export keeps the tokenizer of the checkpoint"
         [[ -z ${arg[CKPT_FORMAT]} ]] || refuse CKPT_FORMAT "is for mg2hf=false: an export sees the checkpoint's format itself"
         [[ -z ${arg[VISION_TOWER_NAME]} || ${arg[EXPORT_LAYOUT]} == original* ]] ||
@@ -87,6 +89,7 @@ command=(
 )
 [[ -z ${arg[PROJECTOR]} ]] || command+=(--projector "${arg[PROJECTOR]}")
 [[ -z ${arg[PROJECTOR_PATH]} ]] || command+=(--mm-projector "${arg[PROJECTOR_PATH]}")
+[[ -z ${arg[VISION_FEATURE_LAYER]} ]] || command+=(--vision-feature-layer "${arg[VISION_FEATURE_LAYER]}")
 if [[ -n ${arg[ADD_TOKENS]} ]]; then
     read -ra tokens <<<"${arg[ADD_TOKENS]//$'\n'/ }"
     command+=(--add-tokens "${tokens[@]}")
