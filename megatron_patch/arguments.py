@@ -21,6 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--freeze-language-model", action="store_true")
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")
-    group.add_argument("--allow-fresh-projector", action="store_true", help="start from an untrained projector: stage 1")
+    group.add_argument("--allow-fresh-projector", action="store_true", help="an untrained projector is meant: stage 1")
     group.add_argument("--optimizer-offload-policy", choices=("false", "static", "auto"), default="false")
     return parser
