@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion.hub_weights import hub_name
+from megatron_patch.conversion.plan import wanted_tensors
+from megatron_patch.conversion.table import table_of_weights
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, read_geometry
 from megatron_patch.training.words import decoder_words
@@ -211,15 +214,35 @@ def test_qwen3_as_published():
     assert read_geometry(config("qwen3", text=sizes)).language.parameters == 596_049_920
 
 
-@pytest.mark.parametrize(
-    ("side_px", "patch_px", "tokens"), [(224, 32, 49), (224, 16, 196), (224, 14, 256), (336, 14, 576), (384, 14, 729)]
-)
-def test_image_tokens_of_the_published_towers(side_px, patch_px, tokens):
-    for tower in ("clip", "siglip"):
-        whole = config(tower=tower, vision_feature_select_strategy="default" if tower == "clip" else "full")
-        whole["vision_config"] |= {"image_size": side_px, "patch_size": patch_px}
-        geometry = read_geometry(whole).tower
-        assert geometry.image_tokens == tokens and geometry.positions == tokens + (tower == "clip")
+# hidden, ffn, layers, heads, side, patch as published; image tokens
+PUBLISHED_TOWERS = {
+    "openai/clip-vit-base-patch32": ("clip", 768, 3072, 12, 12, 224, 32, 49),
+    "openai/clip-vit-base-patch16": ("clip", 768, 3072, 12, 12, 224, 16, 196),
+    "openai/clip-vit-large-patch14": ("clip", 1024, 4096, 24, 16, 224, 14, 256),
+    "openai/clip-vit-large-patch14-336": ("clip", 1024, 4096, 24, 16, 336, 14, 576),
+    "google/siglip-base-patch16-224": ("siglip", 768, 3072, 12, 12, 224, 16, 196),
+    "google/siglip-so400m-patch14-384": ("siglip", 1152, 4304, 27, 16, 384, 14, 729),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TOWERS)
+def test_the_table_knows_every_tensor_of_the_published_towers(name):
+    """Names and shapes are those of transformers' own model, made without memory."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    kind, hidden, ffn, layers, heads, side_px, patch_px, tokens = PUBLISHED_TOWERS[name]
+    vision = vision_config(layers, kind)
+    vision.update({"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads})
+    vision.update({"image_size": side_px, "patch_size": patch_px})
+    strategy = "default" if kind == "clip" else "full"
+    whole = LlavaConfig(vision_config=vision, text_config=text_config("qwen3"), vision_feature_select_strategy=strategy)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(whole)
+    theirs = {hub_name("LLaVA", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    geometry = read_geometry(json.loads(whole.to_json_string(use_diff=False)))
+    ours = {tensor.name: tensor.shape for tensor in wanted_tensors(table_of_weights(geometry), geometry)}
+    assert ours == theirs
+    assert geometry.tower.image_tokens == tokens
 
 
 def test_strategies_count_tokens_as_transformers_does():
