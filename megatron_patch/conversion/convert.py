@@ -19,6 +19,7 @@ from megatron_patch.checkpoint_files import NOT_WEIGHTS, TRACKER, newest_iterati
 from megatron_patch.conversion import hub_files, original_layout
 from megatron_patch.conversion.additions import Additions, read_tokens
 from megatron_patch.conversion.hub_weights import (
+    FileSpan,
     Stored,
     account,
     open_weight_file,
@@ -26,6 +27,7 @@ from megatron_patch.conversion.hub_weights import (
     write_hub_weights,
     write_safetensors,
 )
+from megatron_patch.conversion.layouts import QueryKeyValue
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
 from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
@@ -38,6 +40,7 @@ from megatron_patch.model_sizes import check_model_size
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("torch_dist", "torch")
 LAYOUTS = ("hub", "original", "original_without_tower")
+SMALL_SPAN = 64 * 2**10  # bytes; below that reading and writing is as fast as having the kernel copy
 UNTRAINED_TOWER = "untrained_tower.safetensors"
 
 
@@ -296,20 +299,53 @@ def _check_same_llm(ours: dict[str, Any], checkpoint: Path, hf_checkpoint: Path)
         raise UserError(f"{hf_checkpoint} is not the model that {checkpoint} came from: {'; '.join(wrong)}")
 
 
+def _spans(
+    reader: CheckpointReader | RanksReader, row: Row, layer: int | None, part: int, dtype: torch.dtype
+) -> list[FileSpan] | None:
+    """Where the bytes of a hub tensor lie in the checkpoint; None when they must be cast, reordered or are too small
+    for it to pay."""
+    if not isinstance(reader, CheckpointReader) or reader.tensors[row.key].properties.dtype != dtype:
+        return None
+    shape = row.part_shapes[part]
+    begin = row.layout.first_row(part, row.part_shapes)
+    if begin is not None:
+        runs = [(begin, shape[0])]
+    elif isinstance(row.layout, QueryKeyValue):
+        runs = row.layout.runs(part, row.part_shapes)
+    else:
+        return None
+    if math.prod(shape) * dtype.itemsize // len(runs) < SMALL_SPAN:
+        return None
+    found: list[FileSpan] = []
+    for run, count in runs:
+        for first, last in row_blocks((count, *shape[1:]), dtype):
+            spans = reader.spans(row.key, layer, run + first, run + last)
+            if spans is None:
+                return None
+            found += spans
+    return found
+
+
 def _hub_blocks(
     reader: CheckpointReader | RanksReader, rows: list[Row], carried: dict[str, Stored], dtype: torch.dtype
-) -> Callable[[HubTensor], Iterator[Tensor]]:
-    """A function that yields the rows of any hub tensor in blocks."""
+) -> Callable[[HubTensor], Iterator[Tensor | FileSpan]]:
+    """A function that yields the rows of any hub tensor in blocks, or where their bytes lie in the checkpoint."""
     places = {
         name: (row, layer, part) for row in rows for layer, names in row.slots() for part, name in enumerate(names)
     }
     joined: dict[tuple[str, int | None], list[Tensor]] = {}  # the last mixed tensor: its parts are asked for in turn
 
-    def blocks(tensor: HubTensor) -> Iterator[Tensor]:
+    def blocks(tensor: HubTensor) -> Iterator[Tensor | FileSpan]:
         if tensor.name in carried:
             yield cast(carried[tensor.name].read(), dtype, tensor.name)
             return
         row, layer, part = places[tensor.name]
+        spans = _spans(reader, row, layer, part, dtype)
+        if spans is not None:
+            for span in spans:
+                span.read_ahead()
+                yield span
+            return
         prefix, one = ((layer,), (1,)) if layer is not None else ((), ())
         begin, rest = row.layout.first_row(part, row.part_shapes), row.joined_shape[1:]
         if begin is None:

@@ -4,6 +4,7 @@ Files are read by pread, not through mapped pages: mapped pages count as residen
 model.
 """
 
+import errno
 import json
 import math
 import os
@@ -57,6 +58,40 @@ def pread_into(descriptor: int, offset: int, shape: Sequence[int], dtype: torch.
             raise OSError(f"file ended {len(view)} bytes early")
         view, offset = view[count:], offset + count
     return tensor
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Bytes of a file that are the wanted values as they stand: copied by the kernel, never seen here."""
+
+    descriptor: int
+    position: int
+    nbytes: int
+
+    def read_ahead(self) -> None:
+        """Have the system begin to read them."""
+        os.posix_fadvise(self.descriptor, self.position, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def copy_to(self, descriptor: int, position: int) -> None:
+        """Copy into another file.
+
+        Raises:
+            OSError: the disk is full, or the file ends early.
+        """
+        done = 0
+        while done < self.nbytes:
+            try:
+                count = os.copy_file_range(
+                    self.descriptor, descriptor, self.nbytes - done, self.position + done, position + done
+                )
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                rest = pread_into(self.descriptor, self.position + done, (self.nbytes - done,), torch.uint8)
+                count = os.pwrite(descriptor, memoryview(rest.numpy()), position + done)
+            if count == 0:
+                raise OSError(f"file ended {self.nbytes - done} bytes early")
+            done += count
 
 
 def row_blocks(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -380,25 +415,30 @@ def write_safetensors(
     path: Path,
     tensors: Sequence[HubTensor],
     dtype: torch.dtype,
-    blocks: Callable[[HubTensor], Iterator[Tensor]],
+    blocks: Callable[[HubTensor], Iterator[Tensor | FileSpan]],
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write one safetensors file, block by block.
 
     Args:
-        blocks: yields the rows of a tensor from first to last, in any number of blocks.
+        blocks: yields the rows of a tensor from first to last, in any number of blocks; or where their bytes lie.
         advance: called with the number of bytes just written.
     """
     with open(path, "wb") as file:
         file.write(_file_header(tensors, dtype))
         written = dict.fromkeys((tensor.name for tensor in tensors), 0)
         for name, block in ahead((tensor.name, block) for tensor in tensors for block in blocks(tensor)):
-            data = block.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
             begin = file.tell()
-            file.write(memoryview(data))
-            start_writing_back(file.fileno(), begin, data.nbytes)
-            written[name] += data.nbytes
-            advance(data.nbytes)
+            if isinstance(block, FileSpan):
+                file.flush()
+                block.copy_to(file.fileno(), begin)
+                file.seek(begin + block.nbytes)
+            else:
+                block = block.to(dtype)
+                file.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+            start_writing_back(file.fileno(), begin, block.nbytes)
+            written[name] += block.nbytes
+            advance(block.nbytes)
         for tensor in tensors:
             wanted = math.prod(tensor.shape) * dtype.itemsize
             assert written[tensor.name] == wanted, f"{tensor.name}: {written[tensor.name]} of {wanted} bytes written"
@@ -410,7 +450,7 @@ def write_hub_weights(
     folder: Path,
     tensors: Sequence[HubTensor],
     dtype: torch.dtype,
-    blocks: Callable[[HubTensor], Iterator[Tensor]],
+    blocks: Callable[[HubTensor], Iterator[Tensor | FileSpan]],
     advance: Callable[[int], None],
     shard_bytes: int = 5 * 10**9,
 ) -> list[str]:

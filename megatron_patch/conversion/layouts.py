@@ -104,6 +104,11 @@ class QueryKeyValue:
     def first_row(self, part: int, shapes: Sequence[Shape]) -> int | None:
         return None
 
+    def runs(self, part: int, shapes: Sequence[Shape]) -> list[tuple[int, int]]:
+        """(first row in the joined tensor, rows) of the pieces that make up a part, in the part's order."""
+        rows = [shape[0] // self.groups for shape in shapes]
+        return [(group * sum(rows) + sum(rows[:part]), rows[part]) for group in range(self.groups)]
+
 
 # first_row: the row of the joined tensor where a part begins, when the part lies there as unbroken rows (it can then
 # be streamed in blocks); None when the parts are mixed.

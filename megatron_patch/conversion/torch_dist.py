@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from megatron_patch.checkpoint_files import TensorFacts, archive_records, content, read_metadata
-from megatron_patch.conversion.hub_weights import pread_into
+from megatron_patch.conversion.hub_weights import FileSpan, pread_into
 from megatron_patch.conversion.layouts import Shape
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.errors import UserError
@@ -143,6 +143,7 @@ class CheckpointReader:
             else:
                 self.objects.append(key)
         self._descriptors: dict[str, int] = {}
+        self._starts: dict[dcp.MetadataIndex, int | None] = {}
         self._check_files()
 
     def _check_files(self) -> None:
@@ -199,15 +200,50 @@ class CheckpointReader:
             raise UserError(f"{self._folder}: {key} is incomplete: {covered} of {math.prod(size)} values are stored")
         return result
 
+    def spans(self, key: str, layer: int | None, first: int, last: int) -> list[FileSpan] | None:
+        """Where rows [first, last) of a tensor (of one layer, when stacked) lie in the files.
+
+        None: they are not there as unbroken bytes in order.
+        """
+        entry, axis = self.tensors[key], 0 if layer is None else 1
+        row_shape = entry.size[axis + 1 :]
+        row_bytes = math.prod(row_shape) * entry.properties.dtype.itemsize
+        found = []
+        for chunk in entry.chunks:
+            begin, end = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+            low, high = max(first, begin), min(last, end)
+            if low >= high or (layer is not None and chunk.offsets[0] != layer):
+                continue
+            start = self._start(key, chunk, entry.properties.dtype)
+            if start is None or chunk.sizes[axis + 1 :] != row_shape or chunk.sizes[:axis].numel() != 1:
+                return None
+            descriptor = self._descriptor(self._places[dcp.MetadataIndex(key, chunk.offsets)].relative_path)
+            position, nbytes = start + (low - begin) * row_bytes, (high - low) * row_bytes
+            found.append((low, high, FileSpan(descriptor, position, nbytes)))
+        found.sort(key=lambda item: item[0])
+        edges = [first, *(high for _, high, _ in found)]
+        if [low for low, _, _ in found] != edges[:-1] or edges[-1] != last:
+            return None
+        return [span for _, _, span in found]
+
+    def _start(self, key: str, chunk: dcp.ChunkStorageMetadata, dtype: torch.dtype) -> int | None:
+        """_contiguous_start of a chunk, looked up once."""
+        index = dcp.MetadataIndex(key, chunk.offsets)
+        if index not in self._starts:
+            place = self._places[index]
+            if getattr(place, "transform_descriptors", None):
+                raise UserError(f"{self._folder}: {key} was written compressed, which is not supported")
+            descriptor = self._descriptor(place.relative_path)
+            self._starts[index] = _contiguous_start(descriptor, place, tuple(chunk.sizes), dtype)
+        return self._starts[index]
+
     def _read_chunk(
         self, key: str, chunk: dcp.ChunkStorageMetadata, dtype: torch.dtype, inner: list[tuple[int, int]]
     ) -> Tensor:
         """The inner box of a chunk: the rows it spans are read, not the whole chunk."""
         place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
-        if getattr(place, "transform_descriptors", None):
-            raise UserError(f"{self._folder}: {key} was written compressed, which is not supported")
         descriptor = self._descriptor(place.relative_path)
-        start = _contiguous_start(descriptor, place, tuple(chunk.sizes), dtype)
+        start = self._start(key, chunk, dtype)
         if start is None:
             data = io.BytesIO(os.pread(descriptor, place.length, place.offset))
             whole = torch.load(data, map_location="cpu", weights_only=True)

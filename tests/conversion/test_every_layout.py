@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion import convert, convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion.hub_weights import FileSpan
 from megatron_patch.conversion.torch_dist import CheckpointReader
 from tests.conversion.conftest import tensors_of
 
@@ -48,3 +49,25 @@ def test_read_saved_and_exported_at(processes, layouts, hub, tmp_path):
         exported = tensors_of(tmp_path / f"hf {layout}")
         assert source.keys() == exported.keys()
         assert all(torch.equal(source[name], exported[name]) for name in source), layout
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_bytes_copied_by_the_kernel(form, hub, tmp_path, monkeypatch):
+    """Large tensors are never read into the process; here small ones are treated so too."""
+    monkeypatch.setattr(convert, "SMALL_SPAN", 1)
+    copied = []
+    copy_to = FileSpan.copy_to
+    monkeypatch.setattr(FileSpan, "copy_to", lambda span, *place: (copied.append(span.nbytes), copy_to(span, *place)))
+    source = tensors_of(hub("llava_mistral"))
+    for precision in ("fp32", "bf16"):
+        made, out = tmp_path / precision, tmp_path / f"hf {precision}"
+        convert_to_megatron(
+            hub("llava_mistral"), None, made, model_size="tiny", precision="fp32", checkpoint_format=form
+        )
+        copied.clear()
+        convert_to_huggingface(made, out, model_size="tiny", precision=precision)
+        spanned = form == "torch_dist" and precision == "fp32"
+        assert (len(copied) > 100) == spanned, "bytes of another dtype or layout cannot be copied as they are"
+        exported = tensors_of(out)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert all(torch.equal(source[name].to(dtype), exported[name]) for name in source)
