@@ -16,6 +16,7 @@ LAYOUTS = {
     "two loader workers": {"NUM_WORKERS": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
 }
+SLOW = {"two loader workers": pytest.mark.slow}  # the loader's own tests cover workers in seconds
 
 
 def helpers_of_saves() -> set[int]:
@@ -25,7 +26,7 @@ def helpers_of_saves() -> set[int]:
     return {int(pid) for pid, parent, args in found if parent == "1" and "multiprocessing.spawn" in args}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=SLOW.get(name, ())) for name in LAYOUTS])
 def test_kill_and_resume(layout: str, workspace: Workspace, tmp_path: Path) -> None:
     settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": SAVE_INTERVAL, **LAYOUTS[layout]}
     whole = losses(run(workspace, tmp_path / "whole", **settings))
