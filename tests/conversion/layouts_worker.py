@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toolkits/model_checkpoints_convertor/llava")]
 
-from verify_worker import build, load  # noqa: E402 - prepares torch for Megatron first
+from verify_worker import build_model, load  # noqa: E402 - prepares torch for Megatron first
 
 # isort: split
 import torch  # noqa: E402
@@ -26,7 +26,7 @@ def read_and_save(checkpoint: Path, out: Path, tensor: int, pipeline: int) -> No
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     unset_num_microbatches_calculator()
     plan = {"tensor": tensor, "pipeline": pipeline}
-    model = build(checkpoint, plan, 64)
+    model = build_model(checkpoint, 64, tensor, pipeline).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))

@@ -27,41 +27,17 @@ patches.apply_all(device.backend().NAME)
 
 from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from megatron_patch.geometry import read_geometry_of  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
-from megatron_patch.training.words import decoder_words  # noqa: E402
+from megatron_patch.training.standalone import build_model  # noqa: E402
 
 LENGTH = 48  # tokens of every record of a batch
 
 
 def build(checkpoint: Path, plan: dict) -> LlavaModel:
     """The model of this process with the checkpoint's weights."""
-    geometry = read_geometry_of(checkpoint / "llava")
-    sys.argv[1:] = [
-        *device.megatron_words(),
-        *decoder_words(geometry.language, LENGTH),
-        *("--seq-length", str(LENGTH), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
-        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
-        *("--tensor-model-parallel-size", str(plan["tensor"])),
-        *("--pipeline-model-parallel-size", str(plan["pipeline"])),
-        *("--context-parallel-size", str(plan["context"])),
-        *(["--sequence-parallel"] if plan["sequence_parallel"] else []),
-    ]
-    args = parse_args()
-    validate_args(args)
-    statistics = json.loads((checkpoint / "llava" / "preprocessor_config.json").read_text())
-    step = 128 * plan["tensor"]
-    model = LlavaModel(
-        core_transformer_config_from_args(args),
-        geometry,
-        -(-geometry.language.vocabulary // step) * step,  # Megatron's padding of the vocabulary
-        tuple(statistics["image_mean"]),
-        tuple(statistics["image_std"]),
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+    model = build_model(
+        checkpoint, LENGTH, plan["tensor"], plan["pipeline"], plan["context"], plan["sequence_parallel"]
     )
     wanted = model.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
     model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(checkpoint / "release"))["model"])

@@ -21,8 +21,6 @@ from megatron_patch import patches  # noqa: E402
 patches.apply_all(device.backend().NAME)
 
 from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
-from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_patch.checkpoint_files import (  # noqa: E402
@@ -34,37 +32,9 @@ from megatron_patch.checkpoint_files import (  # noqa: E402
 )
 from megatron_patch.conversion.hub_weights import pread_into  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
-from megatron_patch.geometry import read_geometry_of  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
+from megatron_patch.training.standalone import build_model  # noqa: E402
 from megatron_patch.training.strict_load import check_checkpoint  # noqa: E402
-from megatron_patch.training.words import decoder_words  # noqa: E402
-
-
-def build(checkpoint: Path, plan: dict, length: int) -> LlavaModel:
-    """This rank's part of the model in fp32, without weights."""
-    geometry = read_geometry_of(checkpoint / "llava")
-    sys.argv[1:] = [
-        *device.megatron_words(),
-        *decoder_words(geometry.language, length),
-        *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
-        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
-        *("--tensor-model-parallel-size", str(plan["tensor"])),
-        *("--pipeline-model-parallel-size", str(plan["pipeline"])),
-    ]
-    args = parse_args()
-    validate_args(args)
-    statistics = json.loads((checkpoint / "llava" / "preprocessor_config.json").read_text())
-    step = 128 * plan["tensor"]
-    model = LlavaModel(
-        core_transformer_config_from_args(args),
-        geometry,
-        -(-geometry.language.vocabulary // step) * step,  # Megatron's padding of the vocabulary
-        tuple(statistics["image_mean"]),
-        tuple(statistics["image_std"]),
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
-    )
-    return model.to(device.current_device()).eval()
 
 
 def load(model: LlavaModel, checkpoint: Path, plan: dict) -> None:
@@ -125,7 +95,7 @@ def outputs(plan: dict, case: dict) -> dict[str, Tensor]:
     batch = torch.load(case["batch"], weights_only=True)
     batch = {name: tensor.to(device.current_device()) for name, tensor in batch.items()}
     checkpoint = Path(case["checkpoint"])
-    model = build(checkpoint, plan, batch["tokens"].shape[1])
+    model = build_model(checkpoint, batch["tokens"].shape[1], plan["tensor"], plan["pipeline"]).eval()
     load(model, checkpoint, plan)
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
