@@ -43,11 +43,8 @@ def distributed(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     return losses(printed)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "pipeline"),
-    [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
-    ids=["TP2", "PP2", "TP2xPP2"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)], ids=["TP2", "PP2", "TP2xPP2"])
 def test_rank_files_train_like_torch_dist(tensor, pipeline, workspace, source, distributed, tmp_path):
     """Megatron's own loader of `--ckpt-format torch`; what it saves in that format exports to the source."""
     made = tmp_path / "checkpoint"

@@ -17,6 +17,7 @@ LAYOUTS = {
     "DP2": {"NPROC_PER_NODE": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
 }
+SLOW = {"CP2": pytest.mark.slow}  # its logits, loss and gradient are compared in tests/model
 ITERATIONS = 20
 
 
@@ -29,7 +30,7 @@ def single_process(workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=SLOW.get(name, ())) for name in LAYOUTS])
 def test_losses_equal_a_single_process(
     layout: str, workspace: Workspace, single_process: dict[int, float], tmp_path: Path
 ) -> None:
