@@ -300,16 +300,16 @@ def _check_same_llm(ours: dict[str, Any], checkpoint: Path, hf_checkpoint: Path)
 
 
 def _spans(
-    reader: CheckpointReader | RanksReader, row: Row, layer: int | None, part: int, dtype: torch.dtype
+    reader: CheckpointReader | RanksReader, row: Row, layer: int | None, part: int, rows: int, dtype: torch.dtype
 ) -> list[FileSpan] | None:
-    """Where the bytes of a hub tensor lie in the checkpoint; None when they must be cast, reordered or are too small
-    for it to pay."""
+    """Where the bytes of a hub tensor's first `rows` rows lie in the checkpoint (an original folder had fewer than a
+    vocabulary that grew).  None when they must be cast, reordered or are too small for it to pay."""
     if not isinstance(reader, CheckpointReader) or reader.tensors[row.key].properties.dtype != dtype:
         return None
     shape = row.part_shapes[part]
     begin = row.layout.first_row(part, row.part_shapes)
     if begin is not None:
-        runs = [(begin, shape[0])]
+        runs = [(begin, rows)]
     elif isinstance(row.layout, QueryKeyValue):
         runs = row.layout.runs(part, row.part_shapes)
     else:
@@ -340,7 +340,7 @@ def _hub_blocks(
             yield cast(carried[tensor.name].read(), dtype, tensor.name)
             return
         row, layer, part = places[tensor.name]
-        spans = _spans(reader, row, layer, part, dtype)
+        spans = _spans(reader, row, layer, part, tensor.shape[0], dtype)
         if spans is not None:
             for span in spans:
                 span.read_ahead()
