@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from megatron_patch.errors import UserError
 
-IMAGE_ASPECT_RATIOS = ("crop", "pad")
+IMAGE_ASPECT_RATIOS = ("crop", "pad", "stretch")
+ORDERS = ("cyclic", "single", "modality")
 
 
 @dataclass(frozen=True)
@@ -12,12 +13,13 @@ class DataSettings:
     """Settings of the train and valid loaders; equal settings and paths give equal batches on every machine."""
 
     tokenizer_path: str  # folder that AutoTokenizer reads, `llava/` of a checkpoint
-    template: str  # a name of conversation.TEMPLATES; `auto` is resolved by the caller
+    template: str  # a name of conversation.TEMPLATES or a template file; `auto` is resolved by the caller
     image_token_id: int  # id of the `<image>` placeholder
     image_tokens: int  # placeholders per picture: the vision tower's patch count
     side_px: int  # pictures become side_px x side_px
     image_mean: tuple[float, float, float]  # in 0..1, the colour of the padding
-    image_aspect_ratio: str  # crop: as the tower's processor does; pad: to a square with the mean colour first
+    # crop: as the tower's processor does; pad: to a square with the mean colour first; stretch: squeezed to the square
+    image_aspect_ratio: str
     decoder_seq_len: int  # longest record in tokens, image placeholders included
     micro_batch_size: int  # records per batch
     length_multiple: int  # batch lengths are padded up to a multiple of this
@@ -28,6 +30,15 @@ class DataSettings:
     )
     resample: int = 3  # Pillow's number of the filter: 2 bilinear, 3 bicubic
     max_skipped_share: float = 0.01  # a run stops when more of its records than this had to be skipped
+    image_conv_front: bool = False  # pictures come before the whole conversation (NeMo's sep_image_conv_front)
+    image_start_end: bool = False  # each picture stands between <im_start> and <im_end> (LLaVA's use_im_start_end)
+    apply_exif_orientation: bool = True  # False: pictures as they lie in the file, as LLaVA's original code
+    tile_columns: int = 1  # with tile_rows: every picture becomes columns x rows tiles and a thumbnail
+    tile_rows: int = 1
+    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and pictures apart, like lengths together
+    order: str = "cyclic"
+    group_records: int = 0  # with order=modality: records that are sorted by length together
+    packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, all at once."""
@@ -40,22 +51,37 @@ class DataSettings:
                 ("length_multiple", 1),
                 ("num_workers", 0),
                 ("seed", 0),
+                ("tile_columns", 1),
+                ("tile_rows", 1),
             )
             if getattr(self, name) < least
         ]
         if self.resample not in range(6):
             problems.append(f"resample is {self.resample}, wanted a filter of Pillow, from 0 to 5")
-        if self.image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
-            wanted = " or ".join(IMAGE_ASPECT_RATIOS)
-            problems.append(f"image_aspect_ratio is {self.image_aspect_ratio!r}, wanted {wanted}")
-        if not problems and self.longest_record <= self.image_tokens:
+        for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("order", ORDERS)):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(allowed)}")
+        if self.order == "modality" and self.group_records < 1:
+            problems.append(f"group_records is {self.group_records}, wanted at least 1 with order modality")
+        if not problems and self.longest_record <= self.tokens_per_mark:
             problems.append(
                 f"decoder_seq_len {self.decoder_seq_len} (in multiples of {self.length_multiple}: "
-                f"{self.longest_record}) leaves no room for text beside the {self.image_tokens} tokens of one picture; "
-                "raise DECODER_SEQ_LEN"
+                f"{self.longest_record}) leaves no room for text beside the {self.tokens_per_mark} tokens of one "
+                "picture; raise DECODER_SEQ_LEN"
             )
         if problems:
             raise UserError("data settings: " + "; ".join(problems))
+
+    @property
+    def tiles(self) -> int:
+        """Pictures that the tower sees for one of the record's: the tiles and the thumbnail, or the picture alone."""
+        tiles = self.tile_columns * self.tile_rows
+        return tiles if tiles == 1 else tiles + 1
+
+    @property
+    def tokens_per_mark(self) -> int:
+        """Placeholders that stand for one picture of a record."""
+        return self.image_tokens * self.tiles
 
     @property
     def longest_record(self) -> int:

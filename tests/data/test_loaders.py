@@ -194,7 +194,7 @@ def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: 
         ({"template": "chatty"}, "wanted one of plain, v1, mistral, qwen"),
         ({"image_token_id": 1}, "has id 3, the model wants 1"),
         ({"decoder_seq_len": 4}, "leaves no room for text"),
-        ({"image_aspect_ratio": "stretch"}, "wanted crop or pad"),
+        ({"image_aspect_ratio": "square"}, "wanted crop or pad or stretch"),
         ({"tokenizer_path": "absent/llava"}, "absent/llava: no such folder"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0, wanted at least 1"),
     ],
