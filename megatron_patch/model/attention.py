@@ -4,6 +4,8 @@ Megatron's own DotProductAttention materialises the [S, S] scores (277 ms agains
 two threads) and knows no context parallelism.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,7 +18,7 @@ from torch import Tensor
 
 
 def zigzag_positions(local_length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """Positions [local_length] that context-parallel rank `rank` of `size` holds.
+    """Positions [local_length] of one sequence that context-parallel rank `rank` of `size` holds.
 
     Megatron cuts a sequence into 2 * size chunks and gives rank r chunks r and 2 * size - 1 - r, which balances the
     causal work.
@@ -26,10 +28,25 @@ def zigzag_positions(local_length: int, rank: int, size: int, device: torch.devi
     return torch.cat([first + rank * chunk, first + (2 * size - 1 - rank) * chunk])
 
 
+def packed_zigzag_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """Positions in a packed row that context-parallel rank `rank` of `size` holds: of each record its zigzag part.
+
+    cu_seqlens: [records + 1], first positions of the records, then the end; every length a multiple of 2 * size.
+    """
+    starts = cu_seqlens.tolist()
+    return torch.cat(
+        [
+            start + zigzag_positions((end - start) // size, rank, size, cu_seqlens.device)
+            for start, end in itertools.pairwise(starts)
+        ]
+    )
+
+
 class ScaledDotProductAttention(MegatronModule):
     """A `core_attention` with the constructor and the call of Megatron's DotProductAttention.
 
     Under context parallelism the keys and values of all ranks are gathered and masked by position; queries stay local.
+    Packed rows (Megatron's `thd`) are attended record by record, so nothing is computed that would be masked.
     """
 
     def __init__(
@@ -64,23 +81,61 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """query [S, B, heads, d], key and value [S, B, groups, d] -> [S, B, heads * d].
 
+        With packed_seq_params [T, heads, d], [T, groups, d] -> [T, heads * d], T tokens of all records of the row.
         `attention_mask` is Megatron's: True means masked, broadcastable to [B, 1, S, S].
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("ScaledDotProductAttention takes neither attention_bias nor packed_seq_params")
+        if attention_bias is not None:
+            raise ValueError("ScaledDotProductAttention takes no attention_bias")
         mask_type = attn_mask_type or self.attn_mask_type
-        causal = mask_type == AttnMaskType.causal and attention_mask is None
+        if packed_seq_params is not None:
+            if mask_type != AttnMaskType.causal or attention_mask is not None:
+                raise ValueError("ScaledDotProductAttention attends packed records causally, without another mask")
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+        if mask_type == AttnMaskType.causal and attention_mask is None:
+            return self._causal(query, *self._over_ranks(key, value))
         allowed = None if attention_mask is None or mask_type == AttnMaskType.no_mask else ~attention_mask
-        if self.context_group is not None and causal:
-            allowed = self._causal_over_ranks(query.shape[0], query.device)
-            key = gather_from_sequence_parallel_region(key.contiguous(), group=self.context_group)
-            value = gather_from_sequence_parallel_region(value.contiguous(), group=self.context_group)
-            causal = False
+        return self._attend(query, key, value, allowed=allowed)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """One causal attention per record of a packed row, each with a batch of one."""
+        size = 1 if self.context_group is None else self.context_group.size()
+        bounds = (cu_seqlens // size).tolist()  # each rank holds an equal part of every record
+        # [size, T, groups, d]: the parts of a record lie at the same place of every rank's row
+        key, value = (states.unflatten(0, (size, -1)) for states in self._over_ranks(key, value))
+        return torch.cat(
+            [
+                self._causal(
+                    query[start:end, None],
+                    key[:, start:end].flatten(0, 1)[:, None],
+                    value[:, start:end].flatten(0, 1)[:, None],
+                )[:, 0]
+                for start, end in itertools.pairwise(bounds)
+            ]
+        )
+
+    def _over_ranks(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """Each [S, ...] -> [size * S, ...], the parts of all context-parallel ranks behind each other."""
+        if self.context_group is None:
+            return states
+        return tuple(
+            gather_from_sequence_parallel_region(part.contiguous(), group=self.context_group) for part in states
+        )
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention; key and value are those of all context-parallel ranks, the query is this rank's."""
+        if self.context_group is None:
+            return self._attend(query, key, value, is_causal=True)
+        return self._attend(query, key, value, allowed=self._causal_over_ranks(query.shape[0], query.device))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[S, B, heads, d] -> [S, B, heads * d]; `allowed` is True where a query may look."""
         context = F.scaled_dot_product_attention(
             *(states.permute(1, 2, 0, 3) for states in (query, key, value)),
             attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=is_causal,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -27,7 +28,7 @@ from torch import Tensor
 from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry, TowerGeometry
-from megatron_patch.model.attention import zigzag_positions
+from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
 from megatron_patch.model.layer_specs import (
     NORM_KEYS_AS_TRANSFORMER_ENGINE,
     decoder_block,
@@ -294,32 +295,52 @@ class LlavaModel(MegatronModule):
         given = {name: given.get(name, value) for name, value in own.items()}
         return super().load_state_dict(given, strict=strict, assign=assign)
 
-    def forward(self, tokens: Tensor | None, labels: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        labels: Tensor | None = None,
+        pixels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """One micro-batch.
 
         Args:
             tokens: int64 [B, S], image placeholders already expanded to P per picture; first stage only.
             labels: int64 [B, S], the token to predict at each position or IGNORE_LABEL; last stage only.
             pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
+            cu_seqlens: int32 [records + 1], when the batch is a single row of packed records: where each begins, then
+                the row's end.  No record attends to another, positions start anew in each.  On every stage.
 
         Returns:
             Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses
             in nats over the labelled positions of this context-parallel rank, and their number.  Without labels:
             logits [B, S, V].
         """
-        decoder_input = self._embed(tokens, pixels) if self.pre_process else None
+        decoder_input = self._embed(tokens, pixels, cu_seqlens) if self.pre_process else None
         if labels is not None:
-            labels = self._on_this_context_rank(labels, dim=1)
+            labels = self._on_this_context_rank(labels, cu_seqlens)
         return self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,  # causal; padding stands at the end, where no real token looks
             decoder_input=decoder_input,
+            packed_seq_params=None if cu_seqlens is None else self._packed_seq_params(cu_seqlens),
             labels=labels,
             output_processor=self._loss_or_logits,
         )
 
-    def _embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
+    def _packed_seq_params(self, cu_seqlens: Tensor) -> PackedSeqParams:
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _embed(self, tokens: Tensor, pixels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
         pictures = self._project(pixels)  # [N, P, H]
@@ -329,7 +350,7 @@ class LlavaModel(MegatronModule):
         else:
             is_picture = (tokens == self.geometry.image_token_id).unsqueeze(-1)
             embedded = text.masked_scatter(is_picture, pictures.to(text.dtype))
-        embedded = self._on_this_context_rank(embedded, dim=1).transpose(0, 1).contiguous()
+        embedded = self._on_this_context_rank(embedded, cu_seqlens).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
         return embedded
@@ -348,12 +369,17 @@ class LlavaModel(MegatronModule):
             features = features[:, 1:]
         return self.vision_projection(features)
 
-    def _on_this_context_rank(self, states: Tensor, dim: int) -> Tensor:
+    def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """States [B, S, ...] -> [B, S / CP, ...], this rank's positions."""
         size = self.config.context_parallel_size
         if size == 1:
             return states
         rank = self.pg_collection.cp.rank()
-        return states.index_select(dim, zigzag_positions(states.shape[dim] // size, rank, size, states.device))
+        if cu_seqlens is None:
+            mine = zigzag_positions(states.shape[1] // size, rank, size, states.device)
+        else:
+            mine = packed_zigzag_positions(cu_seqlens, rank, size)
+        return states.index_select(1, mine)
 
     def _loss_or_logits(
         self, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor, labels: Tensor, **_: object

@@ -4,8 +4,9 @@ python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py 
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
              "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
-A batch holds tokens, labels and pixels; a result holds logits [B, S, V] (CP 1 only), loss, projector gradient and,
-where queries and keys are normed, the gradient of the first layer's query norm.
+A batch holds tokens, labels and pixels, and the same records packed into one row with cu_seqlens.  A result holds
+logits [B, S, V] (CP 1 only), loss, projector gradient and, where queries and keys are normed, the gradient of the first
+layer's query norm; loss and gradients once more of the packed row, under names that begin with `packed_`.
 """
 
 import json
@@ -44,7 +45,13 @@ def build(checkpoint: Path, plan: dict) -> LlavaModel:
     return model
 
 
-def through_stages(model: LlavaModel, tokens: torch.Tensor, labels: torch.Tensor | None, pixels: torch.Tensor):
+def through_stages(
+    model: LlavaModel,
+    tokens: torch.Tensor,
+    labels: torch.Tensor | None,
+    pixels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+):
     """Forward through the pipeline; returns (this stage's output, its input or None)."""
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
     received = None
@@ -57,7 +64,7 @@ def through_stages(model: LlavaModel, tokens: torch.Tensor, labels: torch.Tensor
         torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
         received.requires_grad_()
         model.set_input_tensor(received)
-    output = model(tokens if first else None, labels if last else None, pixels if first else None)
+    output = model(tokens if first else None, labels if last else None, pixels if first else None, cu_seqlens)
     if not last:
         torch.distributed.send(output.detach().contiguous(), mpu.get_pipeline_model_parallel_next_rank())
     return output, received
@@ -93,6 +100,22 @@ def gradient_of_query_norm(model: LlavaModel) -> torch.Tensor | None:
     return gradient
 
 
+def loss_and_gradients(model: LlavaModel, tokens, labels, pixels, cu_seqlens) -> dict[str, torch.Tensor | None]:
+    """Forward and backward; what this stage knows of the result."""
+    output, received = through_stages(model, tokens, labels, pixels, cu_seqlens)
+    total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
+    torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
+    count = float((labels != -100).sum())
+    result = {
+        "gradient": gradient_of_projector(model, output, received, count),
+        "query_norm": gradient_of_query_norm(model),
+    }
+    if mpu.is_pipeline_last_stage():
+        assert total[1] == count, (total, count)
+        result["loss"] = total[0] / total[1]
+    return result
+
+
 def main() -> None:
     """Run every case of the plan."""
     plan = json.loads(Path(sys.argv[1]).read_text())
@@ -108,15 +131,11 @@ def main() -> None:
             with torch.no_grad():
                 logits, _ = through_stages(model, tokens, None, pixels)
             result["logits"] = logits
-        output, received = through_stages(model, tokens, labels, pixels)
-        total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
-        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
-        count = float((labels != -100).sum())
-        result["gradient"] = gradient_of_projector(model, output, received, count)
-        result["query_norm"] = gradient_of_query_norm(model)
-        if mpu.is_pipeline_last_stage():
-            assert total[1] == count, (total, count)
-            result["loss"] = total[0] / total[1]
+        result |= loss_and_gradients(model, tokens, labels, pixels, None)
+        model.zero_grad()
+        packed = batch["packed"]
+        again = loss_and_gradients(model, packed["tokens"], packed["labels"], pixels, packed["cu_seqlens"])
+        result |= {f"packed_{name}": value for name, value in again.items()}
         stage = mpu.get_pipeline_model_parallel_rank()
         if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:
             torch.save({k: v for k, v in result.items() if v is not None}, f"{case['result']}.{stage}")
