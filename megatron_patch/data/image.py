@@ -1,9 +1,15 @@
 """Picture bytes -> uint8 pixels, equal to HF's CLIP and SigLIP image processors (PIL backend) before they rescale and
 normalise.
 
-Transparency is blended over white, as that processor does (LLaVA's original code shows what lies hidden below).
-Orientation follows the EXIF tag, as transformers' load_image does (the original code and the bare processor ignore it).
-Pictures of 16 or 32 bits per pixel are scaled to 8 bits, where both would clip them to white.
+Where this differs from LLaVA's original code, which opens a file with Pillow and converts it to RGB:
+
+- Orientation: the EXIF tag is followed, as transformers' load_image does.  apply_exif_orientation=False leaves the
+  picture as it lies in the file, as the original code and the bare processor do.
+- Transparency is blended over white, as HF's processor does; the original shows what lies hidden below.
+- Grey of 16 or 32 bits is scaled to 8 bits; the original and HF's processor clip it, most of it to white.
+- The format is told by the bytes, never by the file's name, and the first frame of an animation is taken: both as
+  there.  Formats that Pillow opens only with another program (EPS) are no pictures here.
+- More than MAX_PIXELS are refused by the header, before anything is decoded; the original stops at Pillow's limit.
 """
 
 import contextlib
@@ -12,42 +18,49 @@ import math
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megatron_patch.data.picture_structure import Structure, examine
 from megatron_patch.data.rejection import RecordError
 
-# An elongated picture grows when its shorter side becomes side_px; beyond this many pixels it is refused.
-MAX_RESIZED_PIXELS = 64 * 1024 * 1024
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded never grows beyond it either
+MAX_SIDE_PX = 65_535  # JPEG's own limit; Pillow keeps a pointer for every row
+ROWS_AT_ONCE = 256  # of deep greyscale pictures, which need 8 bytes per pixel while they are scaled
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Decode a picture fully: upright, mode RGB.  Raises RecordError when it is broken, or a decompression bomb."""
+def check_picture(data: bytes) -> None:
+    """Raise RecordError, with open_picture's reason, unless these bytes are a picture that can be decoded fully.
+
+    A JPEG or PNG file whose structure is sound (picture_structure.py says what that means and what it leaves open) is
+    accepted without decoding it, some twenty times as fast; everything else is decoded.
+    """
+    if not (examine(data) is Structure.SOUND and _header_is_fine(data)):
+        open_picture(data)
+
+
+def open_picture(data: bytes, apply_exif_orientation: bool = True) -> Image.Image:
+    """Decode a picture fully: first frame, mode RGB, upright unless told otherwise.
+
+    Raises RecordError: `not a picture`, `picture too large`, `picture truncated` or `picture unreadable`.
+    """
     try:
         with warnings.catch_warnings():
-            # Pillow refuses above twice its limit of pixels and warns below that; the warning is no reason to stop.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            # Odd metadata, and sizes near Pillow's limit, are no reason to speak: the caller counts what is refused.
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            _refuse_large(*picture.size)
             picture.load()
-            # A damaged EXIF block does not damage the pixels: such a picture stays as it lies.
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(picture, in_place=True)
+            if apply_exif_orientation:
+                # A damaged EXIF block does not damage the pixels: such a picture stays as it lies.
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(picture, in_place=True)
             return _to_rgb(picture)
+    except RecordError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
-        raise RecordError("picture unreadable", f"{type(error).__name__}: {error} ({len(data)} bytes)") from error
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB of 8 bits."""
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        values = np.asarray(picture).astype(np.float64)
-        highest = values.max(initial=0.0)
-        # 16-bit files may arrive as 32-bit integers; what fits into 8 bits is taken as it is.
-        scale = 1.0 if highest <= 255 else 255.0 / 65535.0 if highest <= 65535 else 255.0 / highest
-        picture = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        detail = f"{type(error).__name__}: {error} ({len(data)} bytes)"
+        raise RecordError(_reason(error, data), detail) from error
 
 
 def picture_to_pixels(
@@ -60,42 +73,144 @@ def picture_to_pixels(
 ) -> np.ndarray:
     """RGB picture -> uint8 pixels [3, side_px, side_px].
 
-    center_crop: resized until the shorter side is side_px, then its centre; else squeezed to side_px x side_px.  With
-    image_aspect_ratio `pad` it becomes a square of the mean colour first.
-    Raises RecordError when the picture is too elongated to be resized.
+    image_aspect_ratio `crop`: resized until the shorter side is side_px, then its centre (CLIP's way), or, without
+    center_crop, squeezed (SigLIP's way); `pad`: put on a square of the mean colour first; `stretch`: squeezed.
     """
-    if image_aspect_ratio == "pad":
-        picture = _pad_to_square(picture, image_mean)
-    if not center_crop:
-        return _channels_first(picture.resize((side_px, side_px), resample))
-    width, height = picture.size
-    # Lengths and offsets as transformers computes them (get_resize_output_image_size, center_crop).
-    if width <= height:
-        new_width, new_height = side_px, int(side_px * height / width)
-    else:
-        new_width, new_height = int(side_px * width / height), side_px
-    if new_width * new_height > MAX_RESIZED_PIXELS:
+    fitted = _fit(picture, side_px, side_px, image_aspect_ratio, image_mean, center_crop, resample)
+    return _channels_first(fitted)
+
+
+def picture_to_tiles(
+    picture: Image.Image,
+    columns: int,
+    rows: int,
+    side_px: int,
+    image_aspect_ratio: str,
+    image_mean: tuple[float, float, float],
+    center_crop: bool = True,
+    resample: int = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """RGB picture -> uint8 [columns * rows + 1, 3, side_px, side_px]: tiles row by row, then the whole as a thumbnail.
+
+    The picture is brought to columns * side_px x rows * side_px as picture_to_pixels brings it to a square, then cut.
+    The thumbnail comes last as in Megatron-LM's multimodal example; a grid of 1 x 1 is the picture alone.
+    """
+    way = (image_aspect_ratio, image_mean, center_crop, resample)
+    thumbnail = picture_to_pixels(picture, side_px, *way)
+    if columns * rows == 1:
+        return thumbnail[None]
+    grid = _channels_first(_fit(picture, columns * side_px, rows * side_px, *way))
+    tiles = grid.reshape(3, rows, side_px, columns, side_px).transpose(1, 3, 0, 2, 4)
+    return np.concatenate([tiles.reshape(-1, 3, side_px, side_px), thumbnail[None]])
+
+
+def _header_is_fine(data: bytes) -> bool:
+    """Whether Pillow reads the header of a JPEG or PNG file, and the picture is not too large."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        _refuse_large(*picture.size)
+    except Exception:  # whatever it is, decoding will say it
+        return False
+    return picture.format in ("JPEG", "PNG")  # not MPO, several pictures in one file
+
+
+def _refuse_large(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
         raise RecordError(
-            "picture unreadable", f"{width} x {height} pixels are too elongated for {side_px} x {side_px}"
+            "picture too large",
+            f"{width} x {height} pixels, wanted at most {MAX_PIXELS} in all and {MAX_SIDE_PX} along a side",
         )
-    if (width, height) != (new_width, new_height):
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """Reason of REASONS for what Pillow said about these bytes."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "picture too large"
+    if examine(data) is Structure.TRUNCATED or "truncated" in str(error).lower():
+        return "picture truncated"
+    return "not a picture" if isinstance(error, UnidentifiedImageError) else "picture unreadable"
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB of 8 bits."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = _to_eight_bits(picture)
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 32 bits or floats -> mode L."""
+    values = np.asarray(picture)
+    grey = np.empty(values.shape, dtype=np.uint8)
+    if picture.mode.startswith("I;16"):
+        highest = 65535
+    else:
+        # The mode leaves the range open: floats of 0..1, 8 or 16 bits in wider numbers, else up to the brightest.
+        brightest = float(np.nanmax(values, initial=0))
+        least = 1 if picture.mode == "F" else 255
+        highest = next((limit for limit in (least, 255, 65535) if brightest <= limit), brightest)
+    for row in range(0, len(values), ROWS_AT_ONCE):
+        rows = np.nan_to_num(values[row : row + ROWS_AT_ONCE].astype(np.float64))
+        grey[row : row + ROWS_AT_ONCE] = np.clip(np.rint(rows * (255 / highest)), 0, 255)
+    return Image.fromarray(grey)
+
+
+def _fit(
+    picture: Image.Image,
+    width: int,
+    height: int,
+    image_aspect_ratio: str,
+    image_mean: tuple[float, float, float],
+    center_crop: bool,
+    resample: int,
+) -> Image.Image:
+    """Bring a picture to width x height pixels in one of the three ways."""
+    if image_aspect_ratio == "pad":
+        picture = _pad(picture, width, height, image_mean, resample)
+    elif image_aspect_ratio == "crop" and center_crop:
+        return _cover(picture, width, height, resample)
+    return picture.resize((width, height), resample)
+
+
+def _cover(picture: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """Resize until the picture covers width x height, then take the centre."""
+    old_width, old_height = picture.size
+    # Lengths and offsets as transformers computes them (get_resize_output_image_size, center_crop).
+    if width * old_height >= height * old_width:
+        new_width, new_height = width, int(width * old_height / old_width)
+    else:
+        new_width, new_height = int(height * old_width / old_height), height
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    if new_width * new_height > MAX_PIXELS:
+        # Very elongated: only the centre is computed.  The box is cut to 24 bits, so single values may differ by 1.
+        across, down = old_width / new_width, old_height / new_height
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        return picture.resize((width, height), resample, box=box)
+    if (new_width, new_height) != picture.size:
         picture = picture.resize((new_width, new_height), resample)
-    left, top = (new_width - side_px) // 2, (new_height - side_px) // 2
-    return _channels_first(picture.crop((left, top, left + side_px, top + side_px)))
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _pad(
+    picture: Image.Image, width: int, height: int, image_mean: tuple[float, float, float], resample: int
+) -> Image.Image:
+    """Put a picture in the middle of a canvas of the mean colour, shaped width : height (LLaVA's expand2square)."""
+    old_width, old_height = picture.size
+    canvas_width = max(old_width, math.ceil(old_height * width / height))
+    canvas_height = max(old_height, math.ceil(old_width * height / width))
+    if (canvas_width, canvas_height) == picture.size:
+        return picture
+    if canvas_width * canvas_height > MAX_PIXELS:  # too much to hold: made small first
+        scale = width / canvas_width
+        small = (max(1, round(old_width * scale)), max(1, round(old_height * scale)))
+        picture, canvas_width, canvas_height = picture.resize(small, resample), width, height
+    canvas = Image.new("RGB", (canvas_width, canvas_height), tuple(math.floor(channel * 255) for channel in image_mean))
+    canvas.paste(picture, ((canvas_width - picture.width) // 2, (canvas_height - picture.height) // 2))
+    return canvas
 
 
 def _channels_first(picture: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
-
-
-def _pad_to_square(picture: Image.Image, image_mean: tuple[float, float, float]) -> Image.Image:
-    """LLaVA's expand2square: centred on a square of the mean colour."""
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    if side * side > MAX_RESIZED_PIXELS * 4:
-        raise RecordError("picture unreadable", f"{width} x {height} pixels are too elongated to be padded to a square")
-    square = Image.new("RGB", (side, side), tuple(math.floor(channel * 255) for channel in image_mean))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return square
