@@ -6,19 +6,18 @@ character of a trained segment.  So ids equal the original's for every tokenizer
 is where the original masks whole samples by mistake.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.templates import IMAGE_MARK, TEMPLATES, Template, find_template
 from megatron_patch.errors import UserError
 
-IMAGE_MARK = "<image>"
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-QWEN_SYSTEM = "You are a helpful assistant."
+__all__ = ["IMAGE_MARK", "TEMPLATES", "ConversationEncoder", "EncodedConversation", "Exchange"]
+
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # LLaVA's use_im_start_end
 
 
 @dataclass(frozen=True)
@@ -29,65 +28,11 @@ class Exchange:
     answer: str | None
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of the text and whether its tokens are trained."""
 
     text: str
     trained: bool = False
-
-
-@dataclass(frozen=True)
-class Template:
-    """How exchanges become text, and the token that ends an answer (None: nothing to be learnt as an ending)."""
-
-    render: Callable[[Sequence[Exchange], str], Iterator[Segment]]
-    ending: Callable[[Any], str | None]
-
-
-def _render_plain(exchanges: Sequence[Exchange], ending: str) -> Iterator[Segment]:
-    """Stage 1: pictures, caption, newline; the question's words are dropped and nothing marks the end."""
-    if len(exchanges) != 1:
-        raise RecordError("turns", f"template plain takes one question and one answer, got {len(exchanges)} questions")
-    yield Segment(IMAGE_MARK * exchanges[0].question.count(IMAGE_MARK))
-    if exchanges[0].answer is not None:
-        yield Segment(exchanges[0].answer + "\n", trained=True)
-
-
-def _render_v1(exchanges: Sequence[Exchange], ending: str) -> Iterator[Segment]:
-    """Vicuna v1: `system USER: q ASSISTANT: a</s>USER: ...`."""
-    yield Segment(VICUNA_SYSTEM + " ")
-    for exchange in exchanges:
-        yield Segment(f"USER: {exchange.question} ASSISTANT:")
-        if exchange.answer is not None:
-            # The space belongs to the answer: a prompt ends with the colon and the model must produce what follows.
-            yield Segment(f" {exchange.answer}{ending}", trained=True)
-
-
-def _render_mistral(exchanges: Sequence[Exchange], ending: str) -> Iterator[Segment]:
-    """LLaVA's mistral_instruct, llama_2 without system and second BOS: `[INST] q [/INST] a </s>[INST] ...`."""
-    for exchange in exchanges:
-        yield Segment(f"[INST] {exchange.question} [/INST]")
-        if exchange.answer is not None:
-            yield Segment(f" {exchange.answer} {ending}", trained=True)
-
-
-def _render_qwen(exchanges: Sequence[Exchange], ending: str) -> Iterator[Segment]:
-    """ChatML with Qwen's system sentence; the newline after `<|im_end|>` is not trained."""
-    yield Segment(f"<|im_start|>system\n{QWEN_SYSTEM}{ending}\n")
-    for exchange in exchanges:
-        yield Segment(f"<|im_start|>user\n{exchange.question}{ending}\n<|im_start|>assistant\n")
-        if exchange.answer is not None:
-            yield Segment(exchange.answer + ending, trained=True)
-            yield Segment("\n")
-
-
-TEMPLATES = {
-    "plain": Template(_render_plain, ending=lambda tokenizer: None),
-    "v1": Template(_render_v1, ending=lambda tokenizer: tokenizer.eos_token or "</s>"),
-    "mistral": Template(_render_mistral, ending=lambda tokenizer: tokenizer.eos_token or "</s>"),
-    "qwen": Template(_render_qwen, ending=lambda tokenizer: "<|im_end|>"),
-}
 
 
 @dataclass(frozen=True)
@@ -100,15 +45,28 @@ class EncodedConversation:
 
 
 class ConversationEncoder:
-    """Encodes conversations with one tokenizer and one template.
+    """Encodes conversations with one tokenizer and one template (a name of TEMPLATES, or a template file).
 
-    Raises UserError for an unknown template, a tokenizer without character offsets, an `<image>` token with another id
-    than the model's, or one in which the template's ending is not a single token (an ending that cannot be learnt).
+    image_tokens placeholders with image_token_id stand for each picture.  image_conv_front: all pictures come before
+    the first question, in a turn of their own where the template has one (NeMo's sep_image_conv_front).
+    image_start_end: each stands between IMAGE_START and IMAGE_END, also in the template `plain` (as in NeMo; LLaVA's
+    own code loses them there).
+
+    Raises UserError for an unknown or faulty template, a tokenizer without character offsets, an `<image>` token with
+    another id than the model's, or one in which the template's ending, IMAGE_START or IMAGE_END is not a single token
+    (and so could not be learnt).
     """
 
-    def __init__(self, tokenizer: Any, template: str, image_token_id: int, image_tokens: int) -> None:
-        if template not in TEMPLATES:
-            raise UserError(f"conversation template is {template!r}; wanted one of {', '.join(TEMPLATES)}")
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        image_token_id: int,
+        image_tokens: int,
+        image_conv_front: bool = False,
+        image_start_end: bool = False,
+    ) -> None:
+        words = _write_out(find_template(template), tokenizer)
         where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(
@@ -121,16 +79,37 @@ class ConversationEncoder:
                 f"tokenizer {where}: {IMAGE_MARK} has id {known_id}, the model wants {image_token_id}; "
                 "use the tokenizer beside the checkpoint (its llava/ folder)"
             )
-        self._render = TEMPLATES[template].render
-        self._ending = TEMPLATES[template].ending(tokenizer) or ""
         self._tokenizer = tokenizer
+        # Called without the wrapper around it, which costs more than the tokenizing of a short conversation.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._words = words
         self._image_token_id = image_token_id
         self._image_tokens = image_tokens
-        if self._ending and len(self._tokenize(self._ending)[0]) != 1:
-            raise UserError(
-                f"tokenizer {where}: {self._ending!r}, which ends an answer in template {template}, is "
-                f"{len(self._tokenize(self._ending)[0])} tokens, wanted one; choose a template that fits the tokenizer"
+        self._image_conv_front = image_conv_front
+        self._beside_image = (IMAGE_START, IMAGE_END) if image_start_end else ("", "")
+        self._ending_id = None
+        if words.ending:
+            self._ending_id = self._single_token(
+                words.ending,
+                where,
+                f"which ends an answer in template {template}",
+                "choose a template that fits the tokenizer",
             )
+        if image_start_end:
+            for token in (IMAGE_START, IMAGE_END):
+                self._single_token(
+                    token,
+                    where,
+                    "which image_start_end puts beside each picture",
+                    "convert the model with --add-tokens, or leave image_start_end out",
+                )
+
+    @property
+    def ending_id(self) -> int | None:
+        """Id of the token that ends an answer; None where the template has none (plain, v0)."""
+        return self._ending_id
 
     @property
     def pad_token_id(self) -> int:
@@ -138,17 +117,20 @@ class ConversationEncoder:
         candidates = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
         return next(token_id for token_id in candidates if token_id is not None)
 
-    def prompt(self, exchanges: Sequence[Exchange]) -> str:
+    def prompt(self, exchanges: Sequence[Exchange], system: str | None = None) -> str:
         """The text of the template, without BOS; with a last answer of None it ends where the model begins."""
-        return "".join(segment.text for segment in self._render(exchanges, self._ending))
+        pieces = _pieces(self._segments(exchanges, system), *self._beside_image)
+        return IMAGE_MARK.join("".join(segment.text for segment in piece) for piece in pieces)
 
-    def encode(self, exchanges: Sequence[Exchange]) -> EncodedConversation:
-        """Exchanges -> ids, trained flags and pictures.  Raises RecordError when the template cannot hold them."""
+    def encode(self, exchanges: Sequence[Exchange], system: str | None = None) -> EncodedConversation:
+        """Exchanges -> ids, trained flags and pictures.  Raises RecordError when the template cannot hold them.
+
+        system: replaces the template's own system sentence; empty: none at all.
+        """
         ids: list[int] = []
         trained: list[bool] = []
         image_starts: list[int] = []
-        pieces = _pieces(self._render(exchanges, self._ending))
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(_pieces(self._segments(exchanges, system), *self._beside_image)):
             if number:  # between two pieces stands a picture
                 image_starts.append(len(ids))
                 ids += [self._image_token_id] * self._image_tokens
@@ -166,39 +148,129 @@ class ConversationEncoder:
             trained += _trained_tokens(piece, offsets)
         return EncodedConversation(ids, trained, image_starts)
 
+    def _segments(self, exchanges: Sequence[Exchange], system: str | None) -> list[Segment]:
+        """The text of a conversation, in pieces that are trained or not."""
+        words = self._words
+        if words.most_exchanges and len(exchanges) > words.most_exchanges:
+            most = words.most_exchanges
+            limit = "one question and one answer" if most == 1 else f"at most {most} questions and their answers"
+            raise RecordError("turns", f"the template takes {limit}, got {len(exchanges)} questions")
+        if system is not None and IMAGE_MARK in system:
+            raise RecordError("image marks", f"the system sentence holds {IMAGE_MARK}")
+        sentence = words.system if system is None else system
+        system_turn = words.system_turn.replace("{system}", sentence) if sentence else ""
+        picture_turn = ""
+        if self._image_conv_front:
+            exchanges, marks = _without_marks(exchanges)
+            if marks and words.picture_turn:
+                picture_turn = words.picture_turn.replace("{pictures}", marks)
+            elif marks:
+                first, *rest = exchanges
+                exchanges = [Exchange(f"{marks}\n{first.question}".strip(), first.answer), *rest]
+        segments = []
+        for number, exchange in enumerate(exchanges):
+            question = exchange.question
+            if words.pictures_only:
+                question = IMAGE_MARK * question.count(IMAGE_MARK)
+            elif number == 0 and words.system_in_question:
+                question = system_turn + question
+            before = words.between if number else words.opening + picture_turn
+            if number == 0 and not words.system_in_question:
+                before = system_turn + before
+            segments.append(Segment(f"{before}{words.question[0]}{question}{words.question[1]}"))
+            if exchange.answer is not None:
+                segments.append(Segment(f"{words.answer[0]}{exchange.answer}{words.answer[1]}", trained=True))
+                segments.append(Segment(words.closing))
+        return segments
+
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the (start, end) characters of each, no special tokens added."""
         if not text:
             return [], []
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoding["input_ids"], encoding["offset_mapping"]
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _single_token(self, text: str, where: str, role: str, remedy: str) -> int:
+        """The one id of a text.  Raises UserError when it is several tokens."""
+        ids, _ = self._tokenize(text)
+        if len(ids) != 1:
+            raise UserError(f"tokenizer {where}: {text!r}, {role}, is {len(ids)} tokens, wanted one; {remedy}")
+        return ids[0]
 
 
-def _pieces(segments: Iterator[Segment]) -> list[list[Segment]]:
-    """Cut the segments at each picture: n pictures give n + 1 pieces, each a list of segments without marks."""
+@dataclass(frozen=True)
+class _Words:
+    """A template with the tokenizer's tokens written out, its question and answer cut at their placeholder."""
+
+    question: tuple[str, str]
+    pictures_only: bool
+    answer: tuple[str, str]
+    ending: str
+    system: str
+    system_turn: str
+    system_in_question: bool
+    opening: str
+    picture_turn: str
+    closing: str
+    between: str
+    most_exchanges: int
+
+
+def _write_out(template: Template, tokenizer: Any) -> _Words:
+    """The template's texts for one tokenizer."""
+    texts = {field.name: getattr(template, field.name) for field in fields(template)}
+    for placeholder, token in (("{bos}", tokenizer.bos_token or ""), ("{eos}", tokenizer.eos_token or "</s>")):
+        texts = {name: _replace(text, placeholder, token) for name, text in texts.items()}
+    texts = {name: _replace(text, "{ending}", texts["ending"]) for name, text in texts.items()}
+    pictures_only = "{pictures}" in template.question
+    for name, placeholder in (("question", "{pictures}" if pictures_only else "{question}"), ("answer", "{answer}")):
+        before, _, after = texts[name].partition(placeholder)
+        texts[name] = (before, after)
+    return _Words(pictures_only=pictures_only, **texts)
+
+
+def _replace(value: Any, placeholder: str, token: str) -> Any:
+    """Fields that are texts, with a placeholder written out; numbers as they are."""
+    return value.replace(placeholder, token) if isinstance(value, str) else value
+
+
+def _without_marks(exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:
+    """The exchanges without their pictures, and a mark for each of these."""
+    marks = IMAGE_MARK * sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
+    cleared = [
+        Exchange(exchange.question.replace(IMAGE_MARK, "").strip(), exchange.answer)
+        if IMAGE_MARK in exchange.question
+        else exchange
+        for exchange in exchanges
+    ]
+    return cleared, marks
+
+
+def _pieces(segments: Sequence[Segment], before: str, after: str) -> list[list[Segment]]:
+    """Cut the segments at each picture: n pictures give n + 1 pieces, each a list of segments without marks.
+
+    before, after: what stands beside a picture.
+    """
     pieces: list[list[Segment]] = [[]]
     for segment in segments:
-        if segment.trained:
-            pieces[-1].append(segment)  # an answer never holds a picture, whatever it says
+        if segment.trained or IMAGE_MARK not in segment.text:  # an answer never holds a picture, whatever it says
+            pieces[-1].append(segment)
             continue
-        first, *rest = segment.text.split(IMAGE_MARK)
+        first, *rest = segment.text.replace(IMAGE_MARK, before + IMAGE_MARK + after).split(IMAGE_MARK)
         pieces[-1].append(Segment(first))
         pieces += [[Segment(text)] for text in rest]
     return pieces
 
 
-def _trained_tokens(piece: list[Segment], offsets: list[tuple[int, int]]) -> list[bool]:
+def _trained_tokens(piece: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[bool]:
     """One flag per token: does it cover a character of a trained segment?  (A token without width counts as one.)"""
-    spans = []
+    flags = [False] * len(offsets)
     position = 0
-    for segment in piece:
-        if segment.trained:
-            spans.append((position, position + len(segment.text)))
-        position += len(segment.text)
-    flags = []
-    first = 0  # spans and tokens are both in order of the text
-    for start, end in offsets:
-        while first < len(spans) and spans[first][1] <= start:
-            first += 1
-        flags.append(first < len(spans) and spans[first][0] < max(end, start + 1))
+    for text, trained in piece:
+        begin, position = position, position + len(text)
+        if trained and text:
+            # Tokens are in the order of the text: those that end behind its begin and begin before its end.
+            first = bisect_right(offsets, begin, key=lambda span: max(span[1], span[0] + 1))
+            last = bisect_left(offsets, position, key=lambda span: span[0])
+            flags[first:last] = [True] * (last - first)
     return flags
