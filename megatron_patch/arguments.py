@@ -2,9 +2,16 @@
 
 import argparse
 
-TEMPLATES = ("auto", "plain", "v1", "mistral", "qwen")
 # the conversation format each language model was tuned with: what `auto` stands for
 TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen"}
+
+
+def _grid(text: str) -> tuple[int, int]:
+    """`2x3` -> (2, 3): columns and rows."""
+    columns, rows = text.split("x")
+    if int(columns) < 1 or int(rows) < 1:
+        raise ValueError(text)
+    return int(columns), int(rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -13,11 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--init-from", metavar="CHECKPOINT", required=True, help="converted checkpoint, or `none`")
     group.add_argument("--tokenizer-path", metavar="DIR", help="with --init-from none: LLaVA config and tokenizer")
     group.add_argument("--model-size", help="nominal size of the language model, e.g. 7B; checked against its config")
-    group.add_argument("--train-dataset-path", metavar="DIR", required=True, help="energon folder")
-    group.add_argument("--valid-dataset-path", metavar="DIR", required=True, help="energon folder")
-    group.add_argument("--conversation-template", choices=TEMPLATES, default="auto")
+    group.add_argument("--train-dataset-path", metavar="PATH", required=True, help="energon folder or YAML")
+    group.add_argument("--valid-dataset-path", metavar="PATH", required=True, help="energon folder or YAML")
+    group.add_argument("--conversation-template", default="auto", help="auto, the name of a template, or a file")
     group.add_argument("--image-tokens", type=int, help="tokens of one picture; checked against the vision tower")
-    group.add_argument("--image-aspect-ratio", choices=("crop", "pad"), default="crop")
+    group.add_argument("--image-aspect-ratio", choices=("crop", "pad", "stretch"), default="crop")
+    group.add_argument(
+        "--image-tiles",
+        type=_grid,
+        default=(1, 1),
+        metavar="COLUMNSxROWS",
+        help="tiles of every picture, with a thumbnail behind them; 1x1: none",
+    )
+    group.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
+    group.add_argument("--image-conv-front", action="store_true", help="pictures stand before the conversation")
+    group.add_argument("--image-start-end", action="store_true", help="pictures stand between <im_start>, <im_end>")
+    group.add_argument("--data-order", choices=("cyclic", "single", "modality"), default="cyclic")
+    group.add_argument(
+        "--mega-batch-mult", type=int, default=50, help="with modality: optimizer steps that are sorted by length"
+    )
+    group.add_argument("--packing", action="store_true", help="several records fill a row of --seq-length tokens")
+    group.add_argument("--max-skipped-share", type=float, default=0.01, help="of the records, before the run stops")
     group.add_argument("--freeze-language-model", action="store_true")
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")

@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_patch.errors import UserError
 
+IGNORE_LABEL = -100  # torch's, Hugging Face's and LLaVA's own mark of a position that is not trained
+VOCABULARY_STEP = 128  # Megatron pads the vocabulary to a multiple of this times TP
+
 
 @dataclass(frozen=True)
 class LanguageKind:

@@ -37,8 +37,8 @@ from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import Row
 from megatron_patch.conversion.torch_dist import CheckpointReader, Chunk
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import VOCABULARY_STEP
 
-VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"
 _LAST_STAGE = ("language_model.decoder.final_layernorm.", "language_model.output_layer.")
@@ -79,7 +79,7 @@ def runs_of_rank(row: Row, rank: int, degree: int) -> tuple[int, list[Run]]:
 
 def padded_rows(vocabulary: int, degree: int) -> int:
     """Rows of the embedding as Megatron pads it."""
-    step = VOCABULARY_MULTIPLE * degree
+    step = VOCABULARY_STEP * degree
     return -(-vocabulary // step) * step
 
 

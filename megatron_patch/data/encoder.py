@@ -8,25 +8,30 @@ from typing import Any
 import numpy as np
 
 from megatron_patch.data.conversation import ConversationEncoder
-from megatron_patch.data.image import open_picture, picture_to_pixels
+from megatron_patch.data.image import open_picture, picture_to_tiles
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import Record, cook
 from megatron_patch.data.settings import DataSettings
 from megatron_patch.errors import UserError
-
-IGNORED = -100  # label of a position without loss, as in torch.nn.functional.cross_entropy
+from megatron_patch.geometry import IGNORE_LABEL
 
 
 @dataclass(frozen=True)
-class EncodedRecord:
-    """One row before padding.  S: its tokens, N: its pictures."""
+class EncodedText:
+    """A record without its pictures' pixels.  S: its tokens, N: its pictures (tiles are pictures of their own)."""
 
     record_id: str
     tokens: np.ndarray  # int64 [S]
-    labels: np.ndarray  # int64 [S]: the token to predict at each position, or IGNORED
-    pixels: np.ndarray | None  # uint8 [N, 3, side_px, side_px]; None where pictures are not wanted
+    labels: np.ndarray  # int64 [S]: the token to predict at each position, or IGNORE_LABEL
     image_starts: list[int]  # N first placeholders
     truncated: bool
+
+
+@dataclass(frozen=True)
+class EncodedRecord(EncodedText):
+    """One row before padding."""
+
+    pixels: np.ndarray | None  # uint8 [N, 3, side_px, side_px]; None where pictures are not wanted
 
 
 class RecordEncoder:
@@ -40,9 +45,13 @@ class RecordEncoder:
             raise UserError(
                 f"{settings.tokenizer_path}: no such folder; wanted the one with the tokenizer (llava/ of a checkpoint)"
             )
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_path)
         self.conversation = ConversationEncoder(
-            tokenizer, settings.template, settings.image_token_id, settings.image_tokens
+            AutoTokenizer.from_pretrained(settings.tokenizer_path),
+            settings.template,
+            settings.image_token_id,
+            settings.tokens_per_mark,
+            image_conv_front=settings.image_conv_front,
+            image_start_end=settings.image_start_end,
         )
         self._settings = settings
         self._with_pixels = with_pixels
@@ -54,27 +63,45 @@ class RecordEncoder:
     def encode_record(self, record: Record) -> EncodedRecord:
         """Record -> row.  Raises RecordError."""
         settings = self._settings
-        encoded = self.conversation.encode(record.exchanges)
+        text = self.encode_text(record)
+        # Decoded also where pixels are not wanted: every pipeline stage must agree on which records are left out.
+        pictures = [open_picture(data, settings.apply_exif_orientation) for data in record.pictures]
+        pixels = None
+        if self._with_pixels:
+            shape = (len(pictures), settings.tiles, 3, settings.side_px, settings.side_px)
+            tiles = np.empty(shape, dtype=np.uint8)
+            for number, picture in enumerate(pictures):
+                tiles[number] = picture_to_tiles(
+                    picture,
+                    settings.tile_columns,
+                    settings.tile_rows,
+                    settings.side_px,
+                    settings.image_aspect_ratio,
+                    settings.image_mean,
+                    settings.center_crop,
+                    settings.resample,
+                )
+            pixels = tiles.reshape(-1, *shape[2:])
+        return EncodedRecord(**vars(text), pixels=pixels)
+
+    def encode_text(self, record: Record) -> EncodedText:
+        """Record -> everything but its pixels; the pictures are not looked at.  Raises RecordError."""
+        settings = self._settings
+        encoded = self.conversation.encode(record.exchanges, record.system)
         tokens = np.asarray(encoded.ids, dtype=np.int64)
         trained = np.asarray(encoded.trained, dtype=bool)
         truncated = len(tokens) > settings.longest_record
         if truncated:
             tokens, trained = tokens[: settings.longest_record], trained[: settings.longest_record]
-            if encoded.image_starts and encoded.image_starts[-1] + settings.image_tokens > settings.longest_record:
+            if encoded.image_starts and encoded.image_starts[-1] + settings.tokens_per_mark > settings.longest_record:
                 raise RecordError(
                     "too long", f"a picture ends beyond token {settings.longest_record} of {len(encoded.ids)}"
                 )
-        labels = np.full(len(tokens), IGNORED, dtype=np.int64)
+        labels = np.full(len(tokens), IGNORE_LABEL, dtype=np.int64)
         labels[:-1][trained[1:]] = tokens[1:][trained[1:]]
-        if not (labels != IGNORED).any():
+        if not (labels != IGNORE_LABEL).any():
             raise RecordError("no trained token", f"none within {settings.longest_record} of {len(encoded.ids)} tokens")
-        # Decoded also where pixels are not wanted: every pipeline stage must agree on which records are left out.
-        pictures = [open_picture(data) for data in record.pictures]
-        pixels = None
-        if self._with_pixels:
-            side_px, ratio, mean = settings.side_px, settings.image_aspect_ratio, settings.image_mean
-            center_crop, resample = settings.center_crop, settings.resample
-            pixels = np.empty((len(pictures), 3, side_px, side_px), dtype=np.uint8)
-            for number, picture in enumerate(pictures):
-                pixels[number] = picture_to_pixels(picture, side_px, ratio, mean, center_crop, resample)
-        return EncodedRecord(record.record_id, tokens, labels, pixels, encoded.image_starts, truncated)
+        starts = [
+            start + tile * settings.image_tokens for start in encoded.image_starts for tile in range(settings.tiles)
+        ]
+        return EncodedText(record.record_id, tokens, labels, starts, truncated)

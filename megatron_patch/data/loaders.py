@@ -1,10 +1,11 @@
-"""Train and valid loaders over an energon folder.
+"""Train and valid loaders over an energon dataset.
 
-Position p of the endless sequence holds one record (order.py).  Micro-batch number k of data-parallel rank r of R
-takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch size.  So in a step R ranks see
-what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's number k * R + r, and workers
-change nothing.
-A record that cannot be used leaves an empty row behind: counted, named, and nobody else's position moves.
+Position p of the endless sequence holds one record, or with packing one row of them (order.py).  Micro-batch number k
+of data-parallel rank r of R takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch
+size.  So in a step R ranks see what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's
+number k * R + r, and workers change nothing.
+A record that cannot be used leaves an empty row (packed: a shorter one) behind: counted, named, and nobody else's
+position moves.
 
 The folders are megatron-energon's; its own loader is not used, because its order depends on ranks times workers, its
 state is pickled, must be replayed and fits one layout only.  Here the state is one number that fits all.
@@ -12,19 +13,21 @@ state is pickled, must be replayed and fits one layout only.  Here the state is 
 
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_patch.data import state as data_state
-from megatron_patch.data.batch import collate
+from megatron_patch.data.batch import collate, collate_packed
 from megatron_patch.data.encoder import EncodedRecord, RecordEncoder
-from megatron_patch.data.order import ShuffledOrder, StoredOrder
+from megatron_patch.data.label_check import check_labels
+from megatron_patch.data.lengths import record_lengths
+from megatron_patch.data.order import BlendOrder, GroupedOrder, Order, PackedOrder, ShuffledOrder, StoredOrder
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.settings import DataSettings
-from megatron_patch.data.source import EnergonFolder
+from megatron_patch.data.source import Dataset as EnergonDataset
 from megatron_patch.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,9 +48,20 @@ def build_train_loader(
     state_file: str | None = None,
     state: dict[str, Any] | None = None,
 ) -> "TrainLoader":
-    """Endless loader over the train split, from its start or from a saved state.  Raises UserError."""
+    """Endless loader over the train split, from its start or from a saved state.
+
+    Raises UserError: settings, data or state do not fit, or training on a first sample could not teach what it should.
+    """
+    dataset = EnergonDataset(path, "train")
+    encoder = RecordEncoder(settings, with_pixels)
+    check_labels(dataset, encoder, settings.max_skipped_share)
+    order, meaning = _train_order(dataset, encoder, settings)
     loader = TrainLoader(
-        _Batches(path, "train", settings, with_pixels), settings, data_parallel_rank, data_parallel_size
+        _Batches(dataset, order, encoder, settings, with_pixels, settings.packing),
+        settings,
+        data_parallel_rank,
+        data_parallel_size,
+        meaning,
     )
     if state_file is not None:
         state = data_state.read(state_file)
@@ -59,44 +73,94 @@ def build_train_loader(
 def build_valid_loader(
     path: str, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int, with_pixels: bool = True
 ) -> "ValidLoader":
-    """Loader over the val split whose every iter() starts at the first record again.  Raises UserError."""
-    return ValidLoader(_Batches(path, "val", settings, with_pixels), settings, data_parallel_rank, data_parallel_size)
+    """Loader over the val split, never packed, whose every iter() starts at the first record again.
+
+    Raises UserError.
+    """
+    dataset = EnergonDataset(path, "val")
+    batches = _Batches(
+        dataset, _stored(dataset, settings), RecordEncoder(settings, with_pixels), settings, with_pixels, packed=False
+    )
+    return ValidLoader(batches, settings, data_parallel_rank, data_parallel_size)
+
+
+def _train_order(dataset: EnergonDataset, encoder: RecordEncoder, settings: DataSettings) -> tuple[Order, str]:
+    """The order of training, and words that change whenever its positions come to mean other records."""
+    kind, seed = settings.order, settings.seed
+    if kind == "modality" and dataset.weights is not None:
+        raise UserError(
+            f"{dataset.path}: folders with weights cannot be grouped by modality, for a step would mix them; "
+            "use blend_epochized with repetitions, or the order cyclic"
+        )
+    if not settings.packing and kind != "modality":
+        return _blended(dataset, seed, lambda _, counts: _plain(counts, settings)), kind
+    lengths = record_lengths(dataset, encoder, settings)
+    if kind == "modality":
+        step, mult = settings.step_records, settings.mega_batch_mult
+        meaning = f"modality, {step} records a step, {mult} steps together, lengths {lengths.fingerprint}"
+        return GroupedOrder(dataset.shard_counts, seed, lengths, step, mult), meaning
+
+    def packed(start: int, counts: Sequence[int]) -> PackedOrder:
+        own = lengths.part(start, start + sum(counts))
+        return PackedOrder(counts, seed, own, settings.longest_record, shuffle=kind == "cyclic")
+
+    meaning = f"{kind}, packed into {settings.longest_record} tokens, lengths {lengths.fingerprint}"
+    return _blended(dataset, seed, packed), meaning
+
+
+def _plain(shard_counts: Sequence[int], settings: DataSettings) -> Order:
+    return ShuffledOrder(shard_counts, settings.seed) if settings.order == "cyclic" else StoredOrder(shard_counts)
+
+
+def _stored(dataset: EnergonDataset, settings: DataSettings) -> Order:
+    return _blended(dataset, settings.seed, lambda _, counts: StoredOrder(counts))
+
+
+def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[int]], Order]) -> Order:
+    """One order over all folders, or with weights one for each, blended; build(first record, records per shard)."""
+    if dataset.weights is None:
+        return build(0, dataset.shard_counts)
+    orders = [build(start, folder.shard_counts) for start, folder in zip(dataset.starts, dataset.folders, strict=False)]
+    return BlendOrder(orders, dataset.starts, dataset.weights, seed)
 
 
 class _Batches(Dataset):
     """`batches[position]` -> the micro-batch that starts there, with the account of its records."""
 
-    def __init__(self, path: str, split: str, settings: DataSettings, with_pixels: bool) -> None:
-        self.folder = EnergonFolder(path, split)
-        self._order = (
-            ShuffledOrder(self.folder.shard_counts, settings.seed)
-            if split == "train"
-            else StoredOrder(self.folder.shard_counts)
-        )
-        self._encoder = RecordEncoder(settings, with_pixels)
-        self._settings = settings
-        self._with_pixels = with_pixels
+    def __init__(
+        self,
+        dataset: EnergonDataset,
+        order: Order,
+        encoder: RecordEncoder,
+        settings: DataSettings,
+        with_pixels: bool,
+        packed: bool,
+    ) -> None:
+        self.dataset, self.order = dataset, order
+        self._encoder, self._settings, self._with_pixels = encoder, settings, with_pixels
+        self._collate = collate_packed if packed else collate
 
     def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
         rows: list[EncodedRecord | None] = []
         counts = {"kept": 0, "truncated": 0}
         skipped: list[Skipped] = []
-        for offset in range(self._settings.micro_batch_size):
-            index = self._order[position + offset]
+        places = range(position, position + self._settings.micro_batch_size)
+        for index in (index for place in places for index in self.order[place]):
             try:
                 row = self._encode(index)
-                counts["kept"] += 1
-                counts["truncated"] += row.truncated
             except RecordError as error:
-                row = None
-                skipped.append((self.folder.name(index), error.reason, error.detail))
+                skipped.append((self.dataset.name(index), error.reason, error.detail))
+                rows.append(None)
+                continue
+            counts["kept"] += 1
+            counts["truncated"] += row.truncated
             rows.append(row)
         pad_token_id = self._encoder.conversation.pad_token_id
-        return collate(rows, self._settings, pad_token_id, self._with_pixels), counts, skipped
+        return self._collate(rows, self._settings, pad_token_id, self._with_pixels), counts, skipped
 
     def _encode(self, index: int) -> EncodedRecord:
         try:
-            parts = self.folder[index]
+            parts = self.dataset[index]
         except (OSError, ValueError, tarfile.TarError) as error:
             raise RecordError("malformed", f"shard: {type(error).__name__}: {error}") from error
         if parts is None:
@@ -140,7 +204,7 @@ class _Loader:
     @property
     def records(self) -> int:
         """Records of the split."""
-        return len(self._batches.folder)
+        return len(self._batches.dataset)
 
     def _iterate(self, position: int) -> Iterator[tuple[Batch, dict[str, int], list[Skipped]]]:
         """Micro-batches of this rank from a position of the sequence on."""
@@ -172,7 +236,7 @@ class _Loader:
             self.counts["skipped"] += 1
             self.counts[f"skipped: {reason}"] = self.counts.get(f"skipped: {reason}", 0) + 1
             if self.counts["skipped"] <= NAMED_IN_LOG:
-                logger.warning("%s: record %s skipped: %s: %s", self._batches.folder.path, record, reason, detail)
+                logger.warning("%s: record %s skipped: %s: %s", self._batches.dataset.path, record, reason, detail)
         seen = self.counts["kept"] + self.counts["skipped"]
         limit = max(ALWAYS_TOLERATED, self._settings.max_skipped_share * seen)
         if self.counts["skipped"] > limit:
@@ -180,7 +244,7 @@ class _Loader:
             record, reason, detail = skipped[-1]
             share = f"{self._settings.max_skipped_share:.0%}"
             raise UserError(
-                f"{self._batches.folder.path}: {self.counts['skipped']} of {seen} records had to be skipped "
+                f"{self._batches.dataset.path}: {self.counts['skipped']} of {seen} records had to be skipped "
                 f"({reasons}), the last one {record}: {reason}: {detail}; tolerated are {share}; "
                 "check DECODER_SEQ_LEN, the template, and the ledger beside the shards"
             )
@@ -190,9 +254,15 @@ class TrainLoader(_Loader):
     """Endless iterator over micro-batches; its state is exact for the batches that were taken from it."""
 
     def __init__(
-        self, batches: _Batches, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int
+        self,
+        batches: _Batches,
+        settings: DataSettings,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        meaning: str,
     ) -> None:
         super().__init__(batches, settings, data_parallel_rank, data_parallel_size)
+        self._meaning = meaning
         self._position = 0  # where the next micro-batch of rank 0 starts, the same number on every rank
         self._iterator: Iterator[tuple[Batch, dict[str, int], list[Skipped]]] | None = None
 
@@ -210,7 +280,7 @@ class TrainLoader(_Loader):
     @property
     def epoch(self) -> float:
         """Passes over the train split so far."""
-        return self._position / self.records
+        return self._position / self._batches.order.positions
 
     def save_state(self) -> dict[str, Any]:
         """Position after the batches taken so far, and this rank's counts; no communication, plain types only."""
@@ -227,13 +297,13 @@ class TrainLoader(_Loader):
         Raises UserError when it was saved for other data or another seed.  Counts go on with the same rank of the same
         number of ranks and start at zero otherwise.
         """
-        self._position = data_state.check(state, self._expected_data(), self._batches.folder.path)
+        self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
         self._iterator = None
         if state["topology"] == self._topology():
             self.counts = dict(state["counts"])
 
     def _expected_data(self) -> dict[str, Any]:
-        return data_state.describe(self._batches.folder.fingerprint, self.records, self._settings.seed)
+        return data_state.describe(self._batches.dataset.fingerprint, self.records, self._settings.seed, self._meaning)
 
     def _topology(self) -> dict[str, int]:
         return {"data_parallel_rank": self._rank, "data_parallel_size": self._size}

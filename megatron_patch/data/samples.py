@@ -18,6 +18,7 @@ class Record:
     record_id: str
     exchanges: tuple[Exchange, ...]
     pictures: tuple[bytes, ...]
+    system: str | None = None  # in place of the template's own system sentence
 
 
 def read_exchanges(conversations: Any, pictures: int) -> tuple[Exchange, ...]:
@@ -67,37 +68,72 @@ def _read_turn(turn: Any) -> tuple[str, str]:
     return turn["from"], turn["value"]
 
 
+def is_picture_part(part: str) -> bool:
+    """Is this the name of a part of a sample that holds a picture?"""
+    return part.lower().rsplit(".", 1)[-1] in PICTURE_PARTS
+
+
 def cook(parts: Mapping[str, Any]) -> Record:
     """The parts of one sample of an energon folder -> Record.  Raises RecordError.
 
     Three layouts are known: ours (json {id, conversations} + pictures), Pai-Megatron-Patch's (json is the list of
-    turns + jpg), and question/answer (json {question} + txt + picture).
+    turns + jpg), and question/answer (json {question} + txt + picture).  Any other is read through the field map with
+    which `energon prepare` declared the folder as one of questions and answers.
     """
     key = f"{parts['__shard__']}/{parts['__key__']}"
-    names = [name for name in parts if name.lower().rsplit(".", 1)[-1] in PICTURE_PARTS]
+    names = [name for name in parts if is_picture_part(name)]
     pictures = tuple(parts[name] for name in sorted(names, key=_picture_number))
     try:
-        content = json.loads(parts["json"])
-    except KeyError:
-        raise RecordError("malformed", f"sample has no json part, only {', '.join(names) or 'nothing'}") from None
+        content = json.loads(parts["json"]) if "json" in parts else None
     except ValueError as error:
         raise RecordError("malformed", f"json part: {error}") from None
     if isinstance(content, dict) and "conversations" in content:
         exchanges = read_exchanges(content["conversations"], len(pictures))
-        return Record(str(content.get("id", key)), exchanges, pictures)
+        system = content.get("system")
+        if system is not None and not isinstance(system, str):
+            raise RecordError("malformed", f"system is {type(system).__name__}, wanted text")
+        return Record(str(content.get("id", key)), exchanges, pictures, system)
     if isinstance(content, list):
         return Record(key, read_exchanges(content, len(pictures)), pictures)
     if isinstance(content, dict) and isinstance(content.get("question"), str) and "txt" in parts:
-        return Record(key, _question_and_answer(content["question"], parts["txt"], len(pictures)), pictures)
+        answer = parts["txt"].decode("utf-8", "replace")
+        return Record(key, _question_and_answer(content["question"], answer, len(pictures)), pictures)
+    if "__field_map__" in parts:
+        return _cook_mapped(key, {**parts, "json": content}, parts["__field_map__"])
+    if content is None:
+        raise RecordError("malformed", f"sample has no json part, only {', '.join(names) or 'nothing'}")
     raise RecordError("malformed", "json part is neither {conversations}, nor a list of turns, nor {question} with txt")
 
 
-def _question_and_answer(question: str, answer: bytes, pictures: int) -> tuple[Exchange, ...]:
+def _cook_mapped(key: str, parts: Mapping[str, Any], field_map: Mapping[str, str]) -> Record:
+    """A sample of energon's VQASample: image, context and answers are found as the field map says."""
+    from megatron.energon.flavors.webdataset.field_access import field_access, split_field_access
+
+    def find(field: str) -> Any:
+        if field not in field_map:
+            raise RecordError("malformed", f"the folder's field_map names no {field}")
+        try:
+            value = field_access(parts, split_field_access(field_map[field]))
+        except Exception as error:  # FieldAccessError, KeyError, IndexError, ValueError: all say that it is not there
+            raise RecordError("malformed", f"no {field} at {field_map[field]}: {error}") from None
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) and field != "image" else value
+
+    answers = find("answers")
+    answer = answers[0] if isinstance(answers, list) and answers else answers
+    context = find("context")
+    if not isinstance(context, str) or not isinstance(answer, str):
+        raise RecordError("malformed", "context or answers is not text")
+    pictures = (find("image"),) if "image" in field_map else ()
+    if not all(isinstance(picture, bytes) for picture in pictures):
+        raise RecordError("malformed", f"{field_map['image']} holds no picture")
+    return Record(key, _question_and_answer(context, answer, len(pictures)), pictures)
+
+
+def _question_and_answer(question: str, answer: str, pictures: int) -> tuple[Exchange, ...]:
     """Question/answer layout: questions there carry no mark for their picture, so it is put at the front."""
     if IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n" * pictures + question
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.decode("utf-8", "replace")}]
-    return read_exchanges(turns, pictures)
+    return read_exchanges([{"from": "human", "value": question}, {"from": "gpt", "value": answer}], pictures)
 
 
 def _picture_number(part: str) -> tuple[int, str]:

@@ -37,8 +37,10 @@ class DataSettings:
     tile_rows: int = 1
     # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and pictures apart, like lengths together
     order: str = "cyclic"
-    group_records: int = 0  # with order=modality: records that are sorted by length together
+    step_records: int = 0  # with order=modality: records of an optimizer step
+    mega_batch_mult: int = 50  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
+    record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, all at once."""
@@ -61,8 +63,12 @@ class DataSettings:
         for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(allowed)}")
-        if self.order == "modality" and self.group_records < 1:
-            problems.append(f"group_records is {self.group_records}, wanted at least 1 with order modality")
+        if self.order == "modality":
+            for name in ("step_records", "mega_batch_mult"):
+                if getattr(self, name) < 1:
+                    problems.append(f"{name} is {getattr(self, name)}, wanted at least 1 with order modality")
+            if self.packing:
+                problems.append("order modality and packing exclude each other: packed rows are all of one length")
         if not problems and self.longest_record <= self.tokens_per_mark:
             problems.append(
                 f"decoder_seq_len {self.decoder_seq_len} (in multiples of {self.length_multiple}: "

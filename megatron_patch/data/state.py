@@ -8,21 +8,22 @@ from megatron_patch.errors import UserError
 FORMAT = 1  # raise it whenever a position would come to mean another record
 
 
-def describe(fingerprint: str, records: int, seed: int) -> dict[str, Any]:
+def describe(fingerprint: str, records: int, seed: int, order: str) -> dict[str, Any]:
     """What the meaning of a position depends on."""
-    return {"format": FORMAT, "fingerprint": fingerprint, "records": records, "seed": seed}
+    return {"format": FORMAT, "fingerprint": fingerprint, "records": records, "seed": seed, "order": order}
 
 
 def check(state: Any, expected: dict[str, Any], path: str) -> int:
     """The position in `state`; UserError when it was saved for other data, another seed or by another version."""
     if not isinstance(state, dict) or not isinstance(state.get("data"), dict) or "position" not in state:
         raise UserError(f"{path}: the saved data position has an unknown form; start with a new OUTPUT_BASEPATH")
-    saved = state["data"]
+    saved = {"order": "cyclic", **state["data"]}  # states of the first version know no other order
     meanings = {
         "format": "version of the order of records",
         "fingerprint": "data (shard names, counts and sizes)",
         "records": "number of records",
         "seed": "seed",
+        "order": "order of the records",
     }
     differences = [
         f"{meaning}: saved {saved.get(name)}, now {expected[name]}"

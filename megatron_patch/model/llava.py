@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LlavaGeometry, TowerGeometry
+from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
 from megatron_patch.model.layer_specs import (
     NORM_KEYS_AS_TRANSFORMER_ENGINE,
@@ -36,8 +36,6 @@ from megatron_patch.model.layer_specs import (
     projector_layers,
     tower_block,
 )
-
-IGNORE_LABEL = -100  # Hugging Face's, torch's and LLaVA's own mark of "not trained"
 
 
 def quick_gelu(states: Tensor) -> Tensor:

@@ -60,9 +60,8 @@ def data_settings(settings: RunSettings, args: Any) -> DataSettings:
     """What the data room needs to know, from the run's settings and Megatron's arguments."""
     geometry = settings.geometry
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    if args.context_parallel_size > 1:
-        multiple *= 2 * args.context_parallel_size
+    sequence = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     return DataSettings(
         tokenizer_path=str(settings.llava_folder),
         template=settings.template,
@@ -75,9 +74,20 @@ def data_settings(settings: RunSettings, args: Any) -> DataSettings:
         resample=settings.resample,
         decoder_seq_len=args.seq_length,
         micro_batch_size=args.micro_batch_size,
-        length_multiple=multiple,
+        length_multiple=sequence * context,
+        record_multiple=context,
         seed=args.seed,
         num_workers=args.num_workers,
+        max_skipped_share=args.max_skipped_share,
+        image_conv_front=args.image_conv_front,
+        image_start_end=args.image_start_end,
+        apply_exif_orientation=not args.ignore_exif_orientation,
+        tile_columns=args.image_tiles[0],
+        tile_rows=args.image_tiles[1],
+        order=args.data_order,
+        step_records=args.global_batch_size,
+        mega_batch_mult=args.mega_batch_mult,
+        packing=args.packing,
     )
 
 
@@ -104,17 +114,19 @@ def build_loaders(settings: RunSettings) -> tuple[TrainIterator | None, Repeatin
     """Training and validation iterators of this process; none on pipeline stages that need no data.
 
     First and last stage read the same records: the one the pictures and tokens, the other the labels.  Both decode, so
-    that a record skipped by one is skipped by both.
+    that a record skipped by one is skipped by both.  Stages between them read packed rows for where records begin.
     """
     args = get_args()
-    if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
+    first = mpu.is_pipeline_first_stage()
+    if not (first or mpu.is_pipeline_last_stage() or args.packing):
         return None, None, None
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     wanted = data_settings(settings, args)
     state = read_saved_state(Path(args.load), args.iteration, rank) if args.iteration > 0 else None
-    train = build_train_loader(args.train_dataset_path, wanted, rank, size, state=state)
+    train = build_train_loader(args.train_dataset_path, wanted, rank, size, with_pixels=first, state=state)
     valid = None
     if args.eval_iters:
         micro_batches = args.eval_iters * (args.global_batch_size // (args.micro_batch_size * size))
-        valid = RepeatingIterator(build_valid_loader(args.valid_dataset_path, wanted, rank, size), micro_batches)
+        loader = build_valid_loader(args.valid_dataset_path, wanted, rank, size, with_pixels=first)
+        valid = RepeatingIterator(loader, micro_batches)
     return TrainIterator(train), valid, None

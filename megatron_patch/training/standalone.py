@@ -9,11 +9,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
-from megatron_patch.geometry import read_geometry_of
+from megatron_patch.geometry import VOCABULARY_STEP, read_geometry_of
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.words import decoder_words
-
-VOCABULARY_STEP = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
 def build_model(

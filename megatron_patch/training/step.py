@@ -11,39 +11,44 @@ from torch import Tensor
 from megatron_patch import device
 from megatron_patch.model.llava import LlavaModel
 
-HEADER = 4  # B, S, N, picture side
+HEADER = 5  # B, S, N, picture side, entries of cu_seqlens (0: not packed)
 
 
-def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]:
     """Send the micro-batch of tensor-parallel rank 0 to its peers.
 
     Args:
-        batch: on rank 0 tokens [B, S], labels [B, S] int64 and pixels [N, 3, side, side] uint8; elsewhere None.
+        batch: on rank 0 tokens [B, S], labels [B, S] int64, pixels [N, 3, side, side] uint8 or None, and for a packed
+            row cu_seqlens [records + 1] int32; elsewhere None.
 
     Returns:
-        The same three tensors on this process's device.
+        The same tensors on this process's device; cu_seqlens is None when not packed, pixels where there are none.
     """
     here = device.current_device()
-    if mpu.get_tensor_model_parallel_world_size() == 1:
-        return {name: batch[name].to(here, non_blocking=True) for name in ("tokens", "labels", "pixels")}
+    parallel = mpu.get_tensor_model_parallel_world_size() > 1
     source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
 
     def send(tensor: Tensor) -> Tensor:
-        torch.distributed.broadcast(tensor, source, group=group)
+        if parallel and tensor.numel():
+            torch.distributed.broadcast(tensor, source, group=group)
         return tensor
 
     if batch is None:
-        size, length, pictures, side = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        size, length, pictures, side, entries = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
         text = torch.empty(2, size, length, dtype=torch.int64, device=here)
         pixels = torch.empty(pictures, 3, side, side, dtype=torch.uint8, device=here)
+        cu_seqlens = torch.empty(entries, dtype=torch.int32, device=here)
     else:
-        text = torch.stack([batch["tokens"], batch["labels"]]).to(here)
-        pixels = batch["pixels"].to(here)
-        send(torch.tensor([*text.shape[1:], pixels.shape[0], pixels.shape[-1]], dtype=torch.int64, device=here))
-    send(text)
-    if pixels.numel():
-        send(pixels)
-    return {"tokens": text[0], "labels": text[1], "pixels": pixels}
+        text = torch.stack([batch["tokens"], batch["labels"]]).to(here, non_blocking=True)
+        pixels, cu_seqlens = (
+            torch.empty(nothing, dtype=dtype, device=here) if batch.get(name) is None else batch[name].to(here)
+            for name, nothing, dtype in (("pixels", (0, 3, 0, 0), torch.uint8), ("cu_seqlens", 0, torch.int32))
+        )
+        header = [*text.shape[1:], pixels.shape[0], pixels.shape[-1], cu_seqlens.shape[0]]
+        send(torch.tensor(header, dtype=torch.int64, device=here))
+    text, pixels, cu_seqlens = send(text), send(pixels), send(cu_seqlens)
+    packed = cu_seqlens if cu_seqlens.numel() else None
+    return {"tokens": text[0], "labels": text[1], "pixels": pixels, "cu_seqlens": packed}
 
 
 def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -65,13 +70,14 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
-    batch = {"tokens": None, "labels": None, "pixels": None}
-    if first or last:
+    batch = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}
+    if first or last or get_args().packing:  # packed rows: every stage must know where records begin
         batch = broadcast_batch(next(data_iterator) if data_iterator is not None else None)
     timers("batch-generator").stop()
     output = model(
         tokens=batch["tokens"] if first else None,
         labels=batch["labels"] if last else None,
         pixels=batch["pixels"] if first else None,
+        cu_seqlens=batch["cu_seqlens"],
     )
     return output, loss_function

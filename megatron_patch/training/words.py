@@ -11,6 +11,7 @@ from typing import Any
 from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
+from megatron_patch.data.blend import read_parts
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
 from megatron_patch.model_sizes import check_model_size
@@ -175,13 +176,13 @@ def read_settings(argv: list[str]) -> RunSettings:
             f"SEQ_LEN is {arguments.image_tokens}, the vision tower makes {tower.image_tokens} tokens of a picture "
             f"({tower.side_px} px in patches of {tower.patch_px}); pass {tower.image_tokens}"
         )
-    for name in ("train_dataset_path", "valid_dataset_path"):
-        path = Path(getattr(arguments, name))
-        if not (path / ".nv-meta").is_dir():
-            raise UserError(
-                f"{name.upper()} {path}: no .nv-meta folder in it, so not an energon folder; "
-                "write one with toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
-            )
+    for name, split in (("train_dataset_path", "train"), ("valid_dataset_path", "val")):
+        for part in read_parts(getattr(arguments, name), split):
+            if not (Path(part.path) / ".nv-meta").is_dir():
+                raise UserError(
+                    f"{name.upper()} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
+                    "converter of toolkits/multimodal_data_preprocessing"
+                )
     template = arguments.conversation_template
     if template == "auto":
         template = TEMPLATE_OF_MODEL[geometry.language.model_type]

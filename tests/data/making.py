@@ -60,7 +60,7 @@ def picture_bytes(seed: int, size: tuple[int, int] = (20, 16), kind: str = "PNG"
     return buffer.getvalue()
 
 
-def make_records(root: Path, count: int) -> Path:
+def make_records(root: Path, count: int, prefix: str = "r") -> Path:
     """DIR with images/ and data.json: captions, three turns for every third, no picture for every fifth."""
     (root / "images").mkdir(parents=True)
     records = []
@@ -74,7 +74,7 @@ def make_records(root: Path, count: int) -> Path:
                 {"from": "human", "value": "what colour?"},
                 {"from": "gpt", "value": "red ink " * (number % 7 + 1)},
             ]
-        record = {"id": f"r{number:04d}", "conversations": turns}
+        record = {"id": f"{prefix}{number:04d}", "conversations": turns}
         if number % 5:
             record["image"] = f"{number}.png"
             (root / "images" / record["image"]).write_bytes(picture_bytes(number))

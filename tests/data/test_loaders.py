@@ -1,16 +1,21 @@
 """The loaders: exactly once per epoch, the same records for every layout, exact resume, refusals."""
 
 import io
+import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from megatron.energon import traverse_metadataset
 
 from megatron_patch.data import DataSettings, build_train_loader, build_valid_loader
-from megatron_patch.data.encoder import IGNORED
+from megatron_patch.data.blend import read_parts
 from megatron_patch.data.loaders import TrainLoader
 from megatron_patch.data.records import convert
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import IGNORE_LABEL
 from tests.data.making import changed, make_records
 
 TRAIN, VALID = 93, 10
@@ -52,10 +57,10 @@ def test_shapes_and_types_of_a_batch(folder: str, settings: DataSettings) -> Non
         # No position predicts a placeholder or padding, and the loss never sits on them.
         labels = batch["labels"]
         assert not (labels == settings.image_token_id).any()
-        assert (labels[placeholders][:: settings.image_tokens] == IGNORED).all()
+        assert (labels[placeholders][:: settings.image_tokens] == IGNORE_LABEL).all()
         assert not (labels == 0).any()
         # Labels are the tokens shifted by one.
-        trained = labels[:, :-1] != IGNORED
+        trained = labels[:, :-1] != IGNORE_LABEL
         assert torch.equal(labels[:, :-1][trained], batch["tokens"][:, 1:][trained])
         assert trained.any(dim=1).all()
 
@@ -183,15 +188,24 @@ def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: 
     assert max(batch["tokens"].shape[1] for batch in batches) == limit
     assert cut.counts["truncated"] + cut.counts["skipped"] == sum(length > limit for length in lengths) > 0
     assert cut.counts["kept"] + cut.counts["skipped"] == TRAIN
-    hopeless = build_train_loader(folder, changed(settings, decoder_seq_len=40), 0, 1)
-    with pytest.raises(UserError, match=r"of \d+ records had to be skipped \((no trained token|too long) \d+"):
-        take(hopeless, 40)
+    with pytest.raises(UserError, match=r"93 of 93 records looked at carry no label .*raise DECODER_SEQ_LEN"):
+        build_train_loader(folder, changed(settings, decoder_seq_len=40), 0, 1)
+
+
+def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: DataSettings) -> None:
+    lengths = [
+        int((batch["tokens"] != 0).sum())
+        for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), TRAIN)
+    ]
+    shortest = (min(lengths) - 1) // 4 * 4  # every answer loses at least its ending
+    with pytest.raises(UserError, match=r"ends an answer \(id 2\) is a label in none of"):
+        build_train_loader(folder, changed(settings, decoder_seq_len=shortest, max_skipped_share=1.0), 0, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"template": "chatty"}, "wanted one of plain, v1, mistral, qwen"),
+        ({"template": "chatty"}, "wanted one of plain, v0, v1"),
         ({"image_token_id": 1}, "has id 3, the model wants 1"),
         ({"decoder_seq_len": 4}, "leaves no room for text"),
         ({"image_aspect_ratio": "square"}, "wanted crop or pad or stretch"),
@@ -216,3 +230,158 @@ def test_wrong_folders_are_refused(folder: str, settings: DataSettings, tmp_path
     next((root / "wds").glob("*.tar")).unlink()
     with pytest.raises(UserError, match="is missing"):
         build_train_loader(str(root / "wds"), settings, 0, 1)
+
+
+PACKED = {"packing": True, "decoder_seq_len": 512, "micro_batch_size": 1}
+
+
+def test_packed_rows_hold_the_records_of_unpacked_ones(folder: str, settings: DataSettings) -> None:
+    alone = {
+        batch["record_ids"][0]: batch
+        for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), TRAIN)
+    }
+    packed = build_train_loader(folder, changed(settings, **PACKED, record_multiple=4, length_multiple=8), 0, 1)
+    seen = []
+    while len(seen) < TRAIN:
+        batch = next(packed)
+        bounds = batch["cu_seqlens"].tolist()
+        assert batch["cu_seqlens"].dtype == torch.int32 and bounds[0] == 0
+        assert batch["tokens"].shape == batch["labels"].shape == (1, bounds[-1])
+        assert bounds[-1] % 8 == 0 and all(bound % 4 == 0 for bound in bounds)
+        assert len(bounds) == len(batch["record_ids"]) + 1
+        for name, start, end in zip(batch["record_ids"], bounds, bounds[1:], strict=False):
+            record = alone[name]
+            length = int((record["tokens"] != 0).sum())
+            assert length <= end - start
+            for part, filling in (("tokens", 0), ("labels", IGNORE_LABEL)):
+                assert torch.equal(batch[part][0, start : start + length], record[part][0, :length])
+                assert (batch[part][0, start + length : end] == filling).all()
+        assert torch.equal(batch["pixels"], torch.cat([alone[name]["pixels"] for name in batch["record_ids"]]))
+        for row, start in batch["image_spans"].tolist():
+            assert (batch["tokens"][row, start : start + settings.image_tokens] == settings.image_token_id).all()
+        seen += batch["record_ids"]
+    assert sorted(seen) == sorted(alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
+def test_an_epoch_over_a_kill_and_another_number_of_ranks_holds_every_record_once(
+    folder: str, settings: DataSettings, workers: int, packing: bool, before: int, after: int
+) -> None:
+    """The trainer's own way: states saved with a checkpoint, everything taken after it thrown away by the kill."""
+    chosen = changed(settings, micro_batch_size=1, num_workers=workers, packing=packing)
+    start = [build_train_loader(folder, chosen, rank, before) for rank in range(before)]
+    seen = [name for _ in range(6) for one in start for name in next(one)["record_ids"]]
+    states = [one.save_state() for one in start]
+    lost = [next(one)["record_ids"] for _ in range(3) for one in start]
+    resumed = [build_train_loader(folder, chosen, rank, after, state=states[-1]) for rank in range(after)]
+    again = [next(one)["record_ids"] for _ in range(6) for one in resumed]
+    assert again[: len(lost)] == lost
+    seen += flat([{"record_ids": names} for names in again])
+    while len(seen) < TRAIN:
+        seen += [name for one in resumed for name in next(one)["record_ids"]]
+    assert len(set(seen[:TRAIN])) == TRAIN
+
+
+def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataSettings) -> None:
+    state = build_train_loader(folder, changed(settings, **PACKED), 0, 1).save_state()
+    for changes in ({"decoder_seq_len": 256}, {"packing": False}, {"image_tokens": 5}, {"order": "single"}):
+        with pytest.raises(UserError, match="order of the records: saved cyclic, packed into 512 tokens"):
+            build_train_loader(folder, changed(settings, **{**PACKED, **changes}), 0, 1, state=state)
+
+
+def test_lengths_are_measured_once(folder: str, settings: DataSettings, tmp_path: Path, capfd) -> None:
+    copy = tmp_path / "wds"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("llava_lengths_*"))
+    build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
+    assert "measuring lengths: 100%" in capfd.readouterr().err
+    (saved,) = (copy / ".nv-meta").glob("llava_lengths_*.npz")
+    build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
+    assert "measuring" not in capfd.readouterr().err
+    saved.write_bytes(saved.read_bytes()[:100])
+    build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
+    assert "measuring lengths: 100%" in capfd.readouterr().err
+
+
+def test_steps_of_one_modality(folder: str, settings: DataSettings) -> None:
+    """A fifth of the records have no picture: their steps hold none at all."""
+    chosen = changed(settings, order="modality", step_records=4, mega_batch_mult=3, micro_batch_size=4)
+    pictures = [
+        {int((batch["image_spans"][:, 0] == row).sum()) for row in range(4)}
+        for batch in take(build_train_loader(folder, chosen, 0, 1), TRAIN // 4 - 1)
+    ]
+    assert sum(kinds == {0} for kinds in pictures) >= 3
+    assert sum(len(kinds) > 1 for kinds in pictures) <= 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_blend_of_folders(folder: str, settings: DataSettings, tmp_path: Path, packing: bool) -> None:
+    root = make_records(tmp_path / "other", 40, prefix="other")
+    convert(root / "data.json", [root / "images"], root / "wds")
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        f"    - {{path: {folder}, weight: 1}}\n    - {{path: other/wds, weight: 3}}\n  val:\n    path: {folder}\n"
+    )
+    assert [str(reference.path) for reference in traverse_metadataset(str(blend), split_part="train")] == [
+        part.path for part in read_parts(str(blend), "train")
+    ]
+    chosen = changed(settings, packing=packing, micro_batch_size=1)
+    batches = take(build_train_loader(str(blend), chosen, 0, 1), 400)
+    other = [any(name.startswith("other") for name in batch["record_ids"]) for batch in batches]
+    assert 0.65 <= np.mean(other) <= 0.85
+    assert not any(len({name.startswith("other") for name in batch["record_ids"]}) > 1 for batch in batches)
+    names = [name for batch in batches for name in batch["record_ids"] if name.startswith("other")]
+    assert len(set(names[:36])) == 36, "a folder's epoch holds each of its records once"
+    assert len(flat(take(iter(build_valid_loader(str(blend), settings, 0, 1)), 5))) == VALID
+    with pytest.raises(UserError, match="cannot be grouped by modality"):
+        build_train_loader(str(blend), changed(chosen, packing=False, order="modality", step_records=4), 0, 1)
+
+
+def test_repetitions_count_for_an_epoch(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+    blend = tmp_path / "twice.yaml"
+    blend.write_text(f"splits: {{train: {{blend_epochized: [{{path: {folder}, repetitions: 2}}]}}}}\n")
+    loader = build_train_loader(str(blend), changed(settings, micro_batch_size=1), 0, 1)
+    seen = Counter(flat(take(loader, 2 * TRAIN)))
+    assert set(seen.values()) == {2} and len(seen) == TRAIN and loader.epoch == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "has no `splits`"),
+        ("splits: {val: {path: x}}", "has no split 'train' \\(it has val\\)"),
+        ("splits: {train: {blend: []}}", "wanted one of blend, datasets, blend_epochized"),
+        ("splits: {train: {join: [{path: x}]}}", "is no folder"),
+        ("splits: {train: {blend: [{path: x, weight: -1}]}}", "has weight -1; wanted a number above 0"),
+        ("splits: {train: {blend: [{path: x, weight: .nan}]}}", "has weight nan"),
+        ("splits: {train: {blend: [{path: x, subset: {range: [0, 5]}}]}}", "x has subset, which is not known"),
+        ("splits: {train: {blend_epochized: [{path: x, repetitions: 0.5}]}}", "wanted a whole number"),
+        ("splits: {train: {path: other.yaml}}", "is a YAML file itself"),
+        ("splits: {train: {path: absent}}", "absent: absent; wanted an energon folder"),
+        ("splits: {{{", "cannot be read as YAML"),
+    ],
+)
+def test_wrong_blends_are_refused(settings: DataSettings, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "blend.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        build_train_loader(str(tmp_path / "blend.yaml"), settings, 0, 1)
+
+
+def test_tiles_are_pictures_of_their_own(folder: str, settings: DataSettings) -> None:
+    plain = {
+        name: batch
+        for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), 40)
+        for name in batch["record_ids"]
+    }
+    tiled = build_train_loader(folder, changed(settings, micro_batch_size=1, tile_columns=2, tile_rows=1), 0, 1)
+    for batch in take(tiled, 40):
+        whole = plain[batch["record_ids"][0]]
+        pictures = len(whole["pixels"])
+        assert batch["pixels"].shape[0] == 3 * pictures == len(batch["image_spans"])
+        placeholders = int((batch["tokens"] == settings.image_token_id).sum())
+        assert placeholders == 3 * settings.image_tokens * pictures
+        assert torch.equal(batch["pixels"][2::3], whole["pixels"]), "the thumbnail is the picture untiled"
+        starts = batch["image_spans"][:, 1]
+        assert torch.equal(starts[1:3] - starts[0:2], torch.full((2,), settings.image_tokens)) or pictures == 0

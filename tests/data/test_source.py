@@ -1,19 +1,15 @@
-"""Folders and orders: the same samples as energon's reader, damage named, every record at one position of an epoch."""
+"""Folders: the same samples as energon's reader, damage named."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-from megatron_patch.data import DataSettings, build_train_loader, order
-from megatron_patch.data.order import ShuffledOrder
+from megatron_patch.data import DataSettings, build_train_loader
 from megatron_patch.data.source import EnergonFolder
 from megatron_patch.errors import UserError
 from tests.data.making import changed
@@ -29,6 +25,15 @@ def test_samples_equal_those_of_energons_reader(folder: str) -> None:
             name: part for name, part in theirs[int(index)].items() if name not in ("__restore_key__", "__sources__")
         }
         assert ours[int(index)] == wanted
+
+
+def test_texts_are_read_without_the_pictures(folder: str) -> None:
+    energon_folder = EnergonFolder(folder, "train")
+    for index in range(0, len(energon_folder), 7):
+        whole, text = energon_folder[index], energon_folder.read_text(index)
+        assert whole.keys() == text.keys()
+        assert {name: whole[name] for name in whole if name != "jpg"} == {n: text[n] for n in text if n != "jpg"}
+        assert text.get("jpg", b"") == b""
 
 
 def test_excluded_samples_are_left_out_and_counted(folder: str, settings: DataSettings, tmp_path: Path) -> None:
@@ -64,28 +69,3 @@ def test_more_damage_than_tolerated_stops_the_run(folder: str, settings: DataSet
     with pytest.raises(UserError, match=r"11 of \d+ records had to be skipped \(malformed 11\).*tolerated are 1%"):
         for _ in range(50):
             next(loader)
-
-
-@hypothesis_settings(max_examples=60, deadline=None)
-@given(
-    shard_counts=st.lists(st.integers(0, 9), min_size=1, max_size=30),
-    seed=st.integers(0, 2**40),
-    window=st.integers(1, 40),
-)
-def test_every_epoch_holds_every_record_once(shard_counts: list[int], seed: int, window: int) -> None:
-    shard_counts[0] += 1
-    records = sum(shard_counts)
-    saved, order.WINDOW_RECORDS = order.WINDOW_RECORDS, window
-    try:
-        shuffled = ShuffledOrder(shard_counts, seed)
-        for epoch in (0, 1, 5):
-            assert sorted(shuffled[epoch * records + offset] for offset in range(records)) == list(range(records))
-        assert [shuffled[p] for p in range(3)] == [ShuffledOrder(shard_counts, seed)[p] for p in range(3)]
-    finally:
-        order.WINDOW_RECORDS = saved
-
-
-def test_the_order_is_the_same_for_ever() -> None:
-    """Saved positions rely on it: when this fails, raise state.FORMAT."""
-    shuffled = ShuffledOrder([4, 4, 4], 7)
-    assert [shuffled[position] for position in range(14)] == [1, 7, 8, 9, 0, 5, 11, 4, 3, 2, 6, 10, 7, 2]
