@@ -24,6 +24,7 @@ declare -a command=()     # the started program, one word each
 detail=                   # what `fits` found, when the rule alone does not tell
 
 MODEL_SIZES="tiny 0.1B 0.5B 1B 1.5B 3B 7B 8B 13B 14B 32B 72B"
+TEMPLATES="plain v0 v1 llama_2 llama_3 mistral chatml chatml_direct qwen nvgpt japanese_v1"
 COUNT="a whole number from 1 to 999999999"
 COUNT_OR_ZERO="a whole number from 0 to 999999999"
 PARALLEL="a whole number from 1 to 99999"
@@ -35,6 +36,9 @@ fits() {
     local rule=$1 value=$2
     detail=
     case $rule in
+        "one of "*", or a .json or .yaml file")
+            [[ $value == *.@(json|yaml|yml) && -f $value ]] || fits "${rule%, or a .json or .yaml file}" "$value"
+            ;;
         "one of "*)
             [[ -n $value && $value != *[[:space:]]* && " ${rule#one of } " == *" $value "* ]]
             ;;
@@ -52,8 +56,11 @@ fits() {
         "a number from 0 to below 1")
             is_number "$value" && ! at_most 1 "$value"
             ;;
-        "an energon dataset (folder with .nv-meta)")
-            [[ -d $value/.nv-meta ]] || explain_path "$value" .nv-meta
+        "an energon dataset (folder with .nv-meta, or a .yaml that lists such folders)")
+            [[ $value == *.y?(a)ml && -f $value || -d $value/.nv-meta ]] || explain_path "$value" .nv-meta
+            ;;
+        "COLUMNSxROWS, as 2x2")
+            [[ $value =~ ^[1-9]x[1-9]$ ]]
             ;;
         "a converted checkpoint, or none" | "a converted checkpoint")
             [[ $rule == *", or none" && $value == none ]] || is_checkpoint "$value"
@@ -388,8 +395,8 @@ FL|one of true false|true: the fastest attention there is (flash-attn or cuDNN);
 AC|one of sel full offload false true|activations: recompute attention (sel; true means sel) or whole layers, move them to the host, keep them
 OPTIMIZER_OFFLOAD|one of false static auto|optimizer state in host memory; needs DO=true and a GPU
 SAVE_INTERVAL|$COUNT|iterations from one checkpoint to the next
-DATASET_PATH|an energon dataset (folder with .nv-meta)|training data
-VALID_DATASET_PATH|an energon dataset (folder with .nv-meta)|validation data; may be the folder of the training data
+DATASET_PATH|an energon dataset (folder with .nv-meta, or a .yaml that lists such folders)|training data
+VALID_DATASET_PATH|an energon dataset (folder with .nv-meta, or a .yaml that lists such folders)|validation data; may be the training data's
 PRETRAIN_CHECKPOINT_PATH|a converted checkpoint, or none|weights to start from, configuration and tokenizer; none: start from nothing
 TRAIN_ITERS|$COUNT|iterations, warm-up included
 LR_WARMUP_ITERS|$COUNT_OR_ZERO|iterations of linear warm-up; fewer than TRAIN_ITERS
@@ -407,13 +414,21 @@ training_options() {
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
-CONVERSATION_TEMPLATE|$2|one of auto plain v1 mistral qwen|how turns become text; auto: the one that fits the language model
-IMAGE_ASPECT_RATIO|crop|one of crop pad|how a picture becomes square
+CONVERSATION_TEMPLATE|$2|one of auto $TEMPLATES, or a .json or .yaml file|how turns become text; auto: the one that fits the language model
+IMAGE_CONV_FRONT|false|one of true false|pictures stand before the conversation
+IMAGE_START_END|false|one of true false|each picture stands between <im_start> and <im_end>, which the tokenizer must know
+IMAGE_ASPECT_RATIO|crop|one of crop pad stretch|how a picture becomes square
+IMAGE_TILES|1x1|COLUMNSxROWS, as 2x2|each picture becomes that many tiles and a thumbnail, of SEQ_LEN tokens each; 1x1: only the picture
+EXIF_ORIENTATION|true|one of true false|turn pictures as their EXIF tag says; false: as LLaVA's original code
+DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and pictures in steps of their own, of like length
+MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
+PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
+MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
 MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
-NUM_WORKERS|2|a whole number from 0 to 999|loader processes per rank; keep it when resuming
+NUM_WORKERS|2|a whole number from 0 to 999|loader processes per rank; may change on resuming
 SEED|1234|$COUNT|seed of weights, order of the data and dropout
 LOG_INTERVAL|1|$COUNT|iterations from one line of the log to the next
 EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
@@ -442,6 +457,7 @@ launch_llava() {
     check_training
     stop_if_wrong
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
+    [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     torchrun_words "${arg[OUTPUT_BASEPATH]}"
     command+=("$repository/examples/llava_mcore/pretrain_llava.py")
     training_words
@@ -470,8 +486,17 @@ check_training() {
     if right LR MIN_LR && ! at_most "${arg[MIN_LR]}" "${arg[LR]}"; then
         refuse MIN_LR "must be at most LR=${arg[LR]}"
     fi
-    if right SEQ_LEN DECODER_SEQ_LEN && ((arg[DECODER_SEQ_LEN] <= arg[SEQ_LEN])); then
-        refuse DECODER_SEQ_LEN "must be more than SEQ_LEN=${arg[SEQ_LEN]}: it counts the image tokens and the text"
+    if right SEQ_LEN DECODER_SEQ_LEN IMAGE_TILES; then
+        local tiles=$((${arg[IMAGE_TILES]/x/*})) picture=${arg[SEQ_LEN]} what="SEQ_LEN=${arg[SEQ_LEN]}"
+        if ((tiles > 1)); then
+            picture=$((arg[SEQ_LEN] * (tiles + 1)))
+            what="$picture, SEQ_LEN=${arg[SEQ_LEN]} for each of $tiles tiles and the thumbnail"
+        fi
+        ((arg[DECODER_SEQ_LEN] > picture)) ||
+            refuse DECODER_SEQ_LEN "must be more than $what: it counts the image tokens and the text"
+    fi
+    if right PACKING DATA_ORDER && [[ ${arg[PACKING]} == true && ${arg[DATA_ORDER]} == modality ]]; then
+        refuse DATA_ORDER "is not for PACKING=true: packed rows are all of one length"
     fi
     if right TRAIN_ITERS LR_WARMUP_ITERS && ((arg[LR_WARMUP_ITERS] >= arg[TRAIN_ITERS])); then
         refuse LR_WARMUP_ITERS "must be less than TRAIN_ITERS=${arg[TRAIN_ITERS]}"
@@ -570,10 +595,16 @@ training_words() {
         --train-dataset-path "${arg[DATASET_PATH]}" --valid-dataset-path "${arg[VALID_DATASET_PATH]}"
         --init-from "${arg[PRETRAIN_CHECKPOINT_PATH]}" --model-size "${arg[MODEL_SIZE]}"
         --image-tokens "${arg[SEQ_LEN]}" --image-aspect-ratio "${arg[IMAGE_ASPECT_RATIO]}"
+        --image-tiles "${arg[IMAGE_TILES]}" --data-order "${arg[DATA_ORDER]}" --mega-batch-mult "${arg[MEGA_BATCH_MULT]}"
+        --max-skipped-share "${arg[MAX_SKIPPED]}"
         --conversation-template "${arg[CONVERSATION_TEMPLATE]}"
         --optimizer-offload-policy "${arg[OPTIMIZER_OFFLOAD]}"
     )
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
+    [[ ${arg[IMAGE_CONV_FRONT]} != true ]] || command+=(--image-conv-front)
+    [[ ${arg[IMAGE_START_END]} != true ]] || command+=(--image-start-end)
+    [[ ${arg[EXIF_ORIENTATION]} != false ]] || command+=(--ignore-exif-orientation)
+    [[ ${arg[PACKING]} != true ]] || command+=(--packing)
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)

@@ -3,7 +3,8 @@
 words.py        checks, and the words for Megatron's parser that follow from checkpoint and device
 loaders.py      our loaders as Megatron's data provider; their state beside each checkpoint
 step.py         one micro-batch: broadcast, forward, loss
-logging.py      samples per second, which Megatron does not log
+ledger.py       the account of records over all ranks
+logging.py      samples per second and the account, which Megatron does not log
 offload.py      how much of Adam's state goes to host memory
 strict_load.py  every weight is there, or one sentence; one line says what was loaded
 run.py          puts them together and calls pretrain()

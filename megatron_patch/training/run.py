@@ -77,18 +77,25 @@ def train_llava() -> None:
             vp_stage=vp_stage,
         )
 
+    loaders = []  # this process's training iterator, once Megatron has asked for it
+
+    def counts_of_records() -> dict[str, int]:
+        return loaders[0].loader.counts if loaders and loaders[0] else {}
+
     def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
         del vp_stage
         if torch.distributed.get_rank() == 0:
             _save_llava_folder(settings, get_args().save)
-        return build_loaders(settings)
+        train, valid, test = build_loaders(settings)
+        loaders.append(train)
+        return train, valid, test
 
     args = parse_and_validate_args(add_arguments)
     if args.save:
         args.dataloader_save = str(
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
-    training.training_log = complete_log(training.training_log)
+    training.training_log = complete_log(training.training_log, counts_of_records)
     training.load_checkpoint = strict(training.load_checkpoint)
     try:
         training.pretrain(

@@ -12,6 +12,7 @@ from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.data.blend import read_parts
+from megatron_patch.data.templates import find_template
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
 from megatron_patch.model_sizes import check_model_size
@@ -186,6 +187,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     template = arguments.conversation_template
     if template == "auto":
         template = TEMPLATE_OF_MODEL[geometry.language.model_type]
+    find_template(template)  # refuses an unknown name and a file that is none, before anything starts
     pictures = _picture_settings(folder, tower.side_px)
     derived = [
         *device.megatron_words(),
