@@ -2,7 +2,8 @@
 
     python -m tests.data.golden.make_tokenizers
 
-sentencepiece_bpe      as Llama's: BPE, bytes as fallback, a space before every text also behind special tokens (`legacy`)
+sentencepiece_bpe      as Llama's: BPE, bytes as fallback, a space before each text, also behind special tokens
+                       (`legacy`)
 sentencepiece_unigram  as llm-jp's: Unigram, a space before the first word only
 qwen                   as Qwen's: byte-level BPE, no BOS, answers end with <|im_end|>
 llama_3                as Llama 3's: byte-level BPE with a BOS, offsets without spaces, answers end with <|eot_id|>
