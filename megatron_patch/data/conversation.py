@@ -43,6 +43,17 @@ class EncodedConversation:
     trained: list[bool]
     image_starts: list[int]
 
+    def cut(self, longest: int, image_tokens: int) -> "EncodedConversation":
+        """At most the first `longest` tokens.  Raises RecordError where a picture, or every answer, would be lost.
+
+        image_tokens: placeholders per picture.
+        """
+        if self.image_starts and self.image_starts[-1] + image_tokens > longest:
+            raise RecordError("too long", f"a picture ends beyond token {longest} of {len(self.ids)}")
+        if not any(self.trained[:longest]):
+            raise RecordError("no trained token", f"none within {longest} of {len(self.ids)} tokens")
+        return EncodedConversation(self.ids[:longest], self.trained[:longest], self.image_starts)
+
 
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one template (a name of TEMPLATES, or a template file).

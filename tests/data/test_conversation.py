@@ -1,21 +1,28 @@
 """Conversations: ids and masks against hand-derived text, against the original's rules, and as properties."""
 
+import functools
+import json
+from pathlib import Path
+
 import pytest
-from hypothesis import HealthCheck, given
+import yaml
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_patch.data.conversation import (
     TEMPLATES,
-    VICUNA_SYSTEM,
     ConversationEncoder,
     EncodedConversation,
     Exchange,
 )
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import read_exchanges
+from megatron_patch.data.templates import VICUNA_SYSTEM, load_template
+from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.errors import UserError
+from tests.data.golden.derive import FOLDER
 from tests.data.making import SPECIAL_TOKENS
 
 IMAGE = SPECIAL_TOKENS.index("<image>")
@@ -99,8 +106,8 @@ def test_text_and_trained_spans(tokenizer_folders, kind, template, exchanges, te
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_prompt_is_the_beginning_of_the_training_text(tokenizer_folders, template) -> None:
-    encoder = make_encoder(tokenizer_folders["bytelevel"], template)
+def test_a_prompt_is_the_beginning_of_the_training_text(template) -> None:
+    encoder = golden_encoder("llama_3", template)
     (full,) = read_exchanges(human("<image>\nwhich?", "seven"), 1)
     prompt = encoder.prompt([Exchange(full.question, None)])
     text = encoder.prompt([full])
@@ -176,44 +183,217 @@ def test_plain_equals_the_original(tokenizer_folders, kind) -> None:
     assert EOS not in encoded.ids
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(lambda text: "<" not in text)
+# All alphabets, and those that matter most here: Chinese and Japanese, their punctuation, white space.
+letters = st.one_of(
+    st.characters(exclude_categories=["Cs"]), st.sampled_from("赤い色のインク、。「」 这是红色的\u3000 \n\tabc:#[]|⟦é")
+)
+texts = st.text(letters, max_size=30).filter(lambda text: "<" not in text)
+KINDS = ("sentencepiece_bpe", "sentencepiece_unigram", "qwen", "llama_3")
+# What is trained beside the answer: before and behind it.
+TRAINED = {
+    "plain": ("", "\n"),
+    "v0": (" ", "\n###"),
+    "v1": (" ", "{eos}"),
+    "llama_2": (" ", " {eos}"),
+    "llama_3": ("", "<|eot_id|>"),
+    "mistral": (" ", " {eos}"),
+    "chatml": ("", "<|im_end|>"),
+    "chatml_direct": ("", "<|im_end|>"),
+    "qwen": ("", "<|im_end|>"),
+    "nvgpt": ("", "\n<extra_id_1>"),
+    "japanese_v1": (" ", "{eos}"),
+}
 
 
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@functools.cache
+def golden_encoder(kind: str, template: str, **options: bool) -> ConversationEncoder:
+    """An encoder with one of the golden tokenizers."""
+    tokenizer = load_tokenizer(FOLDER / "tokenizers" / kind)
+    return ConversationEncoder(tokenizer, template, tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKENS, **options)
+
+
+@hypothesis_settings(max_examples=500, deadline=None)
 @given(
     template=st.sampled_from(sorted(TEMPLATES)),
     turns=st.lists(st.tuples(texts, texts.filter(lambda text: bool(text.strip()))), min_size=1, max_size=4),
     pictures=st.integers(0, 3),
-    kind=st.sampled_from(["bytelevel", "trimmed", "nobos"]),
+    kind=st.sampled_from(KINDS),
+    system=st.one_of(st.none(), texts),
+    image_conv_front=st.booleans(),
 )
-def test_every_answer_is_trained_whole_and_nothing_else(tokenizer_folders, template, turns, pictures, kind) -> None:
+def test_every_answer_is_trained_whole_and_nothing_else(
+    template, turns, pictures, kind, system, image_conv_front
+) -> None:
     turns = turns[:1] if template == "plain" else turns
     (question, answer), *rest = turns
     values = ["<image>\n" * pictures + question, answer, *(value for pair in rest for value in pair)]
     exchanges = read_exchanges(human(*values), pictures)
-    encoder = make_encoder_cached(tokenizer_folders[kind], template)
+    encoder = golden_encoder(kind, template, image_conv_front=image_conv_front)
     tokenizer = encoder._tokenizer
-    encoded = encoder.encode(exchanges)
+    encoded = encoder.encode(exchanges, system)
+    image = tokenizer.convert_tokens_to_ids("<image>")
     assert len(encoded.ids) == len(encoded.trained)
-    assert encoded.ids.count(IMAGE) == pictures * IMAGE_TOKENS == len(encoded.image_starts) * IMAGE_TOKENS
-    assert not any(trained for token, trained in zip(encoded.ids, encoded.trained, strict=True) if token == IMAGE)
-    before, ending = {"plain": ("", "\n"), "v1": (" ", "</s>"), "mistral": (" ", " </s>"), "qwen": ("", "<|im_end|>")}[
-        template
-    ]
+    assert encoded.ids.count(image) == pictures * IMAGE_TOKENS == len(encoded.image_starts) * IMAGE_TOKENS
+    assert not any(trained for token, trained in zip(encoded.ids, encoded.trained, strict=True) if token == image)
     runs = trained_runs(encoded, tokenizer)
     assert len(runs) == len(turns)
+    before, behind = TRAINED[template]
     for run, (_, said) in zip(runs, turns, strict=True):
         # A token may reach over the border when template and answer touch in white space.
-        assert run.strip() == (before + said + ending).strip()
+        assert run.strip() == normal(tokenizer, before + said + behind.replace("{eos}", tokenizer.eos_token)).strip()
 
 
-_encoders: dict[tuple[str, str], ConversationEncoder] = {}
+def normal(tokenizer, text: str) -> str:
+    """The text as the tokenizer gives it back: Qwen's makes letters with accents of one kind."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer.normalize_str(text) if normalizer is not None else text
 
 
-def make_encoder_cached(folder: str, template: str) -> ConversationEncoder:
-    if (folder, template) not in _encoders:
-        _encoders[folder, template] = make_encoder(folder, template)
-    return _encoders[folder, template]
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_records_own_system_sentence_replaces_the_templates(template) -> None:
+    encoder = golden_encoder("llama_3", template)
+    exchanges = read_exchanges(human("<image>\nwhich?", "a seven"), 1)
+    own, default, none = (encoder.prompt(exchanges, system) for system in ("BE BRIEF", None, ""))
+    sentence = TEMPLATES[template].system
+    if template == "plain":
+        assert own == default == none == "<image>a seven\n"
+        return
+    assert own.count("BE BRIEF") == 1 and own.index("BE BRIEF") < own.index("<image>")
+    if sentence:
+        assert own == default.replace(sentence, "BE BRIEF")
+        assert sentence not in none
+    else:
+        assert default == none
+    with pytest.raises(RecordError, match="the system sentence holds <image>"):
+        encoder.encode(exchanges, "look at <image>")
+
+
+def test_a_template_without_system_turn_puts_the_sentence_before_the_first_question() -> None:
+    exchanges = read_exchanges(human("<image>\nwhich?", "a seven", "and?", "red"), 1)
+    text = golden_encoder("llama_3", "mistral").prompt(exchanges, "BE BRIEF")
+    assert text == "[INST] BE BRIEF\n\n<image>\nwhich? [/INST] a seven <|eot_id|>[INST] and? [/INST] red <|eot_id|>"
+
+
+PICTURES_IN_FRONT = {
+    "plain": "<image><image>a seven\n",
+    "v0": "### Human: <image><image>###Human: which? or\n### Assistant: a seven\n### Human: and ?\n",
+    "v1": "questions. USER: <image><image> USER: which? or ASSISTANT: a seven<|eot_id|>USER: and ? ASSISTANT:",
+    "llama_2": "<</SYS>>\n\n<image><image>\nwhich? or [/INST] a seven <|eot_id|><|begin_of_text|>[INST] and ? [",
+    "llama_3": "user<|end_header_id|>\n\n<image><image><|eot_id|><|start_header_id|>user<|end_header_id|>\n\nwhich?",
+    "mistral": "[INST] <image><image>\nwhich? or [/INST] a seven <|eot_id|>[INST] and ? [/INST]",
+    "chatml": "<|im_start|>user\n<image><image><|im_end|>\n<|im_start|>user\nwhich? or<|im_end|>\n",
+    "chatml_direct": "<|im_start|>user\n<image><image><|im_end|><|im_start|>user\nwhich? or<|im_end|><|im_start|>",
+    "qwen": "<|im_start|>user\n<image><image><|im_end|>\n<|im_start|>user\nwhich? or<|im_end|>\n",
+    "nvgpt": "<extra_id_1>User\n<image><image>\n<extra_id_1>User\nwhich? or\n<extra_id_1>Assistant\n",
+    "japanese_v1": "答える。 ユーザー: <image><image> ユーザー: which? or システム: a seven<|eot_id|>ユーザー: and ?",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_pictures_in_front_of_the_conversation(template) -> None:
+    """NeMo's sep_image_conv_front: `<image>`, separator, role, question."""
+    turns = ["<image>which? or", "a seven", "and <image>?", "red"]
+    values = ["<image><image>", "a seven"] if template == "plain" else turns
+    exchanges = read_exchanges(human(*values), 2)
+    encoder = golden_encoder("llama_3", template, image_conv_front=True)
+    assert PICTURES_IN_FRONT[template] in encoder.prompt(exchanges)
+    without = read_exchanges(human("which?", "a seven"), 0)
+    assert encoder.prompt(without) == golden_encoder("llama_3", template).prompt(without)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_pictures_between_tokens_of_their_own(tmp_path, template) -> None:
+    tokenizer = load_tokenizer(FOLDER / "tokenizers" / "qwen")
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    with pytest.raises(UserError, match=r"'<im_start>', which image_start_end puts .* is \d+ tokens, wanted one"):
+        ConversationEncoder(tokenizer, template, image, IMAGE_TOKENS, image_start_end=True)
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    encoder = ConversationEncoder(tokenizer, template, image, IMAGE_TOKENS, image_start_end=True)
+    plain = ConversationEncoder(tokenizer, template, image, IMAGE_TOKENS)
+    exchanges = read_exchanges(human("<image>\n<image>\nwhich?", "a seven"), 2)
+    with_tokens, without = encoder.encode(exchanges), plain.encode(exchanges)
+    start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    for first in with_tokens.image_starts:
+        assert with_tokens.ids[first - 1 : first + IMAGE_TOKENS + 1] == [start, *[image] * IMAGE_TOKENS, end]
+        assert not any(with_tokens.trained[first - 1 : first + IMAGE_TOKENS + 1])
+    # What stands around them stays the same.
+    assert [token for token in with_tokens.ids if token not in (start, end)] == without.ids
+
+
+def test_every_text_of_a_template_file_is_used(tmp_path) -> None:
+    content = {
+        "system": "Be brief.",
+        "system_turn": "[{system}]",
+        "opening": "{bos}>",
+        "question": "Q:{question}A:",
+        "answer": "{answer}{ending}",
+        "ending": "<|im_end|>",
+        "closing": ";",
+        "between": "/",
+        "picture_turn": "P:{pictures}",
+        "most_exchanges": 2,
+    }
+    for name, text in (("own.json", json.dumps(content)), ("own.yaml", yaml.safe_dump(content))):
+        (tmp_path / name).write_text(text)
+        exchanges = read_exchanges(human("<image>a", "b", "c", "d"), 1)
+        encoder = golden_encoder("llama_3", str(tmp_path / name))
+        head = "[Be brief.]<|begin_of_text|>>"
+        assert encoder.prompt(exchanges) == f"{head}Q:<image>\naA:b<|im_end|>;/Q:cA:d<|im_end|>;"
+        front = golden_encoder("llama_3", str(tmp_path / name), image_conv_front=True)
+        assert front.prompt(exchanges) == f"{head}P:<image>Q:aA:b<|im_end|>;/Q:cA:d<|im_end|>;"
+        assert encoder.ending_id == encoder._tokenizer.convert_tokens_to_ids("<|im_end|>")
+        with pytest.raises(RecordError, match="at most 2 questions and their answers, got 3"):
+            encoder.encode([*exchanges, *exchanges[:1]])
+
+
+def test_the_example_of_a_template_file_is_v1() -> None:
+    example = Path(__file__).parents[2] / "toolkits" / "multimodal_data_preprocessing" / "template_example.yaml"
+    assert load_template(example) == TEMPLATES["v1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"question": "{question}", "answer": "{answer}{ending}", "qestion": ""}, "unknown qestion; wanted only quest"),
+        ({"question": "{question}"}, "answer missing"),
+        ({"question": "Q", "answer": "{answer}{ending}"}, r"question wants \{question\} or \{pictures\}, one of them"),
+        ({"question": "{question}", "answer": "{ending}"}, r"answer wants \{answer\} once"),
+        ({"question": "{question}", "answer": "{answer}"}, r"answer wants \{ending\} once"),
+        ({"question": "{question}", "answer": "{answer}{ending}", "ending": ""}, "nowhere, as ending is empty"),
+        ({"question": "{question}{answer}", "answer": "{answer}{ending}"}, r"question holds \{answer\}, wanted only"),
+        (
+            {"question": "{question}", "answer": "{answer}{ending}", "system": "Be"},
+            r"system_turn wants \{system\} once",
+        ),
+        ({"question": "{question}", "answer": "{answer}{ending}", "picture_turn": "P"}, "picture_turn wants"),
+        ({"question": "<image>{question}", "answer": "{answer}{ending}"}, "question holds <image>"),
+        ({"question": "{question}", "answer": "{answer}{ending}", "most_exchanges": True}, "is True, wanted int"),
+        ({"question": 3, "answer": "{answer}{ending}"}, "question is 3, wanted str"),
+        (["question"], "is no mapping"),
+        ("{", "is neither JSON nor YAML"),
+        (None, r"cannot be read \(No such file"),
+    ],
+)
+def test_faulty_template_files_are_refused_by_name(tmp_path, content, message) -> None:
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as refusal:
+        load_template(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_long_conversations_are_cut_at_the_end_only() -> None:
+    encoder = golden_encoder("qwen", "v1")
+    whole = encoder.encode(read_exchanges(human("<image>\nwhich?", "a seven, written in red ink"), 1))
+    first = whole.trained.index(True)
+    cut = whole.cut(first + 2, IMAGE_TOKENS)
+    assert cut.ids == whole.ids[: first + 2] and sum(cut.trained) == 2
+    assert whole.cut(len(whole.ids), IMAGE_TOKENS) == whole
+    for longest, reason in ((first, "no trained token"), (whole.image_starts[0] + 1, "too long")):
+        with pytest.raises(RecordError) as refusal:
+            whole.cut(longest, IMAGE_TOKENS)
+        assert refusal.value.reason == reason
 
 
 def test_turns_follow_the_original_rules() -> None:
