@@ -25,8 +25,13 @@ from megatron_patch.data.rejection import RecordError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded never grows beyond it either
-MAX_SIDE_PX = 65_535  # JPEG's own limit; Pillow keeps a pointer for every row
+MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
+# Filters without jumps: a rounding error of the last bit in a position leaves the pixel as it is.
+SMOOTH_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 ROWS_AT_ONCE = 256  # of deep greyscale pictures, which need 8 bytes per pixel while they are scaled
+
+# Pillow warns of odd metadata and of sizes near its own limit.  What is refused is counted here, the rest is fine.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def check_picture(data: bytes) -> None:
@@ -45,17 +50,14 @@ def open_picture(data: bytes, apply_exif_orientation: bool = True) -> Image.Imag
     Raises RecordError: `not a picture`, `picture too large`, `picture truncated` or `picture unreadable`.
     """
     try:
-        with warnings.catch_warnings():
-            # Odd metadata, and sizes near Pillow's limit, are no reason to speak: the caller counts what is refused.
-            warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            _refuse_large(*picture.size)
-            picture.load()
-            if apply_exif_orientation:
-                # A damaged EXIF block does not damage the pixels: such a picture stays as it lies.
-                with contextlib.suppress(Exception):
-                    ImageOps.exif_transpose(picture, in_place=True)
-            return _to_rgb(picture)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_large(*picture.size)
+        picture.load()
+        if apply_exif_orientation:
+            # A damaged EXIF block does not damage the pixels: such a picture stays as it lies.
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(picture, in_place=True)
+        return _to_rgb(picture)
     except RecordError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
@@ -184,13 +186,26 @@ def _cover(picture: Image.Image, width: int, height: int, resample: int) -> Imag
     else:
         new_width, new_height = int(height * old_width / old_height), height
     left, top = (new_width - width) // 2, (new_height - height) // 2
-    if new_width * new_height > MAX_PIXELS:
-        # Very elongated: only the centre is computed.  The box is cut to 24 bits, so single values may differ by 1.
-        across, down = old_width / new_width, old_height / new_height
-        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    if (new_width, new_height) == picture.size:
+        return picture.crop((left, top, left + width, top + height))
+    box = (
+        left * old_width / new_width,
+        top * old_height / new_height,
+        (left + width) * old_width / new_width,
+        (top + height) * old_height / new_height,
+    )
+    # Of a wide picture Pillow makes the rows shorter first, then the columns.  In that order parts can be left out and
+    # every value stays as it is: the sides beyond the centre in both steps where Pillow can be told the edges exactly
+    # (pictures of 4:3 and 3:2, for example), else in the second.  Tall pictures it takes in varying order.
+    wide = new_height == height and resample in SMOOTH_FILTERS
+    exact = all((edge * 16).is_integer() for edge in box)  # Pillow's box holds 24 bits
+    if wide and exact or new_width * new_height > MAX_PIXELS:
+        # Too much to hold is cut here too, although single values may then differ by 1.
         return picture.resize((width, height), resample, box=box)
-    if (new_width, new_height) != picture.size:
-        picture = picture.resize((new_width, new_height), resample)
+    if wide:
+        picture = picture.resize((new_width, old_height), resample).crop((left, 0, left + width, old_height))
+        return picture.resize((width, height), resample)
+    picture = picture.resize((new_width, new_height), resample)
     return picture.crop((left, top, left + width, top + height))
 
 

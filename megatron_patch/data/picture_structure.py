@@ -154,6 +154,8 @@ class _Jpeg:
         if self.progressive:
             _demand(last == 0 if first == 0 else count == 1 and first <= last <= 63)
             _demand(low <= 13 and (high == 0 or high == low + 1))
+        else:
+            _demand((first, last, approximation) == (0, 63, 0))
         numbers = set(body[1 : 1 + 2 * count : 2])
         _demand(len(numbers) == count and numbers <= self.components.keys())
         blocks = 0
