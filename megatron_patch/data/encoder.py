@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from megatron_patch.data.image import open_picture, picture_to_tiles
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import Record, cook
 from megatron_patch.data.settings import DataSettings
-from megatron_patch.errors import UserError
+from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.geometry import IGNORE_LABEL
 
 
@@ -37,16 +36,10 @@ class EncodedRecord(EncodedText):
 class RecordEncoder:
     """Encodes samples with one tokenizer, template and picture size."""
 
-    def __init__(self, settings: DataSettings, with_pixels: bool) -> None:
-        from transformers import AutoTokenizer
-
-        # Checked here: a name that is no folder would be looked up on the hub.
-        if not Path(settings.tokenizer_path).is_dir():
-            raise UserError(
-                f"{settings.tokenizer_path}: no such folder; wanted the one with the tokenizer (llava/ of a checkpoint)"
-            )
+    def __init__(self, settings: DataSettings, with_pixels: bool, tokenizer: Any = None) -> None:
+        """tokenizer: in place of the one at settings.tokenizer_path."""
         self.conversation = ConversationEncoder(
-            AutoTokenizer.from_pretrained(settings.tokenizer_path),
+            load_tokenizer(settings.tokenizer_path) if tokenizer is None else tokenizer,
             settings.template,
             settings.image_token_id,
             settings.tokens_per_mark,

@@ -80,7 +80,7 @@ def projector_is_fresh(checkpoint: Path) -> bool:
     return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
 
 
-def _picture_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
+def picture_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
     """pixel_mean, pixel_std, center_crop and resample of RunSettings."""
     where = llava_folder / "preprocessor_config.json"
     if not where.is_file():
@@ -188,7 +188,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     if template == "auto":
         template = TEMPLATE_OF_MODEL[geometry.language.model_type]
     find_template(template)  # refuses an unknown name and a file that is none, before anything starts
-    pictures = _picture_settings(folder, tower.side_px)
+    pictures = picture_settings(folder, tower.side_px)
     derived = [
         *device.megatron_words(),
         *decoder_words(geometry.language, arguments.seq_length),
