@@ -188,23 +188,28 @@ def _cover(picture: Image.Image, width: int, height: int, resample: int) -> Imag
     left, top = (new_width - width) // 2, (new_height - height) // 2
     if (new_width, new_height) == picture.size:
         return picture.crop((left, top, left + width, top + height))
-    box = (
+    edges = [
         left * old_width / new_width,
         top * old_height / new_height,
         (left + width) * old_width / new_width,
         (top + height) * old_height / new_height,
-    )
-    # Of a wide picture Pillow makes the rows shorter first, then the columns.  In that order parts can be left out and
-    # every value stays as it is: the sides beyond the centre in both steps where Pillow can be told the edges exactly
-    # (pictures of 4:3 and 3:2, for example), else in the second.  Tall pictures it takes in varying order.
-    wide = new_height == height and resample in SMOOTH_FILTERS
-    exact = all((edge * 16).is_integer() for edge in box)  # Pillow's box holds 24 bits
-    if wide and exact or new_width * new_height > MAX_PIXELS:
-        # Too much to hold is cut here too, although single values may then differ by 1.
-        return picture.resize((width, height), resample, box=box)
-    if wide:
+    ]
+    if new_width * new_height > MAX_PIXELS:  # too much to hold; cut like this, single values may differ by 1
+        return picture.resize((width, height), resample, box=tuple(edges))
+    # Pillow makes the rows shorter first, then the columns (very tall pictures the other way round, from 13 on).  What
+    # lies beyond the centre is left out where every kept value stays as it is: in both steps if Pillow can be told the
+    # edges exactly (4:3 and 3:2, for example), else in the second.
+    if resample in SMOOTH_FILTERS and new_height < 1.5 * new_width:
+        exact = all((edge * 16).is_integer() for edge in edges)  # Pillow's box holds 24 bits
+        if exact and new_height > height:
+            reach = 4 * max(1, old_height / new_height)  # a filter looks no further than 3 new pixels
+            first, last = max(0, int(edges[1] - reach)), min(old_height, math.ceil(edges[3] + reach))
+            picture = picture.crop((0, first, old_width, last)).resize((width, last - first), resample)
+            return picture.resize((width, height), resample, box=(0, edges[1] - first, width, edges[3] - first))
+        if exact:
+            return picture.resize((width, height), resample, box=tuple(edges))
         picture = picture.resize((new_width, old_height), resample).crop((left, 0, left + width, old_height))
-        return picture.resize((width, height), resample)
+        new_width, left = width, 0
     picture = picture.resize((new_width, new_height), resample)
     return picture.crop((left, top, left + width, top + height))
 
