@@ -433,6 +433,7 @@ SEED|1234|$COUNT|seed of weights, order of the data and dropout
 LOG_INTERVAL|1|$COUNT|iterations from one line of the log to the next
 EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
 EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
+CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
 ADAM_BETA2|0.95|a number from 0 to below 1|second beta of AdamW; the first is 0.9
 CLIP_GRAD|1.0|a number from 0|largest gradient norm; 0: not limited
@@ -459,11 +460,17 @@ launch_llava() {
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     torchrun_words "${arg[OUTPUT_BASEPATH]}"
-    command+=("$repository/examples/llava_mcore/pretrain_llava.py")
+    local script=$repository/examples/llava_mcore/pretrain_llava.py first_word=$((${#command[@]} + 1))
+    command+=("$script")
     training_words
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
     [[ $stage != 1 ]] || command+=(--allow-fresh-projector)
     command+=("${@:24}")
+    # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
+    if [[ ${arg[CHECK]} == true && ${arg[DRY_RUN]} != 1 ]]; then
+        env "${environment[@]}" RANK=0 WORLD_SIZE=1 "${arg[PYTHON]}" "$script" --check-only "${command[@]:first_word}" ||
+            exit
+    fi
     start
 }
 

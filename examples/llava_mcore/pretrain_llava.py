@@ -1,4 +1,7 @@
-"""Train a LLaVA with Megatron's loop: both stages, every layout.  Called by the launchers through torchrun."""
+"""Train a LLaVA with Megatron's loop: both stages, every layout.  Called by the launchers through torchrun.
+
+With --check-only as its first word it only looks whether everything fits; the launchers do that before they start.
+"""
 
 import sys
 from pathlib import Path
@@ -13,6 +16,11 @@ device.end_with_parent()
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
+    if sys.argv[1:2] == ["--check-only"]:
+        from megatron_patch.training.check import check_llava
+
+        check_llava(sys.argv[2:])
+        return
     device.install()
     from megatron_patch.training.run import train_llava
 

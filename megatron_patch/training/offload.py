@@ -41,7 +41,7 @@ def offload_words(
         total = torch.cuda.get_device_properties(0).total_memory
         model_parallel = tensor * pipeline
         fraction = offload_fraction(
-            language.parameters // model_parallel, world_size // (model_parallel * context), total
+            language.parameters // model_parallel, max(1, world_size // (model_parallel * context)), total
         )
     if fraction == 0.0:
         return []

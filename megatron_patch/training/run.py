@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import UserError
+from megatron_patch.training.resume import DATA_FOLDER
 from megatron_patch.training.words import LLAVA_FOLDER, RunSettings, read_settings, refuse
 
 # Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
@@ -53,7 +54,7 @@ def train_llava() -> None:
     from megatron.training.global_vars import get_args
 
     from megatron_patch.model.llava import Frozen, LlavaModel
-    from megatron_patch.training.loaders import DATA_FOLDER, build_loaders
+    from megatron_patch.training.loaders import build_loaders
     from megatron_patch.training.logging import complete_log
     from megatron_patch.training.step import forward_step
     from megatron_patch.training.strict_load import strict
@@ -68,7 +69,7 @@ def train_llava() -> None:
             config,
             settings.geometry,
             args.padded_vocab_size,
-            settings.pixel_mean,
+            settings.data.image_mean,
             settings.pixel_std,
             Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector),
             pre_process=pre_process,

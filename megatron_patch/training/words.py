@@ -12,7 +12,7 @@ from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.data.blend import read_parts
-from megatron_patch.data.templates import find_template
+from megatron_patch.data.settings import DataSettings
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
 from megatron_patch.model_sizes import check_model_size
@@ -27,20 +27,26 @@ class RunSettings:
 
     geometry: LlavaGeometry
     llava_folder: Path  # configs, tokenizer and processor that this run uses and saves with its checkpoints
-    template: str
-    pixel_mean: tuple[float, float, float]
+    train_dataset_path: str
+    valid_dataset_path: str | None  # None: nothing is evaluated
+    data: DataSettings
     pixel_std: tuple[float, float, float]
-    center_crop: bool  # pictures are resized and cropped (CLIP), else squeezed to a square (SigLIP)
-    resample: int  # Pillow's number of the resizing filter
     words: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
-def _own_arguments(argv: list[str]) -> argparse.Namespace:
+def own_arguments(argv: list[str]) -> argparse.Namespace:
+    """Our own words, and those of Megatron's that settings follow from; the rest is passed over."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    # Megatron's words that decide where things lie; its own parser sees them again later
+    # Megatron's words that decide where things lie and how batches look; its own parser sees them again later
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--seq-length", type=int, required=True)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--eval-iters", type=int, default=0)
+    parser.add_argument("--sequence-parallel", action="store_true")
     for kind in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
     parser.add_argument("--fp8-format")
@@ -95,8 +101,8 @@ def picture_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
             f"size {wanted[1]}{f' and crop_size {square}' if center_crop else ''}"
         )
     return {
-        "pixel_mean": tuple(config["image_mean"]),
-        "pixel_std": tuple(config["image_std"]),
+        "image_mean": tuple(config["image_mean"]),
+        "image_std": tuple(config["image_std"]),
         "center_crop": center_crop,
         "resample": config.get("resample", 3),
     }
@@ -158,7 +164,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     Raises:
         UserError: something is missing or does not fit; nothing has been created yet.
     """
-    arguments = _own_arguments(argv)
+    arguments = own_arguments(argv)
     folder = _llava_folder(arguments)
     geometry = read_geometry_of(folder)
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
@@ -178,17 +184,14 @@ def read_settings(argv: list[str]) -> RunSettings:
             f"({tower.side_px} px in patches of {tower.patch_px}); pass {tower.image_tokens}"
         )
     for name, split in (("train_dataset_path", "train"), ("valid_dataset_path", "val")):
+        if split == "val" and not arguments.eval_iters:
+            continue
         for part in read_parts(getattr(arguments, name), split):
             if not (Path(part.path) / ".nv-meta").is_dir():
                 raise UserError(
                     f"{name.upper()} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
-    template = arguments.conversation_template
-    if template == "auto":
-        template = TEMPLATE_OF_MODEL[geometry.language.model_type]
-    find_template(template)  # refuses an unknown name and a file that is none, before anything starts
-    pictures = picture_settings(folder, tower.side_px)
     derived = [
         *device.megatron_words(),
         *decoder_words(geometry.language, arguments.seq_length),
@@ -204,7 +207,54 @@ def read_settings(argv: list[str]) -> RunSettings:
     ]
     if arguments.init_from != "none":
         derived += ["--pretrained-checkpoint", arguments.init_from]
-    return RunSettings(geometry, folder, template, words=(*derived, *argv), **pictures)
+    pictures = picture_settings(folder, tower.side_px)
+    pixel_std = pictures.pop("image_std")
+    return RunSettings(
+        geometry,
+        folder,
+        arguments.train_dataset_path,
+        arguments.valid_dataset_path if arguments.eval_iters else None,
+        _data_settings(arguments, geometry, folder, pictures),
+        pixel_std,
+        words=(*derived, *argv),
+    )
+
+
+def _data_settings(
+    arguments: argparse.Namespace, geometry: LlavaGeometry, llava_folder: Path, pictures: dict[str, Any]
+) -> DataSettings:
+    """What the data room needs to know; `pictures`: image_mean, center_crop and resample."""
+    template = arguments.conversation_template
+    if template == "auto":
+        template = TEMPLATE_OF_MODEL[geometry.language.model_type]
+    # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
+    sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
+    context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
+    return DataSettings(
+        tokenizer_path=str(llava_folder),
+        template=template,
+        image_token_id=geometry.image_token_id,
+        image_tokens=geometry.tower.image_tokens,
+        side_px=geometry.tower.side_px,
+        image_aspect_ratio=arguments.image_aspect_ratio,
+        decoder_seq_len=arguments.seq_length,
+        micro_batch_size=arguments.micro_batch_size,
+        length_multiple=sequence * context,
+        record_multiple=context,
+        seed=arguments.seed,
+        num_workers=arguments.num_workers,
+        max_skipped_share=arguments.max_skipped_share,
+        image_conv_front=arguments.image_conv_front,
+        image_start_end=arguments.image_start_end,
+        apply_exif_orientation=not arguments.ignore_exif_orientation,
+        tile_columns=arguments.image_tiles[0],
+        tile_rows=arguments.image_tiles[1],
+        order=arguments.data_order,
+        step_records=arguments.global_batch_size,
+        mega_batch_mult=arguments.mega_batch_mult,
+        packing=arguments.packing,
+        **pictures,
+    )
 
 
 def refuse(error: UserError) -> None:

@@ -49,6 +49,6 @@ def test_another_dataset_is_refused_on_resume(workspace: Workspace, tmp_path: Pa
     subprocess.run([sys.executable, str(converter), str(tmp_path / "other")], check=True, capture_output=True)
     other = Workspace(workspace.checkpoint, tmp_path / "other" / "wds")
     words = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 3}
-    printed = run(other, tmp_path / "out", expected_exit=1, **words)
+    printed = run(other, tmp_path / "out", expected_exit=2, CHECK="true", **words)
     assert "cannot be resumed" in printed
     assert "number of records" in printed

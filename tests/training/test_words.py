@@ -33,8 +33,8 @@ def language(workspace: Workspace) -> LanguageGeometry:
 
 def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
     settings = read_settings(argv(workspace))
-    assert settings.template == "mistral"
-    assert settings.pixel_mean == (0.48145466, 0.4578275, 0.40821073)
+    assert settings.data.template == "mistral"
+    assert settings.data.image_mean == (0.48145466, 0.4578275, 0.40821073)
     words = list(settings.words)
     for name, value in (("--num-layers", "4"), ("--num-query-groups", "2"), ("--rotary-base", "1000000")):
         assert words[words.index(name) + 1] == value
@@ -75,7 +75,7 @@ def test_a_refusal_of_the_entry_is_one_sentence(workspace: Workspace, tmp_path: 
     config["vision_config"]["model_type"] = "resnet"
     where.write_text(json.dumps(config))
     other = Workspace(tmp_path / "checkpoint", workspace.dataset)
-    printed = run(other, tmp_path / "out", expected_exit=1, TRAIN_ITERS=3)  # torchrun's status; the process says 2
+    printed = run(other, tmp_path / "out", expected_exit=2, CHECK="true", TRAIN_ITERS=3)
     assert "error: " in printed and "'resnet'" in printed and "exitcode  : 2" in printed
     assert not (tmp_path / "out/checkpoint").exists()
 

@@ -1,0 +1,103 @@
+"""Packing, grouped order and tiles in whole runs, and the account of records that a run keeps."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_patch.data.shards import tar_header
+from megatron_patch.data.source import EnergonFolder
+from tests.training.launching import Workspace, losses, run
+
+ITERATIONS = 12
+PACKED = {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4, "TRAIN_ITERS": ITERATIONS}
+
+
+@pytest.fixture(scope="module")
+def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The dataset after two pictures went bad on the disk."""
+    folder = tmp_path_factory.mktemp("damaged") / "wds"
+    shutil.copytree(workspace.dataset, folder)
+    spoilt = 0
+    for index in range(len(EnergonFolder(str(folder), "train"))):
+        sample = EnergonFolder(str(folder), "train")[index]
+        if "jpg" in sample and spoilt < 2:
+            tar = folder / sample["__shard__"]
+            data = tar.read_bytes()
+            place = data.index(tar_header(f"{sample['__key__']}.jpg", len(sample["jpg"]))) + 512
+            tar.write_bytes(data[:place] + b"no picture" + data[place + 10 :])
+            spoilt += 1
+    return Workspace(workspace.checkpoint, folder)
+
+
+@pytest.fixture(scope="module")
+def packed(damaged: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a packed run of one process printed, and its output folder."""
+    output = tmp_path_factory.mktemp("packed") / "out"
+    return run(damaged, output, **PACKED, MAX_SKIPPED=0.05), output
+
+
+def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Path], damaged: Workspace) -> None:
+    printed, output = packed
+    lines = re.findall(r"records: kept (\d+) \| truncated (\d+) \| skipped (\d+)(?: \((.*)\))?", printed)
+    assert len(lines) == ITERATIONS
+    kept, _, skipped, reasons = lines[-1]
+    epoch = len(EnergonFolder(str(damaged.dataset), "train"))
+    assert int(kept) + int(skipped) >= epoch, "the run should see every record"
+    assert re.fullmatch(r"not a picture \d+", reasons) and int(skipped) in (2, 3)
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    for tag, last in (("kept", kept), ("skipped", skipped), ("skipped: not a picture", skipped)):
+        assert int(events.Scalars(f"records/{tag}")[-1].value) == int(last)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"PP": 2},
+        pytest.param({"CP": 2, "TP": 2}, marks=pytest.mark.slow),
+        pytest.param({"NPROC_PER_NODE": 2, "DO": "true"}, marks=pytest.mark.slow),
+    ],
+)
+def test_packed_runs_agree_with_one_process(
+    layout: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
+) -> None:
+    """Tolerance 1e-4 as in test_layouts."""
+    alone = losses(packed[0])
+    found = losses(run(damaged, tmp_path / "out", **PACKED, MAX_SKIPPED=0.05, **layout))
+    assert sorted(found) == list(range(1, ITERATIONS + 1))
+    assert alone[ITERATIONS] < 0.8 * alone[1], "a run that does not learn proves little"
+    assert max(abs(found[i] / alone[i] - 1) for i in found) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_packed_run_goes_on_with_another_number_of_ranks(
+    before: int, after: int, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
+) -> None:
+    settings = {**PACKED, "MAX_SKIPPED": 0.05, "SAVE_INTERVAL": 6, "DO": "true"}
+    run(damaged, tmp_path / "out", **{**settings, "TRAIN_ITERS": 6}, LR_WARMUP_ITERS=2, NPROC_PER_NODE=before)
+    rest = losses(run(damaged, tmp_path / "out", **settings, NPROC_PER_NODE=after))
+    assert sorted(rest) == list(range(7, ITERATIONS + 1))
+
+
+def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -> None:
+    """Two data-parallel ranks, the tower is trained, whole steps have no picture; tiles and two turns beside."""
+    settings = {
+        "DATA_ORDER": "modality",
+        "MEGA_BATCH_MULT": 2,
+        "GLOBAL_BATCH_SIZE": 4,
+        "IMAGE_TILES": "2x1",
+        "NPROC_PER_NODE": 2,
+        "NUM_WORKERS": 1,
+    }
+    found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=25, **settings))
+    assert sorted(found) == list(range(1, 26))
+    assert found[25] < found[1]
+
+
+def test_a_template_that_leaves_no_label_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    printed = run(workspace, tmp_path / "out", expected_exit=2, CHECK="true", DECODER_SEQ_LEN=20, TRAIN_ITERS=3)
+    assert re.search(r"\d+ of \d+ records looked at carry no label", printed)
+    assert not (tmp_path / "out").exists()
