@@ -20,10 +20,11 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from megatron_patch.data.picture_structure import Structure, examine
+from megatron_patch.data.picture_structure import JPEG_MAGIC, PNG_MAGIC, Structure, examine
 from megatron_patch.data.rejection import RecordError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+MAGICS = (JPEG_MAGIC, PNG_MAGIC, b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # a file that begins so meant to be a picture
 MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded never grows beyond it either
 MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
 # Filters without jumps: a rounding error of the last bit in a position leaves the pixel as it is.
@@ -130,7 +131,9 @@ def _reason(error: Exception, data: bytes) -> str:
         return "picture too large"
     if examine(data) is Structure.TRUNCATED or "truncated" in str(error).lower():
         return "picture truncated"
-    return "not a picture" if isinstance(error, UnidentifiedImageError) else "picture unreadable"
+    if isinstance(error, UnidentifiedImageError) and not data.startswith(MAGICS):
+        return "not a picture"
+    return "picture unreadable"
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
