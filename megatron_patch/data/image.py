@@ -4,7 +4,7 @@ normalise.
 Where this differs from LLaVA's original code, which opens a file with Pillow and converts it to RGB:
 
 - Orientation: the EXIF tag is followed, as transformers' load_image does.  apply_exif_orientation=False leaves the
-  picture as it lies in the file, as the original code and the bare processor do.
+  picture as it lies in the file, as the original code and the bare processor do.  (TIFF files Pillow turns itself.)
 - Transparency is blended over white, as HF's processor does; the original shows what lies hidden below.
 - Grey of 16 or 32 bits is scaled to 8 bits; the original and HF's processor clip it, most of it to white.
 - The format is told by the bytes, never by the file's name, and the first frame of an animation is taken: both as

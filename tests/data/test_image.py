@@ -1,12 +1,14 @@
 """Pictures: equal to HF's CLIP and SigLIP processors (PIL backend) in uint8; odd formats upright, colours true."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
+from megatron_patch.data import image
 from megatron_patch.data.image import check_picture, open_picture, picture_to_pixels
 from megatron_patch.data.rejection import RecordError
 
@@ -37,7 +39,10 @@ def huggingface(picture: Image.Image, side_px: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "size",
-    [(64, 64), (336, 336), (500, 375), (375, 500), (337, 336), (101, 33), (33, 101), (30, 28), (1, 7), (640, 427)],
+    [
+        *((64, 64), (336, 336), (500, 375), (375, 500), (337, 336), (101, 33), (33, 101), (30, 28), (1, 7)),
+        *((640, 427), (427, 640), (640, 480), (480, 640), (20, 15), (15, 20), (1, 1), (300, 1), (450, 200)),
+    ],
 )
 @pytest.mark.parametrize("side_px", [28, 224])
 def test_crop_equals_the_huggingface_processor(size: tuple[int, int], side_px: int) -> None:
@@ -53,6 +58,8 @@ def test_crop_equals_the_huggingface_processor(size: tuple[int, int], side_px: i
 def test_squeezing_equals_the_siglip_processor(size: tuple[int, int], side_px: int, resample: int) -> None:
     picture = random_picture(*size)
     ours = picture_to_pixels(picture, side_px, "crop", (0.5, 0.5, 0.5), center_crop=False, resample=resample)
+    stretched = picture_to_pixels(picture, side_px, "stretch", (0.5, 0.5, 0.5), resample=resample)
+    assert np.array_equal(stretched, ours)
     processor = SiglipImageProcessorPil(
         size={"height": side_px, "width": side_px}, resample=resample, do_rescale=False, do_normalize=False
     )
@@ -95,27 +102,111 @@ def test_a_transparent_palette_equals_the_huggingface_processor() -> None:
     assert np.array_equal(ours, huggingface(Image.open(io.BytesIO(data)), 28))
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    pixels = np.asarray(open_picture(encode(Image.fromarray(values))))
-    assert np.array_equal(pixels[..., 0], np.rint(values / 257).astype(np.uint8))
+GREY16 = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+GREY8 = np.rint(GREY16 / 257).astype(np.uint8)
 
 
-def test_exif_orientation_is_applied() -> None:
-    upright = Image.new("RGB", (20, 10), (255, 0, 0))
-    upright.paste((0, 0, 255), (10, 0, 20, 10))
+@pytest.mark.parametrize(
+    ("picture", "kind", "grey"),
+    [
+        (Image.fromarray(GREY16), "PNG", GREY8),
+        (Image.fromarray(GREY16), "TIFF", GREY8),
+        (Image.fromarray(GREY16 // 1000), "PNG", np.zeros_like(GREY8)),  # dark stays dark: 65 of 65535 is black
+        (Image.fromarray(GREY16.astype(np.int32)), "TIFF", GREY8),
+        (Image.fromarray(GREY8.astype(np.int32)), "TIFF", GREY8),
+        (Image.fromarray(GREY16.astype(np.int32) * 1000), "TIFF", GREY8),
+        (Image.fromarray(GREY8.astype(np.float32)), "TIFF", GREY8),
+        (Image.fromarray((GREY8 / 255).astype(np.float32)), "TIFF", GREY8),
+    ],
+    ids=["png", "tiff", "dark", "16 in 32", "8 in 32", "32", "float 0..255", "float 0..1"],
+)
+def test_deep_grey_is_scaled_not_clipped(picture: Image.Image, kind: str, grey: np.ndarray) -> None:
+    pixels = np.asarray(open_picture(encode(picture, kind)))
+    assert np.array_equal(pixels, np.stack([grey] * 3, axis=-1))
+
+
+def png16(values: np.ndarray, transparent: tuple[int, int, int] | None = None) -> bytes:
+    """PNG with 16 bits per channel, written by hand: Pillow does not write them.  values: uint16 [H, W, 3]."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = values.shape[1].to_bytes(4, "big") + values.shape[0].to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    colour = b"" if transparent is None else chunk(b"tRNS", np.array(transparent, dtype=">u2").tobytes())
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colour + pixels + chunk(b"IEND", b"")
+
+
+def test_sixteen_bits_per_colour_keep_their_high_byte() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
+    assert np.array_equal(np.asarray(open_picture(png16(values))), (values >> 8).astype(np.uint8))
+
+
+def test_inverted_cmyk_of_photoshop_has_true_colours() -> None:
+    """JPEG in CMYK is stored inverted by Adobe's programs, as Pillow writes it too: red paper is red."""
+    red = open_picture(encode(Image.new("RGB", (16, 16), (250, 5, 5)).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(np.asarray(red).astype(int) - (250, 5, 5)).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    if mode == "P":
+        picture = Image.new("P", (4, 4), 0)
+        picture.putpalette([9, 9, 9])
+        data = encode(picture, transparency=0)
+    else:
+        data = encode(Image.new(mode, (4, 4), (9, 0) if mode == "LA" else (9, 9, 9, 0)))
+    assert set(open_picture(data).get_flattened_data()) == {(255, 255, 255)}
+
+
+# Tag 0x0112 of the EXIF standard: how the upright picture was turned before it was stored, and so on.
+STORED = {
+    1: [],
+    2: [Image.Transpose.FLIP_LEFT_RIGHT],
+    3: [Image.Transpose.ROTATE_180],
+    4: [Image.Transpose.FLIP_TOP_BOTTOM],
+    5: [Image.Transpose.TRANSPOSE],
+    6: [Image.Transpose.ROTATE_90],
+    7: [Image.Transpose.TRANSVERSE],
+    8: [Image.Transpose.ROTATE_270],
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_exif_orientation_is_turned_upright(kind: str, orientation: int) -> None:
+    upright = Image.new("RGB", (48, 32), (250, 10, 10))
+    upright.paste((10, 10, 250), (24, 0, 48, 32))
+    upright.paste((10, 250, 10), (0, 16, 24, 32))
+    stored = upright
+    for turn in STORED[orientation]:
+        stored = stored.transpose(turn)
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate 90 degrees clockwise to display"
-    stored = upright.transpose(Image.Transpose.ROTATE_90)
-    shown = open_picture(encode(stored, exif=exif))
-    assert shown.size == (20, 10)
-    assert shown.getpixel((2, 5)) == (255, 0, 0) and shown.getpixel((17, 5)) == (0, 0, 255)
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(stored, kind, exif=exif, **options)
+    shown, lying = open_picture(data), open_picture(data, apply_exif_orientation=False)
+    if kind == "TIFF":  # Pillow turns these by itself, for the original code too
+        stored = upright
+    assert shown.size == upright.size and lying.size == stored.size
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(upright).astype(int)).max() <= 3
+    assert np.abs(np.asarray(lying).astype(int) - np.asarray(stored).astype(int)).max() <= 3
 
 
-def test_first_frame_and_true_format_count_not_the_name() -> None:
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert open_picture(data).getpixel((3, 3)) == (255, 0, 0)
+    check_picture(data)
+
+
+def test_a_damaged_exif_block_leaves_the_picture_as_it_lies() -> None:
+    picture = random_picture(20, 10)
+    data = encode(picture, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff")
+    assert np.array_equal(np.asarray(open_picture(data)), np.asarray(picture))
 
 
 @pytest.mark.parametrize(
@@ -135,3 +226,41 @@ def test_broken_and_huge_pictures_are_refused_with_a_reason(data: bytes, reason:
         with pytest.raises(RecordError) as raised:
             judge(data)
         assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("size", [(60_000, 10), (10, 60_000), (20_000, 2), (20_000, 300), (1, 1)])
+@pytest.mark.parametrize("image_aspect_ratio", ["crop", "pad", "stretch"])
+def test_ribbons_are_prepared_in_bounded_memory(size: tuple[int, int], image_aspect_ratio: str) -> None:
+    """Their resized or padded picture would hold up to 3.6 billion pixels."""
+    picture = open_picture(encode(Image.new("RGB", size, (200, 100, 50))))
+    pixels = picture_to_pixels(picture, 336, image_aspect_ratio, (200 / 255, 100 / 255, 50 / 255))
+    assert (pixels == np.array([200, 100, 50]).reshape(3, 1, 1)).all()
+
+
+def test_the_shortcut_for_large_crops_is_within_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = random_picture(300, 13)
+    exact = picture_to_pixels(picture, 28, "crop", MEAN).astype(int)
+    monkeypatch.setattr(image, "MAX_PIXELS", 1000)
+    assert np.abs(picture_to_pixels(picture, 28, "crop", MEAN).astype(int) - exact).max() <= 1
+
+
+def test_any_size_and_filter_gives_the_plain_resize_and_crop() -> None:
+    """The parts that are left out change nothing: 600 sizes, half of them of common proportions, against Pillow."""
+    random = np.random.default_rng(0)
+    common = [(4, 3), (3, 2), (3, 4), (2, 3), (5, 4), (4, 5), (16, 9), (9, 16), (2, 1), (1, 2)]
+    for number in range(600):
+        width, height = (int(length) for length in random.integers(1, 400, 2))
+        if number % 2:
+            unit = int(random.integers(1, 60))
+            width, height = (unit * part for part in common[number // 2 % len(common)])
+        side_px, resample = int(random.choice([1, 14, 28, 56, 112])), int(random.choice([0, 1, 2, 3, 4, 5]))
+        short, long = min(width, height), max(width, height)
+        if side_px * side_px * long > 1_000_000 * short:
+            continue
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        grown = int(side_px * long / short)
+        whole = picture.resize((side_px, grown) if width <= height else (grown, side_px), resample)
+        left, top = (whole.width - side_px) // 2, (whole.height - side_px) // 2
+        expected = np.asarray(whole.crop((left, top, left + side_px, top + side_px))).transpose(2, 0, 1)
+        ours = picture_to_pixels(picture, side_px, "crop", MEAN, resample=resample)
+        assert np.array_equal(ours, expected), (width, height, side_px, resample)
