@@ -1,0 +1,342 @@
+"""Show what the model will be trained on: tokens, labels, pictures and lengths, exactly as training makes them.
+
+A folder that training reads (or a YAML list of such folders):
+
+    inspect_dataset.py FOLDER --checkpoint CKPT [--template v1] [--split train] [--records 0,5,17] [--all]
+
+prints records with their trained text marked and the figures of the folder, and writes report.html, records.png and
+lengths.png.  In place of --checkpoint: --tokenizer, --template, --image-tokens and --side-px.
+
+One record of a JSON file, without a folder:
+
+    inspect_dataset.py --record R.json --template v1 --tokenizer DIR --image-tokens 576 [--json]
+
+prints its text, or with --json {token_ids, labels, image_spans}: placeholders expanded, labels not shifted and -100
+where not trained, spans as [start, end).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.settings import IMAGE_ASPECT_RATIOS, DataSettings
+from megatron_patch.errors import UserError
+
+ALL_TOKENS = 1 << 30  # longest record where --max-length sets no other limit
+LOOKED_AT = 2000  # records of a folder whose figures are taken, without --all
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+DECODER_LENGTHS = (1024, 2048, 4096, 8192)  # offered as DECODER_SEQ_LEN
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments()
+    try:
+        if (arguments.folder is None) == (arguments.record is None):
+            raise UserError("wanted a folder, or --record with a JSON file, one of them; see --help")
+        if arguments.record is not None:
+            inspect_record(arguments)
+        else:
+            inspect_folder(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The words of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="energon folder or YAML, as DATASET_PATH")
+    parser.add_argument("--record", type=Path, metavar="R.json", help="one record in LLaVA's form, instead of FOLDER")
+    parser.add_argument("--json", action="store_true", help="with --record: print JSON and nothing else")
+    parser.add_argument("--image-root", type=Path, action="append", metavar="DIR", help="with --record: read pictures")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--checkpoint", type=Path, metavar="CKPT", help="converted checkpoint; gives what follows")
+    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with the tokenizer")
+    model.add_argument("--template", metavar="NAME", help="a conversation template, or a template file")
+    model.add_argument("--image-tokens", type=positive, metavar="N", help="tokens of one picture")
+    model.add_argument("--image-token-id", type=int, metavar="ID", help="id of <image>, where not the tokenizer's")
+    model.add_argument("--side-px", type=positive, metavar="PX", help="pictures become PX x PX; default: 336")
+    parser.add_argument("--max-length", type=positive, metavar="N", help="as DECODER_SEQ_LEN; default: no limit")
+    parser.add_argument("--image-conv-front", action="store_true", help="pictures stand before the conversation")
+    parser.add_argument("--image-start-end", action="store_true", help="pictures stand between <im_start>, <im_end>")
+    parser.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, default="crop")
+    parser.add_argument("--image-tiles", type=grid, default=(1, 1), metavar="COLUMNSxROWS", help="default: 1x1, none")
+    parser.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
+    folder = parser.add_argument_group("with FOLDER")
+    folder.add_argument("--split", default="train", help="default: train")
+    folder.add_argument("--records", type=numbers, metavar="0,5,17", help="the records to show")
+    folder.add_argument("--count", type=positive, default=4, metavar="N", help="records to show otherwise; default: 4")
+    folder.add_argument("--all", action="store_true", help=f"figures of all records; default: {LOOKED_AT} of them")
+    folder.add_argument("--skip-pictures", action="store_true", help="figures without reading pictures: quicker")
+    folder.add_argument("--output", type=Path, metavar="DIR", help="for the report; default: inspect_<FOLDER>_<split>")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """`576` -> 576."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """`0,5,17` -> [0, 5, 17]."""
+    return [int(word) for word in text.split(",")]
+
+
+def grid(text: str) -> tuple[int, int]:
+    """`2x3` -> (2, 3): columns and rows."""
+    columns, rows = text.split("x")
+    return positive(columns), positive(rows)
+
+
+# ------------------------------------------------------------------------------------------------ what the model wants
+
+
+def read_model(arguments: argparse.Namespace) -> tuple[DataSettings, Any]:
+    """Settings of the data room and the tokenizer, from the checkpoint or the words.  Raises UserError."""
+    from megatron_patch.data.conversation import IMAGE_MARK
+    from megatron_patch.data.tokenizer import load_tokenizer
+
+    known = {"side_px": 336, "image_mean": CLIP_MEAN}
+    if arguments.checkpoint is not None:
+        known |= read_checkpoint(arguments.checkpoint)
+    given = {"template": arguments.template, "image_tokens": arguments.image_tokens, "side_px": arguments.side_px}
+    if arguments.tokenizer is not None:
+        given["tokenizer_path"] = str(arguments.tokenizer)
+    known |= {name: value for name, value in given.items() if value is not None}
+    words = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
+    if missing := [word for name, word in words.items() if name not in known]:
+        raise UserError(f"{', '.join(missing)} missing; give them, or --checkpoint CKPT, whose llava/ folder has them")
+    tokenizer = load_tokenizer(known["tokenizer_path"])
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        from transformers import AddedToken
+
+        # The next id, as hf2mcore_convertor_llava.sh gives it.
+        tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    known.setdefault("image_token_id", tokenizer.convert_tokens_to_ids(IMAGE_MARK))
+    settings = DataSettings(
+        **known,
+        image_aspect_ratio=arguments.image_aspect_ratio,
+        decoder_seq_len=arguments.max_length or ALL_TOKENS,
+        micro_batch_size=1,
+        length_multiple=1,
+        seed=0,
+        num_workers=0,
+        image_conv_front=arguments.image_conv_front,
+        image_start_end=arguments.image_start_end,
+        apply_exif_orientation=not arguments.ignore_exif_orientation,
+        tile_columns=arguments.image_tiles[0],
+        tile_rows=arguments.image_tiles[1],
+    )
+    return settings, tokenizer
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a converted checkpoint's llava/ folder says.  Raises UserError."""
+    from megatron_patch.arguments import TEMPLATE_OF_MODEL
+    from megatron_patch.geometry import read_geometry_of
+    from megatron_patch.training.words import LLAVA_FOLDER, picture_settings
+
+    folder = checkpoint / LLAVA_FOLDER
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint}: no {LLAVA_FOLDER}/ folder in it; wanted a checkpoint of hf2mcore_convertor_llava.sh or of "
+            "training; without one give --tokenizer, --template, --image-tokens and --side-px"
+        )
+    geometry = read_geometry_of(folder)
+    pictures = picture_settings(folder, geometry.tower.side_px)
+    return {
+        "tokenizer_path": str(folder),
+        "template": TEMPLATE_OF_MODEL[geometry.language.model_type],
+        "image_token_id": geometry.image_token_id,
+        "image_tokens": geometry.tower.image_tokens,
+        "side_px": geometry.tower.side_px,
+        "image_mean": pictures["pixel_mean"],
+        "center_crop": pictures["center_crop"],
+        "resample": pictures["resample"],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ one record
+
+
+def inspect_record(arguments: argparse.Namespace) -> None:
+    """Print one record of a JSON file."""
+    from megatron_patch.data.encoder import RecordEncoder
+    from megatron_patch.data.inspection import describe, find_runs, image_spans, to_terminal, unshifted_labels
+
+    settings, tokenizer = read_model(arguments)
+    encoder = RecordEncoder(settings, with_pixels=False, tokenizer=tokenizer)
+    try:
+        record = read_record(arguments.record, arguments.image_root)
+        # Without --image-root the pictures are counted, not read.
+        encoded = encoder.encode_record(record) if arguments.image_root else encoder.encode_text(record)
+    except RecordError as error:
+        raise UserError(f"{arguments.record}: {error}; training would leave this record out") from None
+    if not arguments.json:
+        print(describe(encoded, settings.image_tokens))
+        print(to_terminal(find_runs(encoded, tokenizer, settings.image_tokens), in_colours()))
+        print("next: --json prints token ids and labels; a FOLDER in place of --record shows pictures and figures")
+        return
+    tokens = encoded.tokens
+    spans = image_spans(encoded, settings.image_tokens)
+    if arguments.image_token_id is not None:
+        for start, end in spans:
+            tokens[start:end] = arguments.image_token_id
+    content = {"token_ids": tokens.tolist(), "labels": unshifted_labels(encoded).tolist(), "image_spans": spans}
+    print(json.dumps(content))
+
+
+def read_record(path: Path, image_roots: Sequence[Path] | None) -> Any:
+    """The one record of a JSON file, as training's Record.  Raises UserError and RecordError."""
+    from itertools import islice
+
+    from megatron_patch.data.samples import Record, read_exchanges
+    from megatron_patch.data.sources.llava import LlavaSource
+
+    source = LlavaSource(path, image_roots or [])
+    items = list(islice(source.items(), 2))
+    if len(items) != 1:
+        raise UserError(f"{path}: holds {'no record' if not items else 'several records'}, wanted one")
+    found = source.read(items[0])
+    exchanges = read_exchanges(found.conversations, len(found.pictures))
+    pictures = tuple(source.picture(name) for name in found.pictures) if image_roots else ()
+    return Record(str(found.record_id), exchanges, pictures, found.system)
+
+
+def in_colours() -> bool:
+    """Is the output a terminal that wants colours?  (no-color.org)"""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+# ------------------------------------------------------------------------------------------------ a folder
+
+
+def inspect_folder(arguments: argparse.Namespace) -> None:
+    """Print and write what training makes of a folder."""
+    from megatron_patch.data import inspection
+    from megatron_patch.data.encoder import RecordEncoder
+    from megatron_patch.data.source import Dataset
+
+    if arguments.json or arguments.image_root or arguments.image_token_id is not None:
+        raise UserError("--json, --image-root and --image-token-id go with --record, not with a folder")
+    settings, tokenizer = read_model(arguments)
+    dataset = Dataset(arguments.folder, arguments.split)
+    indices = chosen_records(arguments, len(dataset))
+    output = make_output(arguments)
+    image_tokens = settings.image_tokens
+
+    painter = RecordEncoder(settings, with_pixels=True, tokenizer=tokenizer)
+    shown = [inspection.show(dataset, painter, index, tokenizer, image_tokens) for index in indices]
+    for record in shown:
+        print(f"\n== {record.place}")
+        told = inspection.describe(record.encoded, image_tokens) if record.encoded else f"left out: {record.problem}"
+        print(f"{told}\n{inspection.to_terminal(record.runs, in_colours())}")
+
+    counter = RecordEncoder(settings, with_pixels=False, tokenizer=tokenizer)
+    with_pictures = not arguments.skip_pictures
+    figures = inspection.measure(dataset, counter, counted_records(arguments, len(dataset)), with_pictures)
+    title = f"{arguments.folder}, split {arguments.split}, template {settings.template}"
+    print("\n".join((f"\n== {title}, {len(dataset)} records", *figures.lines())))
+
+    chart = inspection.plot_lengths(figures) if figures.lengths else None
+    files = {
+        "report.html": inspection.to_page(title, shown, figures, chart, image_tokens).encode(),
+        "records.png": inspection.as_png(inspection.to_sheet(shown, image_tokens)),
+        **({"lengths.png": chart} if chart else {}),
+    }
+    write_files(output, files)
+    print(f"report: {', '.join(str(output / name) for name in files)}")
+    print(f"next: {advice(figures, settings, arguments)}")
+
+
+def spread(count: int, total: int) -> list[int]:
+    """At most `count` of `total` places, at equal distances, the first and the last among them."""
+    count = min(count, total)
+    return [number * (total - 1) // max(count - 1, 1) for number in range(count)]
+
+
+def chosen_records(arguments: argparse.Namespace, total: int) -> list[int]:
+    """The records to show.  Raises UserError for one that is not there."""
+    indices = spread(arguments.count, total) if arguments.records is None else arguments.records
+    for index in indices:
+        if not 0 <= index < total:
+            raise UserError(
+                f"--records {index}: split {arguments.split} of {arguments.folder} has the records 0 to {total - 1}"
+            )
+    return indices
+
+
+def counted_records(arguments: argparse.Namespace, total: int) -> Iterable[int]:
+    """The records whose figures are taken, with a progress bar."""
+    from tqdm import tqdm
+
+    places = spread(total if arguments.all else LOOKED_AT, total)
+    return tqdm(places, unit=" records", desc="looking", mininterval=0.5)
+
+
+def make_output(arguments: argparse.Namespace) -> Path:
+    """The folder of the report.  Raises UserError."""
+    output = arguments.output or Path(f"inspect_{Path(arguments.folder).resolve().name}_{arguments.split}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror}); name another folder") from None
+    return output
+
+
+def write_files(output: Path, files: dict[str, bytes]) -> None:
+    """Each file beside its place, then under its name.  Raises UserError."""
+    try:
+        for name, data in files.items():
+            beside = output / f".{name}.{os.getpid()}"
+            beside.write_bytes(data)
+            beside.replace(output / name)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) -> str:
+    """The one sentence that says what to do."""
+    if figures.without_labels > settings.max_skipped_share * figures.records:
+        return (
+            f"training would refuse this: {figures.without_labels} of {figures.records} records carry no label; raise "
+            "DECODER_SEQ_LEN (--max-length here) or choose another template, and look again"
+        )
+    rejected = figures.rejected.total() - figures.rejected["excluded"]
+    if rejected > settings.max_skipped_share * figures.records:
+        return (
+            f"training would stop, as {rejected} of {figures.records} records are unusable; convert the data again, "
+            "which names each of them, or raise MAX_SKIPPED_SHARE"
+        )
+    if arguments.max_length is None:
+        longest = figures.percentile(99)
+        length = next((length for length in DECODER_LENGTHS if length >= longest), longest)
+        return (
+            f"train with DECODER_SEQ_LEN={length} (10th argument), which holds 99% of the records; look again with "
+            f"--max-length {length} to see what it cuts"
+        )
+    return (
+        f"give {arguments.folder} to run_mcore_llava.sh as DATASET_PATH (18th argument), with "
+        f"CONVERSATION_TEMPLATE={settings.template} and DECODER_SEQ_LEN={arguments.max_length}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
