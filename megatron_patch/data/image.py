@@ -29,7 +29,7 @@ MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded neve
 MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
 # Filters without jumps: a rounding error of the last bit in a position leaves the pixel as it is.
 SMOOTH_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
-ROWS_AT_ONCE = 256  # of deep greyscale pictures, which need 8 bytes per pixel while they are scaled
+ROWS_AT_ONCE = 256  # of deep or transparent pictures, which need several copies while they are made plain
 
 # Pillow warns of odd metadata and of sizes near its own limit.  What is refused is counted here, the rest is fine.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -62,7 +62,8 @@ def open_picture(data: bytes, apply_exif_orientation: bool = True) -> Image.Imag
     except RecordError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
-        detail = f"{type(error).__name__}: {error} ({len(data)} bytes)"
+        said = str(error).split(" <_io.")[0]  # Pillow names the buffer, by an address that differs from run to run
+        detail = f"{type(error).__name__}: {said} ({len(data)} bytes)"
         raise RecordError(_reason(error, data), detail) from error
 
 
@@ -141,9 +142,19 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bits(picture)
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return _over_white(picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    """Blend a picture with transparency over white, some rows at once: whole copies would need 1 GiB."""
+    width, height = picture.size
+    blended = Image.new("RGB", picture.size)
+    for top in range(0, height, ROWS_AT_ONCE):
+        box = (0, top, width, min(top + ROWS_AT_ONCE, height))
+        rows = picture.crop(box).convert("RGBA")
+        blended.paste(Image.alpha_composite(Image.new("RGBA", rows.size, "white"), rows).convert("RGB"), box)
+    return blended
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:

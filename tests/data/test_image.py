@@ -88,21 +88,21 @@ def test_pad_equals_the_original_expand2square(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 def test_other_modes_equal_the_huggingface_processor(mode: str) -> None:
     if mode in ("P", "1"):
-        picture = random_picture(40, 30).convert(mode)
+        picture = random_picture(40, 300).convert(mode)
     else:
-        picture = random_picture(40, 30, mode)
+        picture = random_picture(40, 300, mode)
     kind = "TIFF" if mode == "CMYK" else "PNG"
     ours = picture_to_pixels(open_picture(encode(picture, kind)), 28, "crop", MEAN)
     assert np.array_equal(ours, huggingface(picture, 28))
 
 
 def test_a_transparent_palette_equals_the_huggingface_processor() -> None:
-    data = encode(random_picture(40, 30).convert("P"), transparency=3)
+    data = encode(random_picture(40, 300).convert("P"), transparency=3)
     ours = picture_to_pixels(open_picture(data), 28, "crop", MEAN)
     assert np.array_equal(ours, huggingface(Image.open(io.BytesIO(data)), 28))
 
 
-GREY16 = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+GREY16 = np.linspace(0, 65535, 300 * 8).reshape(300, 8).astype(np.uint16)
 GREY8 = np.rint(GREY16 / 257).astype(np.uint8)
 
 
@@ -141,6 +141,13 @@ def png16(values: np.ndarray, transparent: tuple[int, int, int] | None = None) -
 def test_sixteen_bits_per_colour_keep_their_high_byte() -> None:
     values = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
     assert np.array_equal(np.asarray(open_picture(png16(values))), (values >> 8).astype(np.uint8))
+
+
+def test_a_transparent_colour_of_sixteen_bits_becomes_white() -> None:
+    values = np.full((4, 6, 3), 0x1234, dtype=np.uint16)
+    values[:2] = (0xFFFF, 0, 0)
+    shown = np.asarray(open_picture(png16(values, transparent=(0xFFFF, 0, 0))))
+    assert (shown[:2] == 255).all() and (shown[2:] == 0x12).all()
 
 
 def test_inverted_cmyk_of_photoshop_has_true_colours() -> None:

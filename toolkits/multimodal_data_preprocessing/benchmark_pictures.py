@@ -90,8 +90,9 @@ class _Pictures(Dataset):
         return torch.from_numpy(pixels)
 
 
-def through_loader(pictures: Sequence[bytes], batches: int, workers: int) -> float:
-    """Pictures per second of wall time, from the first batch (workers have started by then) to the last."""
+def through_loader(pictures: Sequence[bytes], batches: int, workers: int) -> tuple[float, float]:
+    """Pictures per second of wall time once the workers have started, and per CPU second of all processes together."""
+    cpu_before = sum(os.times()[:4])
     loader = DataLoader(
         _Pictures(pictures, batches + 1 + 2 * workers),
         batch_size=None,
@@ -100,11 +101,14 @@ def through_loader(pictures: Sequence[bytes], batches: int, workers: int) -> flo
         multiprocessing_context="fork" if workers else None,
     )
     iterator = iter(loader)
-    for _ in range(1 + 2 * workers):  # what the workers prepared while they started does not count
+    started = 1 + 2 * workers  # batches that the workers prepared while they started do not count
+    for _ in range(started):
         next(iterator)
     start = time.perf_counter()
     seen = sum(len(batch) for batch in iterator)
-    return seen / (time.perf_counter() - start)
+    wall_seconds = time.perf_counter() - start
+    del iterator  # ends the workers, whose CPU time counts from then on
+    return seen / wall_seconds, (seen + started * BATCH_SIZE) / (sum(os.times()[:4]) - cpu_before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = {"ours": ours, "uint8": huggingface(False), "float32": huggingface(True)}
     difference = max(int(np.abs(ours(data).astype(int) - ways["uint8"](data).astype(int)).max()) for data in everything)
     rates: dict[tuple[str, str], list[float]] = {}
-    loaded: dict[int, list[float]] = {workers: [] for workers in (0, 1, 2)}
+    loaded: dict[int, list[tuple[float, float]]] = {workers: [] for workers in (0, 1, 2)}
     checked = []
     batches = max(4, len(everything) // BATCH_SIZE)
     for _ in tqdm(range(options.rounds), unit="round"):
@@ -148,11 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in [*sets, "all"]:
         own, uint8, float32 = (median[size, way] for way in ("ours", "uint8", "float32"))
         print(f"| {size} | {own:.0f} | {float32:.0f} | {own / float32:.2f} | {uint8:.0f} | {own / uint8:.2f} |")
-    print(f"\nThrough torch's DataLoader, batches of {BATCH_SIZE}, pictures per second of wall time:\n")
-    print("| workers | pictures/s | to no worker |\n|---|---|---|")
-    alone = statistics.median(loaded[0])
+    print(
+        f"\nThrough torch's DataLoader, batches of {BATCH_SIZE}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    print("(wall time tells only where the cores are free; CPU time tells what two free cores would give):\n")
+    print("| workers | pictures per second | to no worker | per CPU second, all processes |\n|---|---|---|---|")
+    alone = statistics.median(wall for wall, _ in loaded[0])
     for workers, figures in loaded.items():
-        print(f"| {workers} | {statistics.median(figures):.0f} | {statistics.median(figures) / alone:.2f} |")
+        wall, cpu = (statistics.median(column) for column in zip(*figures, strict=True))
+        print(f"| {workers} | {wall:.0f} | {wall / alone:.2f} | {cpu:.0f} |")
     print(f"\nThe converter's check without decoding: {statistics.median(checked):.0f} pictures per CPU second.")
     print("What the pixels are and where they differ from LLaVA's: megatron_patch/data/image.py")
 
