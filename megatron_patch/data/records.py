@@ -1,212 +1,104 @@
-"""The converters' core: a LLaVA-format JSON and its pictures -> checked, counted, written as an energon folder.
+"""The converters' core: records and their pictures -> checked, counted, written as an energon folder.
 
 Every record is in the shards or in the ledger's rejections with its reason: records in = written + rejected.
+
+One process streams the records, checks their texts, recognises repetitions and deals them to splits and shards; workers
+read and check the pictures and write whole shards.  What is in a shard never depends on who writes it or when, so any
+number of workers gives the same bytes, and an interrupted conversion goes on with the shards that are missing.
 """
 
-import hashlib
 import json
 import os
 import random
-import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
+
+import numpy as np
 
 from megatron_patch.data import shards
-from megatron_patch.data.image import open_picture
+from megatron_patch.data.journal import LEDGER, Workspace, digest_of
+from megatron_patch.data.json_stream import stream_records
+from megatron_patch.data.ledger import SPLITS, Ledger, Rejection, RejectionFile
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.repeats import Repeats, hash_of
 from megatron_patch.data.samples import read_exchanges
+from megatron_patch.data.shard_jobs import Done, Job, LengthLimit, Sample, ShardMaker, Workers, result_of
+from megatron_patch.data.sources import LlavaSource, Source
 from megatron_patch.errors import UserError
 
-SPLITS = ("train", "val", "test")
+__all__ = ["SPLITS", "Ledger", "LengthLimit", "Options", "convert", "convert_source", "stream_records"]
+
 MAX_REJECTED_SHARE = 0.01
 LEAST_SHARDS = 10  # per split, where that leaves at least LEAST_SAMPLES_PER_SHARD in each
 LEAST_SAMPLES_PER_SHARD = 10
-READ_BYTES = 1 << 20
-MAX_RECORD_CHARACTERS = 64 << 20
+RECORDS_AT_ONCE = 500  # are looked up among the earlier ones together ...
+TEXT_BYTES_AT_ONCE = 4 << 20  # ... or fewer, with so much text; also the most text of one shard
 
-
-def stream_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON list or of JSON lines, one at a time.  Raises UserError for text that is not JSON."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from _stream(file, path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _stream(file: TextIO, path: Path) -> Iterator[Any]:
-    """Decode value after value from a buffer that is refilled when a value does not end within it."""
-    decoder = json.JSONDecoder()
-    buffer, position, at_end, in_list, number = "", 0, False, False, 0
-
-    def fail(what: str) -> UserError:
-        return UserError(f"{path}: {what} after record {number}; wanted a JSON list of records, or one record per line")
-
-    while True:
-        while position < len(buffer) and buffer[position] in " \t\r\n,":
-            position += 1
-        if position < len(buffer):
-            if number == 0 and not in_list and buffer[position] == "[":
-                in_list = True
-                position += 1
-                continue
-            if in_list and buffer[position] == "]":
-                rest = buffer[position + 1 :] + file.read(READ_BYTES)
-                if rest.strip():
-                    raise fail("text after the end of the list")
-                return
-            try:
-                record, end = decoder.raw_decode(buffer, position)
-            except json.JSONDecodeError as error:
-                if at_end:
-                    raise fail(f"broken JSON ({error.msg})") from None
-                if len(buffer) - position > MAX_RECORD_CHARACTERS:
-                    raise fail(f"no complete value within {MAX_RECORD_CHARACTERS >> 20} million characters") from None
-            else:
-                # A number at the buffer's end may go on in the next piece; records are objects, which close themselves.
-                if isinstance(record, dict) or at_end or end < len(buffer):
-                    number += 1
-                    position = end
-                    yield record
-                    continue
-        elif at_end:
-            if in_list:
-                raise fail("the list is not closed")
-            return
-        more = file.read(READ_BYTES)
-        at_end = not more
-        buffer, position = buffer[position:] + more, 0
-
-
-@dataclass
-class Ledger:
-    """The account of a conversion."""
-
-    records_in: int = 0
-    written: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    rejected: Counter = field(default_factory=Counter)  # reason -> records
-    repeated_ids: int = 0  # written although another record has the same id: their contents differ
-    text_only: int = 0
-    examples: list[str] = field(default_factory=list)  # the first rejections, in words
-
-    def check(self) -> None:
-        """in = written + rejected: otherwise this program is wrong."""
-        assert self.records_in == sum(self.written.values()) + self.rejected.total(), self
-
-    def to_json(self, source: str) -> dict[str, Any]:
-        """What ledger.json holds."""
-        return {
-            "source": source,
-            "records_in": self.records_in,
-            "written": self.written,
-            "rejected": self.rejected.total(),
-            "rejected_by_reason": dict(self.rejected.most_common()),
-            "text_only": self.text_only,
-            "repeated_ids": self.repeated_ids,
-        }
+_encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A record that was found good: its parts, and hashes by which repetitions are recognised."""
+class Options:
+    """How to convert; the defaults suit LLaVA's own data."""
 
-    parts: dict[str, bytes]
-    id_hash: int | None
-    content_hash: int
+    ratio: tuple[int, ...] = (9, 1, 0)  # shares of train, val and test
+    samples_per_shard: int = 1000  # at most; small sets get smaller shards, so that there are at least ten of a split
+    overwrite: bool = False  # replace an output that exists
+    resume: bool = False  # go on with an interrupted conversion, if there is one
+    max_rejected_share: float = MAX_REJECTED_SHARE  # of the records; more of them stop the conversion ...
+    keep_going: bool = False  # ... unless this is set
+    reject_duplicate_ids: bool = False  # also where their contents differ
+    length_limit: LengthLimit | None = None
+    workers: int | None = None  # processes that read pictures and write shards; 0: none but this one; None: the cores
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if not 1 <= len(self.ratio) <= 3 or min(self.ratio) < 0 or self.ratio[0] < 1:
+            raise UserError(
+                f"--split {','.join(map(str, self.ratio))}: wanted up to three whole numbers, shares of train, val and "
+                "test, the first at least 1, as in 9,1,0"
+            )
+        if self.samples_per_shard < 1:
+            raise UserError(f"--samples-per-shard {self.samples_per_shard}: wanted at least 1")
+        if not 0 <= self.max_rejected_share <= 1:
+            raise UserError(f"--max-rejected {self.max_rejected_share:.0%}: wanted a share from 0% to 100%")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers {self.workers}: wanted at least 0")
+        if self.length_limit is not None:
+            self.length_limit.encoder()  # refuses what does not fit together
 
-def prepare_record(record: Any, number: int, image_roots: Sequence[Path]) -> Prepared:
-    """Check one record and read its pictures, whose bytes stay as they are.  Raises RecordError.
-
-    `number` is the record's place in the source, used as its id when it has none.
-    """
-    if not isinstance(record, dict):
-        raise RecordError("malformed", f"a record is {type(record).__name__}, wanted an object")
-    images = record.get("image")
-    names = [] if images in (None, "") else images if isinstance(images, list) else [images]
-    if not all(isinstance(name, str) and name for name in names):
-        raise RecordError("malformed", "image is neither a file name nor a list of file names")
-    read_exchanges(record.get("conversations"), len(names))
-    pictures = [_read_picture(name, image_roots) for name in names]
-    record_id = record.get("id")
-    content = {
-        "id": str(number if record_id is None else record_id),
-        "conversations": record["conversations"],
-        **({"image": images} if names else {}),
-    }
-    data = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    parts = {("jpg" if place == 0 else f"{place}.jpg"): picture for place, picture in enumerate(pictures)}
-    id_hash = None if record_id is None else _hash(str(record_id).encode("utf-8", "surrogatepass"))
-    return Prepared({**parts, "json": data}, id_hash, _hash(data))
-
-
-def _read_picture(name: str, image_roots: Sequence[Path]) -> bytes:
-    """Bytes of a picture that decodes fully and lies below one of image_roots; the first that has it counts."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise RecordError("picture missing", f"{name!r} points outside the picture folder")
-    path = next((path for path in (root / name for root in image_roots) if path.is_file()), None)
-    if path is None:
-        raise RecordError("picture missing", f"{name}: not in {' or '.join(map(str, image_roots))}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RecordError("picture unreadable", f"{name}: {error.strerror}") from None
-    if len(data) > shards.MAX_MEMBER_BYTES:
-        raise RecordError("picture unreadable", f"{name}: {len(data)} bytes")
-    try:
-        open_picture(data)
-    except RecordError as error:
-        raise RecordError(error.reason, f"{name}: {error.detail}") from error
-    return data
+    def shape_output(self) -> dict[str, Any]:
+        """Those on which the shards depend."""
+        return {
+            "split": list(self.ratio),
+            "samples_per_shard": self.samples_per_shard,
+            "reject_duplicate_ids": self.reject_duplicate_ids,
+            "length_limit": None if self.length_limit is None else vars(self.length_limit),
+        }
 
 
-def _hash(data: bytes) -> int:
-    """64 bits: for millions of records a chance collision is less likely than 1 in 10,000."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+class Progress(Protocol):
+    """What a progress bar must be able to do; tqdm is."""
+
+    def update(self, n: int) -> Any:
+        """So many more records are done."""
+
+    def close(self) -> None:
+        """The end."""
 
 
-def in_order(
-    function: Callable[[int, Any], Any], items: Iterable[Any], threads: int
-) -> Iterator[tuple[int, Any, "Future[Any]"]]:
-    """(number, item, finished future) in the order of the items, a bounded number of them at work."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[int, Any, Future[Any]]] = deque()
-        try:
-            for number, item in enumerate(items):
-                waiting.append((number, item, pool.submit(function, number, item)))
-                if len(waiting) > 4 * threads:
-                    waiting[0][2].exception()
-                    yield waiting.popleft()
-            while waiting:
-                waiting[0][2].exception()
-                yield waiting.popleft()
-        finally:
-            for _, _, future in waiting:
-                future.cancel()
+class _Silent:
+    """No progress bar."""
 
+    def update(self, n: int) -> None:
+        """Nothing."""
 
-class SplitChooser:
-    """Deals records to splits: in every block of sum(ratio) records each split gets its exact share, at random places.
-
-    Blocks keep small sets fair; random places keep a pattern in the source out of the splits.
-    """
-
-    def __init__(self, ratio: tuple[int, ...], seed: int = 0) -> None:
-        self._block = [split for split, share in zip(SPLITS, ratio, strict=False) for _ in range(share)]
-        self._random = random.Random(seed)
-        self._dealt: list[str] = []
-
-    def next(self) -> str:
-        """Split of the next good record."""
-        if not self._dealt:
-            self._dealt = self._random.sample(self._block, len(self._block))
-        return self._dealt.pop()
+    def close(self) -> None:
+        """Nothing."""
 
 
 def convert(
@@ -217,164 +109,293 @@ def convert(
     samples_per_shard: int = 1000,
     overwrite: bool = False,
     keep_going: bool = False,
-    threads: int | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    workers: int | None = None,
 ) -> Ledger:
-    """LLaVA-format JSON + pictures -> energon folder `output`, written beside it and renamed at the end.
+    """LLaVA-format JSON and its pictures -> energon folder; see convert_source."""
+    options = Options(ratio, samples_per_shard, overwrite, keep_going=keep_going, workers=workers)
+    return convert_source(LlavaSource(source, image_roots), output, options)
 
-    Args:
-        image_roots: folders that image names start from, tried in this order.
-        ratio: shares of train, val and test among the good records.
-        samples_per_shard: upper limit; small sets get smaller shards, so that there are at least ten of a split.
-        overwrite: replace an output that exists.
-        keep_going: go on when more than 1% of the records are rejected.
-        threads: readers of pictures at work at the same time.
-        progress: wraps the iteration over records, given their number.
 
-    Raises UserError; then nothing new is left behind.
+def convert_source(
+    source: Source,
+    output: Path,
+    options: Options,
+    progress: Callable[[int], Progress] = lambda total: _Silent(),
+) -> Ledger:
+    """Records of any source -> energon folder `output`, which grows as `<output>.partial` and is renamed at the end.
+
+    progress: makes a progress bar for about so many records.
+
+    Raises UserError.  When the data are refused, nothing is left behind; when the conversion is interrupted or the disk
+    is full, `<output>.partial` stays and options.resume goes on with it.
     """
-    _check(source, image_roots, output, ratio, samples_per_shard, overwrite)
-    total = sum(1 for _ in stream_records(source))
-    if total == 0:
-        raise UserError(f"{source}: holds no records")
-    beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    _check_output(output, options)
+    expected = source.count()
+    began_with = {**source.describe(), "records_expected": expected, **options.shape_output()}
     try:
-        beside.mkdir(parents=True)
-        ledger = _write(
-            source, image_roots, beside, ratio, samples_per_shard, keep_going, threads or _threads(), progress, total
-        )
-        filled = [split for split in SPLITS if ledger.written[split]]
-        found = shards.read_back(beside, filled)
-        assert found == {split: ledger.written[split] for split in filled}, (found, ledger.written)
-        if output.exists():
-            old = output.with_name(f"{output.name}.old-{os.getpid()}")
-            output.rename(old)
-            beside.rename(output)
-            shutil.rmtree(old)
-        else:
-            beside.rename(output)
+        workspace = Workspace(output, began_with, options.resume, options.overwrite)
+        try:
+            ledger = _Conversion(source, options, workspace, expected).run(progress)
+        except UserError:
+            # Refused: without a trace, unless there was one before.
+            workspace.leave() if workspace.resumed else workspace.remove()
+            raise
+        except BaseException:
+            workspace.leave()
+            raise
+        workspace.finish()
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        partial = output.with_name(f"{output.name}.partial")
         raise UserError(
-            f"{output}: cannot be written ({error}); give --output a place with room for the data"
+            f"{output}: cannot be written ({error}); make room and give --resume, or remove {partial} and give "
+            "--output a place with room for the data"
         ) from error
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return ledger
 
 
-def _threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
-
-
-def _check(
-    source: Path,
-    image_roots: Sequence[Path],
-    output: Path,
-    ratio: tuple[int, ...],
-    samples_per_shard: int,
-    overwrite: bool,
-) -> None:
-    """Refuse what can be seen to be wrong before anything is created."""
-    if not source.is_file():
-        raise UserError(f"{source}: no such file; wanted the JSON file with the conversations")
-    for image_root in image_roots:
-        if not image_root.is_dir():
-            raise UserError(f"{image_root}: no such folder; wanted the folder that the records' image names start from")
-    if not 1 <= len(ratio) <= 3 or min(ratio) < 0 or ratio[0] < 1:
-        raise UserError(
-            f"--split {','.join(map(str, ratio))}: wanted up to three whole numbers, shares of train, val and test, "
-            "the first at least 1, as in 9,1,0"
-        )
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard {samples_per_shard}: wanted at least 1")
-    if output.exists() and not overwrite:
+def _check_output(output: Path, options: Options) -> None:
+    """Refuse an output that is not to be replaced."""
+    if output.exists() and not options.overwrite:
         raise UserError(f"{output}: exists already; give --overwrite to replace it, or another --output")
-    if output.exists() and not (output / ".nv-meta").is_dir() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or (not (output / ".nv-meta").is_dir() and any(output.iterdir()))):
         raise UserError(f"{output}: is not empty and no energon folder, so --overwrite will not remove it")
 
 
-def _write(
-    source: Path,
-    image_roots: Sequence[Path],
-    folder: Path,
-    ratio: tuple[int, ...],
-    samples_per_shard: int,
-    keep_going: bool,
-    threads: int,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    total: int,
-) -> Ledger:
-    """Write shards, `.nv-meta` and ledger into `folder`."""
-    ledger = Ledger()
-    chooser = SplitChooser(ratio)
-    writers = {}
-    for split, share in zip(SPLITS, ratio, strict=False):
-        expected = total * share // sum(ratio)
-        writers[split] = shards.ShardWriter(
-            folder, split, min(samples_per_shard, max(LEAST_SAMPLES_PER_SHARD, -(-expected // LEAST_SHARDS)))
-        )
-    ids: set[int] = set()
-    contents: set[int] = set()
-    prepared_records = in_order(
-        lambda number, record: prepare_record(record, number, image_roots), stream_records(source), threads
-    )
-    try:
-        with (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-            for number, record, future in progress(prepared_records, total):
-                ledger.records_in += 1
-                try:
-                    prepared = future.result()
-                    if prepared.content_hash in contents:
-                        raise RecordError("duplicate", "of an earlier record, word for word")
-                except RecordError as error:
-                    _reject(ledger, rejected, number, record, error)
-                    if ledger.rejected.total() > MAX_REJECTED_SHARE * total and not keep_going:
-                        raise _too_many(source, ledger, total) from error
-                    continue
-                split = chooser.next()
-                writers[split].write(sum(ledger.written.values()), prepared.parts)
-                ledger.written[split] += 1
-                ledger.text_only += len(prepared.parts) == 1
-                ledger.repeated_ids += prepared.id_hash in ids
-                contents.add(prepared.content_hash)
-                if prepared.id_hash is not None:
-                    ids.add(prepared.id_hash)
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    ledger.check()
-    if ledger.written["train"] == 0:
-        raise UserError(
-            f"{source}: no record is left for training ({ledger.records_in} read, reasons: "
-            f"{_reasons(ledger)}); nothing was written"
-        )
-    shards.write_meta(folder, {split: writer.counts for split, writer in writers.items()})
-    (folder / "ledger.json").write_text(json.dumps(ledger.to_json(source.name), indent=2) + "\n")
-    return ledger
+@dataclass(slots=True)
+class _Prepared:
+    """A record whose text was found good, and the hash of its id, if it has one."""
+
+    sample: Sample
+    id_hash: int | None
 
 
-def _reject(ledger: Ledger, rejected: TextIO, number: int, record: Any, error: RecordError) -> None:
-    """Enter a rejection into the account and its file."""
-    ledger.rejected[error.reason] += 1
-    record_id = record.get("id") if isinstance(record, dict) else None
-    line = {"record": number, "id": record_id, "reason": error.reason, "detail": error.detail}
-    rejected.write(json.dumps(line) + "\n")
-    if len(ledger.examples) < 10:
-        ledger.examples.append(f"record {number} (id {record_id}): {error.reason}: {error.detail}")
+def _prepare(source: Source, number: int, item: Any) -> _Prepared:
+    """Check the text of a record; its pictures are read later.  Raises RecordError.
+
+    `number` is the record's place in the source, used as its id when it has none.
+    """
+    record = source.read(item)
+    read_exchanges(record.conversations, len(record.pictures))
+    rest: dict[str, Any] = {"conversations": record.conversations}
+    if record.image is not None:
+        rest["image"] = record.image
+    if record.system is not None:
+        rest["system"] = record.system
+    body = _encode_json(rest)[1:].encode("utf-8", "surrogatepass")
+    record_id = number if record.record_id is None else record.record_id
+    head = b'{"id": ' + _encode_json(str(record_id)).encode("utf-8", "surrogatepass") + b", "
+    if record.record_id is None:
+        return _Prepared(Sample(number, head + body, tuple(record.pictures), hash_of(body)), None)
+    data = head + body
+    return _Prepared(Sample(number, data, tuple(record.pictures), hash_of(data)), hash_of(head))
 
 
-def _reasons(ledger: Ledger) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in ledger.rejected.most_common()) or "none rejected"
+class SplitChooser:
+    """Deals records to splits: in every block of sum(ratio) records each split gets its exact share, at random places.
+
+    Blocks keep small sets fair; random places keep a pattern in the source out of the splits.  The very first record
+    goes to train.
+    """
+
+    def __init__(self, ratio: tuple[int, ...], seed: int = 0) -> None:
+        self._block = [split for split, share in zip(SPLITS, ratio, strict=False) for _ in range(share)]
+        self._random = random.Random(seed)
+        self._dealt = self._random.sample(self._block, len(self._block))
+        last_train = max(place for place, split in enumerate(self._dealt) if split == "train")
+        self._dealt.append(self._dealt.pop(last_train))
+
+    def next(self) -> str:
+        """Split of the next record."""
+        if not self._dealt:
+            self._dealt = self._random.sample(self._block, len(self._block))
+        return self._dealt.pop()
 
 
-def _too_many(source: Path, ledger: Ledger, total: int) -> UserError:
-    examples = "\n  ".join(ledger.examples)
-    return UserError(
-        f"{source}: {ledger.rejected.total()} of the first {ledger.records_in} records are rejected "
-        f"({_reasons(ledger)}), more than {MAX_REJECTED_SHARE:.0%} of all {total}; nothing was written.  "
-        f"Mend the data, or give --keep-going to leave such records out.  The first ones:\n  {examples}"
-    )
+class _Dealer:
+    """Collects the samples of each split until they fill a shard."""
+
+    def __init__(self, options: Options, expected: int) -> None:
+        self._chooser = SplitChooser(options.ratio)
+        self._most = {}
+        for split, share in zip(SPLITS, options.ratio, strict=False):
+            smaller = max(LEAST_SAMPLES_PER_SHARD, -(-expected * share // sum(options.ratio) // LEAST_SHARDS))
+            self._most[split] = min(options.samples_per_shard, smaller)
+        self._samples: dict[str, list[Sample]] = {split: [] for split in self._most}
+        self._text_bytes = dict.fromkeys(self._most, 0)
+        self._shards = dict.fromkeys(self._most, 0)
+
+    def deal(self, sample: Sample) -> Iterator[Job]:
+        """Put a sample into its shard; gives the shard when it is full."""
+        split = self._chooser.next()
+        self._samples[split].append(sample)
+        self._text_bytes[split] += len(sample.data)
+        if len(self._samples[split]) == self._most[split] or self._text_bytes[split] >= TEXT_BYTES_AT_ONCE:
+            yield self._job(split)
+
+    def rest(self) -> Iterator[Job]:
+        """The last shard of each split."""
+        for split, samples in self._samples.items():
+            if samples:
+                yield self._job(split)
+
+    def _job(self, split: str) -> Job:
+        job = Job(split, shards.shard_name(split, self._shards[split]), self._samples[split])
+        self._samples[split], self._text_bytes[split] = [], 0
+        self._shards[split] += 1
+        return job
+
+
+class _Conversion:
+    """One run over a source."""
+
+    def __init__(self, source: Source, options: Options, workspace: Workspace, expected: int) -> None:
+        self._source = source
+        self._options = options
+        self._workspace = workspace
+        self._expected = expected
+        self._ledger = Ledger(Path(source.name).name)
+        self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # split -> shard -> samples
+        self._rejections = RejectionFile(workspace.folder / "rejected.jsonl")
+        self._ids = Repeats()
+        self._contents = Repeats()
+
+    def run(self, progress: Callable[[int], Progress]) -> Ledger:
+        """Write shards, rejections, ledger and `.nv-meta`, and read them back.  Raises UserError and OSError."""
+        folder = self._workspace.folder
+        try:
+            self._write_shards(progress)
+            self._check_limit(self._ledger.records_in)
+            self._rejections.finish()
+        finally:
+            self._rejections.close()
+        self._ledger.check()
+        if self._ledger.records_in == 0:
+            raise UserError(f"{self._source.name}: holds no records")
+        self._fill_train()
+        shards.write_meta(folder, self._counts)
+        ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
+        shards.write_durably(folder / LEDGER, ledger.encode())
+        filled = [split for split in SPLITS if self._ledger.written[split]]
+        found = shards.read_back(folder, filled)
+        assert found == {split: self._ledger.written[split] for split in filled}, (found, self._ledger)
+        return self._ledger
+
+    def _write_shards(self, progress: Callable[[int], Progress]) -> None:
+        options = self._options
+        maker = ShardMaker(self._source, self._workspace.folder, options.length_limit)
+        count = min(8, len(os.sched_getaffinity(0))) if options.workers is None else options.workers
+        waiting: deque[tuple[Job, int, str, Future[Done] | Done]] = deque()
+        with Workers(count, maker) as workers:
+            bar = None
+            try:
+                for job in self._jobs():
+                    found = self._workspace.find(job)
+                    begun = workers.submit(job) if found is None else found
+                    # Not the job itself, whose texts would stay in memory.
+                    waiting.append((Job(job.split, job.name, ()), len(job.samples), digest_of(job), begun))
+                    bar = bar or progress(self._expected)  # after the workers were forked: it may start a thread
+                    while len(waiting) > workers.at_once:
+                        bar.update(self._enter(*waiting.popleft()))
+                while waiting:
+                    bar.update(self._enter(*waiting.popleft()))
+            finally:
+                if bar is not None:
+                    bar.close()
+
+    def _jobs(self) -> Iterator[Job]:
+        """Stream the source: every record goes into a job or is rejected."""
+        dealer = _Dealer(self._options, self._expected)
+        block: list[_Prepared] = []
+        text_bytes = 0
+        for number, item in enumerate(self._source.items()):
+            self._ledger.records_in += 1
+            try:
+                prepared = _prepare(self._source, number, item)
+            except RecordError as error:
+                self._reject(Rejection.of(number, item, error))
+                continue
+            block.append(prepared)
+            text_bytes += len(prepared.sample.data)
+            if len(block) == RECORDS_AT_ONCE or text_bytes >= TEXT_BYTES_AT_ONCE:
+                for sample in self._without_repeats(block):
+                    yield from dealer.deal(sample)
+                block, text_bytes = [], 0
+        for sample in self._without_repeats(block):
+            yield from dealer.deal(sample)
+        yield from dealer.rest()
+
+    def _without_repeats(self, block: list[_Prepared]) -> Iterator[Sample]:
+        """The samples that are no repetition of an earlier record; the others are rejected."""
+        hashes = np.array([prepared.sample.content for prepared in block], dtype=np.uint64)
+        fresh = []
+        for prepared, repeated in zip(block, self._contents.add(hashes), strict=True):
+            if repeated:
+                error = RecordError("duplicate", "of an earlier record, word for word")
+                self._reject(Rejection.of(prepared.sample.number, json.loads(prepared.sample.data), error))
+            else:
+                fresh.append(prepared)
+        with_id = [prepared for prepared in fresh if prepared.id_hash is not None]
+        id_hashes = np.array([prepared.id_hash for prepared in with_id], dtype=np.uint64)
+        repeats = {p.sample.number for p, repeated in zip(with_id, self._ids.add(id_hashes), strict=True) if repeated}
+        for prepared in fresh:
+            sample = prepared.sample
+            if sample.number not in repeats:
+                yield sample
+            elif self._options.reject_duplicate_ids:
+                error = RecordError("duplicate id", "of an earlier record with other content")
+                self._reject(Rejection.of(sample.number, json.loads(sample.data), error))
+            else:
+                yield Sample(sample.number, sample.data, sample.pictures, sample.content, repeats_id=True)
+
+    def _enter(self, job: Job, samples: int, digest: str, begun: "Future[Done] | Done") -> int:
+        """Enter a job into the account; returns how many records it had."""
+        if isinstance(begun, Done):
+            done = begun
+        else:
+            done = result_of(begun)
+            self._workspace.enter(job.name, digest, done)
+        if done.written:
+            self._counts[job.split][job.name] = done.written
+        self._ledger.written[job.split] += done.written
+        self._ledger.text_only += done.text_only
+        self._ledger.repeated_ids += done.repeated_ids
+        for rejection in done.rejected:
+            self._reject(rejection)
+        return samples
+
+    def _reject(self, rejection: Rejection) -> None:
+        """Enter a rejection, and stop when there are more than the limit allows however many records follow."""
+        self._ledger.reject(rejection)
+        self._rejections.add(rejection)
+        # Records that were not expected have no conversation, so each of them is among the rejected.
+        self._check_limit(self._expected + self._ledger.rejected.total())
+
+    def _check_limit(self, total: int) -> None:
+        """Raises UserError when more of `total` records than allowed are rejected, or nothing is left."""
+        ledger, options = self._ledger, self._options
+        rejected = ledger.rejected.total()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons())
+        examples = "".join(f"\n  {rejection}" for rejection in ledger.examples)
+        limit = f"{100 * options.max_rejected_share:.3g}%"
+        if rejected > options.max_rejected_share * total and not options.keep_going:
+            raise UserError(
+                f"{self._source.name}: {rejected} of the first {ledger.records_in} records are rejected ({reasons}), "
+                f"more than {limit} of all.  Mend the data, or give --keep-going to leave such records out.  "
+                f"The first ones:{examples}"
+            )
+        if rejected == ledger.records_in == total and rejected:
+            raise UserError(f"{self._source.name}: every one of its {total} records is rejected ({reasons}):{examples}")
+
+    def _fill_train(self) -> None:
+        """When pictures turned out bad until nothing was left to train on, another split becomes train."""
+        filled = next((split for split in SPLITS if self._counts[split]), "train")
+        if self._counts["train"] or filled == "train":
+            return
+        folder = self._workspace.folder
+        for number, (name, count) in enumerate(self._counts[filled].items()):
+            new_name = shards.shard_name("train", number)
+            (folder / f"{name}.idx").rename(folder / f"{new_name}.idx")
+            (folder / name).rename(folder / new_name)
+            self._counts["train"][new_name] = count
+        self._counts[filled] = {}
+        self._ledger.written["train"], self._ledger.written[filled] = self._ledger.written[filled], 0

@@ -1,35 +1,99 @@
 """Shards written directly: ustar archives, their `.idx` files and the `.nv-meta` folder of megatron-energon 7.4.
 
-Keys are sequential numbers, so that energon's silent traps (dots, duplicates and capitals in names) cannot occur.
+Keys are numbers, so that energon's silent traps (dots, duplicates and capitals in names) cannot occur.
 """
 
 import itertools
 import json
+import os
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
 
 BLOCK_BYTES = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits of ustar's size field
+BUFFERED_BYTES = 1 << 20  # a shard is written in pieces of about this size ...
+BUFFERED_PIECES = 500  # ... or of so many buffers, fewer than the 1024 that the kernel takes at once
+
+# The fields of a ustar header around its name, size and checksum.  Source: POSIX.1-1988, pax(1), "ustar Interchange
+# Format".  Owner and time are constant, so that equal data give equal shards.
+_MODE_AND_OWNER = b"0000644\0" + b"0000000\0" + b"0000000\0"
+_TIME = b"0" * 11 + b"\0"
+_TYPE_TO_END = struct.pack("1s100s6s2s32s32s8s8s155s12x", b"0", b"", b"ustar\0", b"00", b"", b"", b"", b"", b"")
+# The checksum counts its own eight bytes as spaces.
+_CONSTANT_SUM = sum(_MODE_AND_OWNER) + sum(_TIME) + sum(_TYPE_TO_END) + 8 * ord(" ")
+_PADDING = [bytes(-size % BLOCK_BYTES) for size in range(BLOCK_BYTES)]
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512-byte ustar header of a regular file, with constant owner and time so that equal data give equal shards.
-
-    Source: POSIX.1-1988, pax(1), "ustar Interchange Format".
-    """
+    """The 512-byte ustar header of a regular file of `size` bytes."""
     encoded = name.encode("ascii")
     assert len(encoded) <= 100 and 0 <= size <= MAX_MEMBER_BYTES, (name, size)
-    before = struct.pack(
-        "100s8s8s8s12s12s", encoded, b"0000644\0", b"0000000\0", b"0000000\0", b"%011o\0" % size, b"0" * 11
-    )
-    after = struct.pack("1s100s6s2s32s32s8s8s155s12x", b"0", b"", b"ustar\0", b"00", b"", b"", b"", b"", b"")
-    checksum = sum(before) + sum(after) + 8 * ord(" ")
-    return before + b"%06o\0 " % checksum + after
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(octal))
+    return b"".join((encoded.ljust(100, b"\0"), _MODE_AND_OWNER, octal, _TIME, checksum, _TYPE_TO_END))
+
+
+class Shard:
+    """One shard and its index, written as `<name>.part` and given its name when it is whole and on the disk."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / name
+        # With the process in its name: what a killed one left behind, or still writes, is never touched.
+        self._part = folder / f"{name}.part-{os.getpid()}"
+        self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._pieces: list[bytes] = []
+        self._buffered = 0
+        self._written = 0
+        self._offsets: list[int] = []
+
+    @property
+    def samples(self) -> int:
+        """Samples so far."""
+        return len(self._offsets)
+
+    def add(self, number: int, parts: Mapping[str, bytes]) -> None:
+        """Append a sample, {part name: bytes}; its number must differ from those of all other samples of the folder."""
+        self._offsets.append(self._written + self._buffered)
+        for part, data in parts.items():
+            self._pieces += (tar_header(f"{number:08d}.{part}", len(data)), data, _PADDING[len(data) % BLOCK_BYTES])
+            self._buffered += BLOCK_BYTES + len(data) + -len(data) % BLOCK_BYTES
+        if self._buffered > BUFFERED_BYTES or len(self._pieces) > BUFFERED_PIECES:
+            self._flush()
+
+    def close(self) -> int:
+        """End the shard, write its index (the offset of each sample's first header, then the end) and give both their
+        names; returns the shard's bytes."""
+        end = self._written + self._buffered
+        self._pieces.append(END_OF_ARCHIVE)
+        self._buffered += len(END_OF_ARCHIVE)
+        self._flush()
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        index = struct.pack(f"<{len(self._offsets) + 1}Q", *self._offsets, end)
+        write_durably(self._path.with_name(f"{self._path.name}.idx"), index)
+        self._part.rename(self._path)
+        return self._written
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        os.close(self._descriptor)
+        self._part.unlink()
+
+    def _flush(self) -> None:
+        for first in range(0, len(self._pieces), BUFFERED_PIECES):
+            pieces = self._pieces[first : first + BUFFERED_PIECES]
+            size = sum(map(len, pieces))
+            done = os.writev(self._descriptor, pieces)
+            if done < size:  # a signal, a file larger than 2 GiB, or a disk that fills up: then the next call says so
+                rest = memoryview(b"".join(pieces))[done:]
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+        self._written += self._buffered
+        self._pieces, self._buffered = [], 0
 
 
 class ShardWriter:
@@ -37,69 +101,68 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, samples_per_shard: int) -> None:
         self.counts: dict[str, int] = {}  # shard name -> samples
+        self.samples = 0
         self._folder = folder
         self._split = split
         self._samples_per_shard = samples_per_shard
-        self._file: BinaryIO | None = None
-        self._offsets: list[int] = []
-        self._samples = 0
-
-    @property
-    def samples(self) -> int:
-        """Samples written so far."""
-        return self._samples
+        self._shard: Shard | None = None
 
     def write(self, number: int, parts: Mapping[str, bytes]) -> None:
         """Append a sample, {part name: bytes}; its number must differ from those of all other samples of the folder."""
-        if self._file is None:
-            self._file = (self._folder / self._shard_name()).open("wb")
-        key = f"{number:08d}"
-        self._offsets.append(self._file.tell())
-        for part, data in parts.items():
-            self._file.write(tar_header(f"{key}.{part}", len(data)))
-            self._file.write(data)
-            self._file.write(bytes(-len(data) % BLOCK_BYTES))
-        self._samples += 1
-        if len(self._offsets) == self._samples_per_shard:
+        if self._shard is None:
+            self._shard = Shard(self._folder, shard_name(self._split, len(self.counts)))
+        self._shard.add(number, parts)
+        self.samples += 1
+        if self._shard.samples == self._samples_per_shard:
             self.close()
 
     def close(self) -> None:
-        """End the open shard and write its index: the offset of each sample's first header, then the end."""
-        if self._file is None:
-            return
-        offsets = [*self._offsets, self._file.tell()]
-        self._file.write(END_OF_ARCHIVE)
-        self._file.close()
-        name = self._shard_name()
-        (self._folder / f"{name}.idx").write_bytes(struct.pack(f"<{len(offsets)}Q", *offsets))
-        self.counts[name] = len(self._offsets)
-        self._file = None
-        self._offsets = []
+        """End the open shard."""
+        if self._shard is not None:
+            self._shard.close()
+            self.counts[shard_name(self._split, len(self.counts))] = self._shard.samples
+            self._shard = None
 
-    def abandon(self) -> None:
-        """Close the open file without ending the shard: the folder is going to be removed."""
-        if self._file is not None:
-            self._file.close()
 
-    def _shard_name(self) -> str:
-        return f"{self._split}-{len(self.counts):06d}.tar"
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that a crash of the machine leaves it whole or absent."""
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names of a folder's files on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_meta(folder: Path, splits: Mapping[str, Mapping[str, int]]) -> None:
     """Write `.nv-meta` for {split: {shard name: samples}}; an empty split gets no entry."""
     meta = folder / ".nv-meta"
-    meta.mkdir()
+    meta.mkdir(exist_ok=True)
     counts = {name: count for shards in splits.values() for name, count in shards.items()}
     info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
-    (meta / ".info.json").write_text(json.dumps(info, indent=2) + "\n")
+    write_durably(meta / ".info.json", (json.dumps(info, indent=2) + "\n").encode())
     lines = ["split_parts:"]
     for split, shards in splits.items():
         if shards:
             lines += [f"  {split}:", *(f"  - {name}" for name in shards)]
-    (meta / "split.yaml").write_text("\n".join([*lines, "exclude: []", ""]))
-    (meta / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  layout: llava\n"
-    )
+    write_durably(meta / "split.yaml", "\n".join([*lines, "exclude: []", ""]).encode())
+    kind = b"__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  layout: llava\n"
+    write_durably(meta / "dataset.yaml", kind)
+    sync_folder(meta)
 
 
 def read_back(folder: Path, splits: Sequence[str]) -> dict[str, int]:

@@ -1,0 +1,157 @@
+"""What the converters' command lines share: their options, the progress bar, the report and the exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_patch.data.records import SPLITS, Ledger, LengthLimit, Options, Progress, convert_source
+from megatron_patch.data.sources import JsonSource, Source
+from megatron_patch.errors import UserError
+
+FINE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every converter has."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="where the shards go")
+    add("--split", default="9,1,0", metavar="A,B,C", help="shares of train, val and test; default: 9,1,0")
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help="at most; default: 1000")
+    add("--workers", type=int, metavar="N", help="processes that check pictures and write; default: the cores, up to 8")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
+    add(
+        "--max-rejected", default="1%", metavar="SHARE", help="stop when more of the records are rejected; default: 1%%"
+    )
+    add("--keep-going", action="store_true", help="never stop for rejected records")
+    add(
+        "--duplicate-ids",
+        choices=("keep", "reject"),
+        default="keep",
+        help="records with the id of an earlier one and other content; default: keep",
+    )
+    add("--max-tokens", type=int, metavar="N", help="reject longer records; needs the three options below")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer (llava/ of a checkpoint)")
+    add("--template", metavar="T", help="conversation template, as CONVERSATION_TEMPLATE of the launchers")
+    add("--image-tokens", type=int, metavar="P", help="tokens per picture, 576 for CLIP-L/14-336")
+    return parser
+
+
+def add_image_root(parser: argparse.ArgumentParser, default: str) -> None:
+    """For sources whose records name their pictures."""
+    parser.add_argument(
+        "--image-root",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help=f"where the records' image names start; may be repeated; default: {default}",
+    )
+
+
+def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tuple[Source, Path]]) -> int:
+    """Convert what `make` finds: the source, and where its shards go by default.  Returns the exit code."""
+    try:
+        options = options_of(arguments)
+        source, default_output = make(arguments)
+        output = arguments.output or default_output
+        ledger = convert_source(source, output, options, show_progress)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
+    report(ledger, output)
+    return FINE
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Command line -> options of the conversion.  Raises UserError."""
+    return Options(
+        ratio=parse_ratio(arguments.split),
+        samples_per_shard=arguments.samples_per_shard,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        max_rejected_share=parse_share(arguments.max_rejected),
+        keep_going=arguments.keep_going,
+        reject_duplicate_ids=arguments.duplicate_ids == "reject",
+        length_limit=length_limit_of(arguments),
+        workers=arguments.workers,
+    )
+
+
+def length_limit_of(arguments: argparse.Namespace) -> LengthLimit | None:
+    """All four options or none.  Raises UserError."""
+    values = {
+        "--tokenizer": arguments.tokenizer,
+        "--template": arguments.template,
+        "--image-tokens": arguments.image_tokens,
+        "--max-tokens": arguments.max_tokens,
+    }
+    absent = [name for name, value in values.items() if value is None]
+    if len(absent) == len(values):
+        return None
+    if absent:
+        raise UserError(f"{' '.join(absent)}: missing; lengths are checked with {', '.join(values)} together")
+    return LengthLimit(*values.values())
+
+
+def parse_ratio(text: str) -> tuple[int, ...]:
+    """`9,1,0` -> (9, 1, 0).  Raises UserError."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"--split {text}: wanted whole numbers, shares of train, val and test, as in 9,1,0")
+    return tuple(int(word) for word in words)
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` -> 0.01.  Raises UserError."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"--max-rejected {text}: wanted a percentage, as in 1%") from None
+
+
+def find_image_roots(folder: Path, named: Sequence[Path] | None) -> tuple[Path, ...]:
+    """The folders that image names are looked up in, in this order."""
+    return tuple(named) if named else tuple(path for path in (folder / "images", folder) if path.is_dir())
+
+
+def show_progress(total: int) -> Progress:
+    """A progress bar on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" records", desc="converting", mininterval=0.5)
+
+
+def report(ledger: Ledger, output: Path) -> None:
+    """The account, where everything lies, and what to do next."""
+    written = ", ".join(f"{split} {ledger.written[split]}" for split in SPLITS)
+    print(f"{ledger.records_in} records in = {sum(ledger.written.values())} written ({written})", end="")
+    print(f" + {ledger.rejected.total()} rejected")
+    for reason, count in ledger.reasons():
+        print(f"  rejected: {reason}: {count}")
+    if ledger.repeated_ids:
+        print(f"  {ledger.repeated_ids} records share their id with another one of other content; they are kept")
+    if ledger.rejected:
+        print(f"  each of them is named in {output / 'rejected.jsonl'}")
+    if not ledger.written["val"]:
+        print("  no record for validation: give --split a second share, or another folder as VALID_DATASET_PATH")
+    print(f"shards: {output}")
+    print(f"next: give {output} to examples/llava_mcore/run_mcore_llava.sh as DATASET_PATH (18th argument)")
+    print("      and VALID_DATASET_PATH (19th argument); it lists all its arguments with --help")
+
+
+def run_on_json(description: str | None, source: type[JsonSource], what: str) -> int:
+    """The whole command line of a converter of one JSON file; returns the exit code."""
+    parser = parser_of(description)
+    parser.add_argument("json", type=Path, metavar="FILE.json", help=f"{what}; shards go to wds/ beside it")
+    add_image_root(parser, "images/ beside FILE.json, then its folder")
+
+    def make(arguments: argparse.Namespace) -> tuple[Source, Path]:
+        folder = arguments.json.parent
+        return source(arguments.json, find_image_roots(folder, arguments.image_root)), folder / "wds"
+
+    return run(parser.parse_args(), make)
