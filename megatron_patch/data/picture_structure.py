@@ -3,7 +3,7 @@
 SOUND promises that libjpeg or Pillow will not stop while decoding: every segment and table is followed to the end of
 the picture and checked as libjpeg-turbo checks it (jdmarker.c, jdhuff.c, jdphuff.c, jdmaster.c), every PNG chunk by its
 checksum.  What it cannot see: wrong bits between two markers of a JPEG, which libjpeg shows as wrong colours with no
-more than a warning, and a PNG whose writer put too little data under right checksums.
+more than a warning, and a PNG whose writer cut the compressed pixels short under right checksums.
 Whatever is rare or unclear (arithmetic coding, 12 bits, animated PNG, stray bytes) is DOUBTFUL: decode it to know.
 """
 
