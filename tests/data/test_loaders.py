@@ -1,7 +1,9 @@
 """The loaders: exactly once per epoch, the same records for every layout, exact resume, refusals."""
 
 import io
+import multiprocessing
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -282,6 +284,51 @@ def test_an_epoch_over_a_kill_and_another_number_of_ranks_holds_every_record_onc
     while len(seen) < TRAIN:
         seen += [name for one in resumed for name in next(one)["record_ids"]]
     assert len(set(seen[:TRAIN])) == TRAIN
+
+
+def run_ranks(folder: str, settings: DataSettings, size: int, account: Path, seconds_per_batch: float) -> None:
+    """Take batches with `size` ranks to the end of the epoch; every third step what was taken and the state are saved.
+
+    Like training with checkpoints: both are written in one file, beside and renamed.
+    """
+    saved = torch.load(account, weights_only=True) if account.is_file() else {"state": None, "seen": []}
+    loaders = [build_train_loader(folder, settings, rank, size, state=saved["state"]) for rank in range(size)]
+    step = 0
+    while len(saved["seen"]) < TRAIN:
+        for one in loaders:
+            saved["seen"] += next(one)["record_ids"]
+        time.sleep(seconds_per_batch)
+        step += 1
+        if step % 3 == 0 or len(saved["seen"]) >= TRAIN:
+            saved["state"] = loaders[0].save_state()
+            torch.save(saved, account.with_suffix(".new"))
+            account.with_suffix(".new").rename(account)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_an_epoch_over_a_real_kill_holds_every_record_once(
+    folder: str, settings: DataSettings, workers: int, packing: bool, before: int, after: int, tmp_path: Path
+) -> None:
+    chosen = changed(settings, micro_batch_size=1, num_workers=workers, packing=packing)
+    account = tmp_path / "account.pt"
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=run_ranks, args=(folder, chosen, before, account, 0.02))
+    first.start()
+    deadline = time.monotonic() + 60
+    while not account.is_file() or len(torch.load(account, weights_only=True)["seen"]) < 10:
+        assert first.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    first.kill()
+    first.join()
+    killed_at = len(torch.load(account, weights_only=True)["seen"])
+    assert 10 <= killed_at < TRAIN
+    second = context.Process(target=run_ranks, args=(folder, chosen, after, account, 0))
+    second.start()
+    second.join(60)
+    seen = torch.load(account, weights_only=True)["seen"]
+    assert len(set(seen[:TRAIN])) == TRAIN, f"killed after {killed_at}"
 
 
 def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataSettings) -> None:
