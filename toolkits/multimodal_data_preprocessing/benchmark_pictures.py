@@ -107,7 +107,7 @@ def through_loader(pictures: Sequence[bytes], batches: int, workers: int) -> tup
     start = time.perf_counter()
     seen = sum(len(batch) for batch in iterator)
     wall_seconds = time.perf_counter() - start
-    del iterator  # ends the workers, whose CPU time counts from then on
+    del iterator  # ends the workers; their CPU time is known from then on
     return seen / wall_seconds, (seen + started * BATCH_SIZE) / (sum(os.times()[:4]) - cpu_before)
 
 
@@ -116,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=20, help="of each size (default: 20)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
+    parser.add_argument("--batches", type=int, default=16, help="through the DataLoader in each round (default: 16)")
     options = parser.parse_args(arguments)
-    if options.pictures < 1 or options.rounds < 1:
-        parser.error("--pictures and --rounds must be at least 1")
+    if min(options.pictures, options.rounds, options.batches) < 1:
+        parser.error("--pictures, --rounds and --batches must be at least 1")
 
     sets = {
         f"{width} x {height}": [photo_like(width, height, seed) for seed in range(options.pictures)]
@@ -130,13 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates: dict[tuple[str, str], list[float]] = {}
     loaded: dict[int, list[tuple[float, float]]] = {workers: [] for workers in (0, 1, 2)}
     checked = []
-    batches = max(4, len(everything) // BATCH_SIZE)
     for _ in tqdm(range(options.rounds), unit="round"):
         for size, pictures in sets.items():
             for way, prepare in ways.items():
                 rates.setdefault((size, way), []).append(per_second(prepare, pictures))
         for workers, figures in loaded.items():
-            figures.append(through_loader(everything, batches, workers))
+            figures.append(through_loader(everything, options.batches, workers))
         checked.append(per_second(check_picture, everything))
 
     median = {key: statistics.median(figures) for key, figures in rates.items()}
