@@ -290,7 +290,7 @@ def test_finished_shards_are_not_written_again(odd, interrupted) -> None:
     finished = {json.loads(line).get("shard") for line in (partial / "journal.jsonl").read_text().splitlines()}
     convert_odd(root, output, resume=True, workers=0)
     same = {name for name, inode in before.items() if (output / name).stat().st_ino == inode}
-    assert len(before) == 3 and same == finished - {None} and len(same) == 2
+    assert len(before) > len(same) == 2 and same == finished - {None}
     assert files_of(output) == moved(odd[1], odd[0], root)
 
 
