@@ -8,7 +8,7 @@ Where this differs from LLaVA's original code, which opens a file with Pillow an
 - Transparency is blended over white, as HF's processor does; the original shows what lies hidden below.
 - Grey of 16 or 32 bits is scaled to 8 bits; the original and HF's processor clip it, most of it to white.
 - The format is told by the bytes, never by the file's name, and the first frame of an animation is taken: both as
-  there.  Formats that Pillow opens only with another program (EPS) are no pictures here.
+  there.  Formats outside FORMATS, such as EPS, for which Pillow starts another program, are no pictures here.
 - More than MAX_PIXELS are refused by the header, before anything is decoded; the original stops at Pillow's limit.
 """
 
@@ -23,7 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from megatron_patch.data.picture_structure import JPEG_MAGIC, PNG_MAGIC, Structure, examine
 from megatron_patch.data.rejection import RecordError
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+# Those that data sets hold and that are told by their first bytes (TGA is not: Pillow would try it on anything).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAGICS = (JPEG_MAGIC, PNG_MAGIC, b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # a file that begins so meant to be a picture
 MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded never grows beyond it either
 MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
