@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables; every figure is the median of the rounds, and the ways take turns within each round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=20, help="of each size (default: 20)")
-    parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
-    parser.add_argument("--batches", type=int, default=16, help="through the DataLoader in each round (default: 16)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--batches", type=int, default=32, help="through the DataLoader in each round (default: 32)")
     options = parser.parse_args(arguments)
     if min(options.pictures, options.rounds, options.batches) < 1:
         parser.error("--pictures, --rounds and --batches must be at least 1")
