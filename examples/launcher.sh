@@ -425,6 +425,8 @@ MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by len
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
+FIRST_STAGE_LAYERS|(layers / PP)|$COUNT|decoder layers of the first pipeline stage, which holds the vision tower too; the others share the rest
+VIRTUAL_STAGES|1|a whole number from 1 to 999|pieces of the decoder on each pipeline rank (interleaved pipeline); above 1 needs PP above 1
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
 MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
@@ -524,6 +526,10 @@ check_training() {
     if right WORLD_SIZE RANK && [[ ${arg[ENV]} == dlc ]] && ((arg[RANK] >= arg[WORLD_SIZE])); then
         refuse RANK "must be less than WORLD_SIZE=${arg[WORLD_SIZE]} (nodes, counted from 0)"
     fi
+    if right PP FIRST_STAGE_LAYERS VIRTUAL_STAGES && ((arg[PP] == 1)); then
+        [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || refuse FIRST_STAGE_LAYERS "needs PP above 1"
+        ((arg[VIRTUAL_STAGES] == 1)) || refuse VIRTUAL_STAGES "needs PP above 1"
+    fi
     right TP PP CP || return 0
     model_parallel=$((arg[TP] * arg[PP] * arg[CP]))
     if right DECODER_SEQ_LEN; then
@@ -548,10 +554,12 @@ check_training() {
         return
     fi
     data_parallel=$((world / model_parallel))
-    if right BATCH_SIZE GLOBAL_BATCH_SIZE; then
+    if right BATCH_SIZE GLOBAL_BATCH_SIZE VIRTUAL_STAGES; then
         batch=$((arg[BATCH_SIZE] * data_parallel))
         ((arg[GLOBAL_BATCH_SIZE] % batch == 0)) ||
             refuse GLOBAL_BATCH_SIZE "must be divisible by $batch: BATCH_SIZE=${arg[BATCH_SIZE]} x data-parallel size $data_parallel"
+        ((arg[VIRTUAL_STAGES] == 1 || arg[GLOBAL_BATCH_SIZE] % (batch * arg[PP]) == 0)) ||
+            refuse GLOBAL_BATCH_SIZE "must be divisible by $((batch * arg[PP])): with VIRTUAL_STAGES the micro-batches of a step come in groups of PP=${arg[PP]}"
     fi
 }
 
@@ -595,6 +603,8 @@ training_words() {
         --num-workers "${arg[NUM_WORKERS]}" --seed "${arg[SEED]}" --distributed-timeout-minutes 60
     )
     ((arg[TP] == 1)) || command+=(--sequence-parallel)
+    ((arg[VIRTUAL_STAGES] == 1)) || command+=(--num-virtual-stages-per-pipeline-rank "${arg[VIRTUAL_STAGES]}")
+    [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || command+=(--decoder-first-pipeline-num-layers "${arg[FIRST_STAGE_LAYERS]}")
     precision_words
     memory_words
     # Ours.

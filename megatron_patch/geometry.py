@@ -123,8 +123,14 @@ class LlavaGeometry:
     projector_type: str
     image_token_id: int
 
-    def check_parallel(self, tensor: int, pipeline: int) -> None:
+    def check_parallel(
+        self, tensor: int, pipeline: int, first_stage_layers: int | None = None, virtual_stages: int = 1
+    ) -> None:
         """Refuse a TP or PP that the model cannot be cut into.
+
+        Args:
+            first_stage_layers: decoder layers of the first stage; None: as many as of the others.
+            virtual_stages: pieces of the decoder on each pipeline rank.
 
         Raises:
             UserError: naming the config values that do not divide.
@@ -144,9 +150,18 @@ class LlavaGeometry:
         wrong = [f"{what} is {count}" for what, count in cuts if count % tensor]
         if wrong:
             raise UserError(f"TP {tensor} cannot cut this model: {', '.join(wrong)}; pass a TP that divides them")
-        if language.layers % pipeline:
+        if first_stage_layers is not None:
+            rest = language.layers - first_stage_layers
+            if pipeline < 2 or virtual_stages > 1 or rest < pipeline - 1 or rest % (pipeline - 1):
+                raise UserError(
+                    f"FIRST_STAGE_LAYERS {first_stage_layers} leaves {rest} of {language.layers} layers for the other "
+                    f"{pipeline - 1} stages; wanted a number that leaves them equal parts, PP above 1 and no virtual "
+                    "stages"
+                )
+        elif language.layers % (pipeline * virtual_stages):
+            stages = f"PP {pipeline}" + (f" x VIRTUAL_STAGES {virtual_stages}" if virtual_stages > 1 else "")
             raise UserError(
-                f"PP {pipeline} does not divide the {language.layers} layers of the LLM; pass a PP that divides them"
+                f"{stages} does not divide the {language.layers} layers of the LLM; pass a PP that divides them"
             )
 
 

@@ -15,6 +15,7 @@ from megatron_patch.patches import (
     allow_cpu_initialization,
     cpu_rng_state,
     distributed_optimizer_state,
+    interleaved_loader_state,
     skip_compile_helpers,
 )
 
@@ -23,6 +24,7 @@ ALL: tuple[ModuleType, ...] = (
     allow_cpu_initialization,
     cpu_rng_state,
     distributed_optimizer_state,
+    interleaved_loader_state,
     skip_compile_helpers,
 )
 

@@ -51,15 +51,20 @@ class RepeatingIterator:
         return next(self.batches)
 
 
-def build_loaders(settings: RunSettings) -> tuple[TrainIterator | None, RepeatingIterator | None, None]:
-    """Training and validation iterators of this process; none on pipeline stages that need no data.
+def build_loaders(
+    settings: RunSettings, vp_stage: int | None = None
+) -> tuple[TrainIterator | None, RepeatingIterator | None, None]:
+    """Training and validation iterators of a (virtual) stage of this process; none on stages that need no data.
 
     First and last stage read the same records: the one the pictures and tokens, the other the labels.  Both decode, so
     that a record skipped by one is skipped by both.  Stages between them read packed rows for where records begin.
     """
     args = get_args()
-    first = mpu.is_pipeline_first_stage()
-    if not (first or mpu.is_pipeline_last_stage() or args.packing):
+    first, last = (
+        at_end(ignore_virtual=False, vp_stage=vp_stage)
+        for at_end in (mpu.is_pipeline_first_stage, mpu.is_pipeline_last_stage)
+    )
+    if not (first or last or args.packing):
         return None, None, None
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     state = read_saved_state(Path(args.load), args.iteration, rank) if args.iteration > 0 else None

@@ -84,10 +84,9 @@ def train_llava() -> None:
         return loaders[0].loader.counts if loaders and loaders[0] else {}
 
     def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
-        del vp_stage
         if torch.distributed.get_rank() == 0:
             _save_llava_folder(settings, get_args().save)
-        train, valid, test = build_loaders(settings)
+        train, valid, test = build_loaders(settings, vp_stage)
         loaders.append(train)
         return train, valid, test
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     """Megatron's hook: one micro-batch through the part of the model on this pipeline stage."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
     batch = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}
     if first or last or get_args().packing:  # packed rows: every stage must know where records begin
         batch = broadcast_batch(next(data_iterator) if data_iterator is not None else None)

@@ -49,6 +49,8 @@ def own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sequence-parallel", action="store_true")
     for kind in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
+    parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
+    parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
     parser.add_argument("--fp8-format")
     parser.add_argument("--fine-grained-activation-offloading", action="store_true")
     return parser.parse_known_args(argv)[0]
@@ -167,7 +169,12 @@ def read_settings(argv: list[str]) -> RunSettings:
     arguments = own_arguments(argv)
     folder = _llava_folder(arguments)
     geometry = read_geometry_of(folder)
-    geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    geometry.check_parallel(
+        arguments.tensor_model_parallel_size,
+        arguments.pipeline_model_parallel_size,
+        arguments.decoder_first_pipeline_num_layers,
+        arguments.num_virtual_stages_per_pipeline_rank or 1,
+    )
     starting = arguments.init_from != "none" and not has_checkpoint(arguments.load)
     if starting and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
         raise UserError(

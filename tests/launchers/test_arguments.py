@@ -129,6 +129,13 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"IMAGE_TILES": "2"}, "environment IMAGE_TILES='2' must be COLUMNSxROWS, as 2x2"),
         ({}, {"IMAGE_TILES": "1x2"}, "DECODER_SEQ_LEN='1024' must be more than 1728, SEQ_LEN=576 for each of 2 tiles"),
         ({}, {"PACKING": "true", "DATA_ORDER": "modality"}, "DATA_ORDER='modality' is not for PACKING=true"),
+        ({}, {"VIRTUAL_STAGES": "2"}, "environment VIRTUAL_STAGES='2' needs PP above 1"),
+        ({}, {"FIRST_STAGE_LAYERS": "2"}, "environment FIRST_STAGE_LAYERS='2' needs PP above 1"),
+        (
+            {"PP": "2", "GLOBAL_BATCH_SIZE": "255"},
+            {"VIRTUAL_STAGES": "2"},
+            "GLOBAL_BATCH_SIZE='255' must be divisible by 2: with VIRTUAL_STAGES",
+        ),
         ({}, {"DATA_ORDER": "random"}, "environment DATA_ORDER='random' must be one of cyclic single modality"),
         ({}, {"IMAGE_ASPECT_RATIO": "any"}, "environment IMAGE_ASPECT_RATIO='any' must be one of crop pad"),
         ({}, {"MASTER_PORT": "65536"}, "environment MASTER_PORT='65536' must be a whole number from 1 to 65535"),

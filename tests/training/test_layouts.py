@@ -11,13 +11,21 @@ import pytest
 from tests.training.launching import Workspace, losses, run
 
 LAYOUTS = {
-    "TP2": {"TP": 2},
+    "TP2 + SP": {"TP": 2},
     "PP2": {"PP": 2},
+    "PP2, uneven": {"PP": 2, "FIRST_STAGE_LAYERS": 1},
+    "PP2, interleaved": {"PP": 2, "VIRTUAL_STAGES": 2},
     "CP2": {"CP": 2},
     "DP2": {"NPROC_PER_NODE": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+    "TP2 x PP2": {"TP": 2, "PP": 2},
+    "TP2 x DP2 + distributed optimizer": {"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"},
+    "CP2 x TP2": {"CP": 2, "TP": 2},
+    "recompute selective": {"AC": "sel"},
+    "recompute full": {"AC": "full"},
 }
-SLOW = {"CP2": pytest.mark.slow}  # its logits, loss and gradient are compared in tests/model
+# The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
+DEFAULT = ("TP2 + SP", "PP2", "PP2, interleaved", "DP2 + distributed optimizer")
 ITERATIONS = 20
 
 
@@ -30,7 +38,9 @@ def single_process(workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
     return found
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=SLOW.get(name, ())) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_losses_equal_a_single_process(
     layout: str, workspace: Workspace, single_process: dict[int, float], tmp_path: Path
 ) -> None:
