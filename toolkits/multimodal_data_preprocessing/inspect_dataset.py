@@ -161,15 +161,14 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         )
     geometry = read_geometry_of(folder)
     pictures = picture_settings(folder, geometry.tower.side_px)
+    del pictures["image_std"]  # pictures are normalised on the device
     return {
         "tokenizer_path": str(folder),
         "template": TEMPLATE_OF_MODEL[geometry.language.model_type],
         "image_token_id": geometry.image_token_id,
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,
-        "image_mean": pictures["pixel_mean"],
-        "center_crop": pictures["center_crop"],
-        "resample": pictures["resample"],
+        **pictures,
     }
 
 
@@ -323,7 +322,7 @@ def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) 
     if rejected > settings.max_skipped_share * figures.records:
         return (
             f"training would stop, as {rejected} of {figures.records} records are unusable; convert the data again, "
-            "which names each of them, or raise MAX_SKIPPED_SHARE"
+            "which names each of them, or raise MAX_SKIPPED"
         )
     if arguments.max_length is None:
         longest = figures.percentile(99)
