@@ -20,7 +20,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from megatron_patch.data.picture_structure import JPEG_MAGIC, PNG_MAGIC, Structure, examine
+from megatron_patch.data.picture_structure import JPEG_MAGIC, PNG_MAGIC, Structure, examine, examine_with_size
 from megatron_patch.data.rejection import RecordError
 
 # Those that data sets hold and that are told by their first bytes (TGA is not: Pillow would try it on anything).
@@ -42,7 +42,10 @@ def check_picture(data: bytes) -> None:
     A JPEG or PNG file whose structure is sound (picture_structure.py says what that means and what it leaves open) is
     accepted without decoding it, some twenty times as fast; everything else is decoded.
     """
-    if not (examine(data) is Structure.SOUND and _header_is_fine(data)):
+    structure, size = examine_with_size(data)
+    if size is not None:  # nothing is left that Pillow could read or mistake
+        _refuse_large(*size)
+    elif not (structure is Structure.SOUND and _header_is_fine(data)):
         open_picture(data)
 
 

@@ -22,6 +22,7 @@ NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SOF0, SOF1, SOF2, DHT, EOI, SOS, DQT, DRI, APP0, APP15, COM = (
     0xC0, 0xC1, 0xC2, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xEF, 0xFE,
 )  # fmt: skip
+JFIF_BYTES = 14  # of a JFIF header without a thumbnail
 MAX_BLOCKS_IN_SCAN = 10  # per interleaved unit, libjpeg's D_MAX_BLOCKS_IN_MCU
 
 # Bit depths that each colour type of a PNG may have (grey, colour, palette, grey and colour with alpha).
@@ -43,20 +44,29 @@ class _Doubtful(Exception):
 
 def examine(data: bytes) -> Structure:
     """Follow the structure of a picture's bytes."""
+    return examine_with_size(data)[0]
+
+
+def examine_with_size(data: bytes) -> tuple[Structure, tuple[int, int] | None]:
+    """Follow the structure; also width and height of a SOUND JPEG file without metadata.
+
+    Metadata (EXIF, Adobe, profiles) are what Pillow may stumble over in a sound file; such a one has none to look at.
+    """
     try:
         if data.startswith(JPEG_MAGIC):
-            _Jpeg(data).follow()
-            return Structure.SOUND
+            jpeg = _Jpeg(data)
+            jpeg.follow()
+            return Structure.SOUND, None if jpeg.has_metadata else jpeg.size
         if data.startswith(PNG_MAGIC):
             _follow_png(data)
-            return Structure.SOUND
+            return Structure.SOUND, None
     except IndexError:
-        return Structure.TRUNCATED
+        return Structure.TRUNCATED, None
     except _Doubtful:
-        return Structure.DOUBTFUL
+        return Structure.DOUBTFUL, None
     cut_magic = JPEG_MAGIC.startswith(data) or PNG_MAGIC.startswith(data)
     cut_webp = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
-    return Structure.TRUNCATED if cut_magic or cut_webp else Structure.DOUBTFUL
+    return Structure.TRUNCATED if cut_magic or cut_webp else Structure.DOUBTFUL, None
 
 
 def _demand(condition: bool) -> None:
@@ -86,6 +96,8 @@ class _Jpeg:
     """Follows the markers of one JPEG file and remembers the tables seen so far."""
 
     data: bytes
+    size: tuple[int, int] = (0, 0)  # width and height
+    has_metadata: bool = False  # anything but the bare JFIF header
     progressive: bool = False
     components: dict[int, _Component] = field(default_factory=dict)
     quantization: set[int] = field(default_factory=set)
@@ -116,6 +128,7 @@ class _Jpeg:
 
     def _segment(self, marker: int, body: bytes) -> None:
         if APP0 <= marker <= APP15 or marker == COM:
+            self.has_metadata |= not (marker == APP0 and len(body) == JFIF_BYTES and body.startswith(b"JFIF\0"))
             return
         try:
             if marker == DHT:
@@ -133,6 +146,7 @@ class _Jpeg:
 
     def _frame(self, marker: int, body: bytes) -> None:
         _demand(not self.components and body[0] == 8 and any(body[1:3]) and any(body[3:5]))
+        self.size = (_number(body, 3, 2), _number(body, 1, 2))
         count = body[5]
         _demand(count in (1, 3, 4) and len(body) == 6 + 3 * count)
         self.progressive = marker == SOF2
