@@ -50,6 +50,8 @@ class Ledger:
     repeated_ids: int = 0  # written although another record has the same id: their contents differ
     text_only: int = 0
     examples: list[Rejection] = field(default_factory=list)  # the first ones
+    seconds: float = 0.0  # until everything was on the disk
+    seconds_to_reopen: float = 0.0  # with energon, import included
 
     def reject(self, rejection: Rejection) -> None:
         """Count a rejection."""
@@ -66,7 +68,7 @@ class Ledger:
         return sorted(self.rejected.items(), key=lambda item: (-item[1], item[0]))
 
     def to_json(self) -> dict[str, Any]:
-        """What ledger.json holds."""
+        """What ledger.json holds: nothing that differs between equal conversions."""
         return {
             "source": self.source,
             "records_in": self.records_in,

@@ -10,6 +10,7 @@ number of workers gives the same bytes, and an interrupted conversion goes on wi
 import json
 import os
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -129,13 +130,14 @@ def convert_source(
     Raises UserError.  When the data are refused, nothing is left behind; when the conversion is interrupted or the disk
     is full, `<output>.partial` stays and options.resume goes on with it.
     """
+    began = time.monotonic()
     _check_output(output, options)
     expected = source.count()
     began_with = {**source.describe(), "records_expected": expected, **options.shape_output()}
     try:
         workspace = Workspace(output, began_with, options.resume, options.overwrite)
         try:
-            ledger = _Conversion(source, options, workspace, expected).run(progress)
+            ledger = _Conversion(source, options, workspace, expected, began).run(progress)
         except UserError:
             # Refused: without a trace, unless there was one before.
             workspace.leave() if workspace.resumed else workspace.remove()
@@ -248,11 +250,12 @@ class _Dealer:
 class _Conversion:
     """One run over a source."""
 
-    def __init__(self, source: Source, options: Options, workspace: Workspace, expected: int) -> None:
+    def __init__(self, source: Source, options: Options, workspace: Workspace, expected: int, began: float) -> None:
         self._source = source
         self._options = options
         self._workspace = workspace
         self._expected = expected
+        self._began = began
         self._ledger = Ledger(Path(source.name).name)
         self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # split -> shard -> samples
         self._rejections = RejectionFile(workspace.folder / "rejected.jsonl")
@@ -275,8 +278,12 @@ class _Conversion:
         shards.write_meta(folder, self._counts)
         ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
         shards.write_durably(folder / LEDGER, ledger.encode())
+        shards.sync_folder(folder)
+        written = time.monotonic()
+        self._ledger.seconds = written - self._began
         filled = [split for split in SPLITS if self._ledger.written[split]]
         found = shards.read_back(folder, filled)
+        self._ledger.seconds_to_reopen = time.monotonic() - written
         assert found == {split: self._ledger.written[split] for split in filled}, (found, self._ledger)
         return self._ledger
 

@@ -139,6 +139,8 @@ def report(ledger: Ledger, output: Path) -> None:
         print(f"  each of them is named in {output / 'rejected.jsonl'}")
     if not ledger.written["val"]:
         print("  no record for validation: give --split a second share, or another folder as VALID_DATASET_PATH")
+    speed = ledger.records_in / ledger.seconds
+    print(f"converted in {ledger.seconds:.2f} s ({speed:.0f} records/s), reopened in {ledger.seconds_to_reopen:.2f} s")
     print(f"shards: {output}")
     print(f"next: give {output} to examples/llava_mcore/run_mcore_llava.sh as DATASET_PATH (18th argument)")
     print("      and VALID_DATASET_PATH (19th argument); it lists all its arguments with --help")
