@@ -13,6 +13,7 @@ from typing import Any
 from megatron_patch.conversion import openai_clip
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known, read_geometry
+from megatron_patch.tokenizer_files import load_tokenizer
 
 IMAGE_TOKEN = "<image>"
 WHOLE_MODELS = ("clip", "siglip")  # image and text towers in one; only the former is used
@@ -93,13 +94,10 @@ def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = (), config: Any 
     Raises:
         UserError: there is no tokenizer that transformers can load from these files.
     """
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
     with _quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
-        except Exception as error:
-            raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        tokenizer = load_tokenizer(folder, config)
         notes = _add_special_tokens(tokenizer, add_tokens)
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)

@@ -11,8 +11,8 @@ from megatron_patch.data.image import open_picture, picture_to_tiles
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import Record, cook
 from megatron_patch.data.settings import DataSettings
-from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.geometry import IGNORE_LABEL
+from megatron_patch.tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from megatron_patch.data.conversation import (
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.samples import read_exchanges
 from megatron_patch.data.templates import VICUNA_SYSTEM, load_template
-from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.errors import UserError
+from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.golden.derive import FOLDER
 from tests.data.making import SPECIAL_TOKENS
 

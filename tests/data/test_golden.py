@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_patch.data.conversation import TEMPLATES, ConversationEncoder, Exchange
-from megatron_patch.data.tokenizer import load_tokenizer
+from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.golden import derive
 from tests.data.golden.derive import FOLDER
 
@@ -80,16 +80,3 @@ def test_the_original_agrees_wherever_it_keeps_its_count() -> None:
         "nvgpt": {"equal": 24},
         "japanese_v1": {"equal": 15, "differs": 9},
     }
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece_bpe", "sentencepiece_unigram"])
-def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_does(kind, tmp_path) -> None:
-    """A folder with tokenizer.model alone: the space before the first word, and bos and eos, come from the model."""
-    from sentencepiece import SentencePieceProcessor
-
-    model = FOLDER / "tokenizers" / kind / "tokenizer.model"
-    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
-    tokenizer, judge = load_tokenizer(tmp_path), SentencePieceProcessor(model_file=str(model))
-    for text in ("which digit is it?", "USER: 赤い色  x\n9", "\na seven"):
-        assert tokenizer(text, add_special_tokens=False).input_ids == judge.encode(text)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (judge.bos_id(), judge.eos_id())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_patch.data.inspection import to_terminal, unshifted_labels, visible
 from megatron_patch.data.loaders import build_valid_loader
-from megatron_patch.data.tokenizer import load_tokenizer
+from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.golden.derive import FOLDER as GOLDEN
 from tests.data.making import changed, picture_bytes
 from tests.data.test_conversation import human

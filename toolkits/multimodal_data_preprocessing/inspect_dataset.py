@@ -111,7 +111,7 @@ def grid(text: str) -> tuple[int, int]:
 def read_model(arguments: argparse.Namespace) -> tuple[DataSettings, Any]:
     """Settings of the data room and the tokenizer, from the checkpoint or the words.  Raises UserError."""
     from megatron_patch.data.conversation import IMAGE_MARK
-    from megatron_patch.data.tokenizer import load_tokenizer
+    from megatron_patch.tokenizer_files import load_tokenizer
 
     known = {"side_px": 336, "image_mean": CLIP_MEAN}
     if arguments.checkpoint is not None:
