@@ -21,6 +21,7 @@ from megatron_patch.data.samples import read_exchanges
 from megatron_patch.data.shards import Shard
 from megatron_patch.data.sources import Source
 from megatron_patch.errors import UserError
+from megatron_patch.tokenizer_files import load_tokenizer
 
 
 class Sample(NamedTuple):
@@ -64,11 +65,7 @@ class LengthLimit:
 
     def encoder(self) -> ConversationEncoder:
         """The encoder that training uses.  Raises UserError for a tokenizer or template that does not fit."""
-        from transformers import AutoTokenizer
-
-        if not Path(self.tokenizer_path).is_dir():  # a name that is no folder would be looked up on the hub
-            raise UserError(f"{self.tokenizer_path}: no such folder; wanted the one with the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         return ConversationEncoder(tokenizer, self.template, image_token_id, self.image_tokens)
 

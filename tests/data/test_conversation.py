@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.golden.derive import FOLDER
 from tests.data.making import SPECIAL_TOKENS
 
+ROOT = Path(__file__).parents[2]
 IMAGE = SPECIAL_TOKENS.index("<image>")
 BOS = SPECIAL_TOKENS.index("<s>")
 EOS = SPECIAL_TOKENS.index("</s>")
@@ -346,8 +348,13 @@ def test_every_text_of_a_template_file_is_used(tmp_path) -> None:
             encoder.encode([*exchanges, *exchanges[:1]])
 
 
+def test_the_launchers_offer_every_template() -> None:
+    (offered,) = re.findall(r'^TEMPLATES="(.*)"$', (ROOT / "examples" / "launcher.sh").read_text(), re.M)
+    assert offered.split() == list(TEMPLATES)
+
+
 def test_the_example_of_a_template_file_is_v1() -> None:
-    example = Path(__file__).parents[2] / "toolkits" / "multimodal_data_preprocessing" / "template_example.yaml"
+    example = ROOT / "toolkits" / "multimodal_data_preprocessing" / "template_example.yaml"
     assert load_template(example) == TEMPLATES["v1"]
 
 
