@@ -43,17 +43,6 @@ class EncodedConversation:
     trained: list[bool]
     image_starts: list[int]
 
-    def cut(self, longest: int, image_tokens: int) -> "EncodedConversation":
-        """At most the first `longest` tokens.  Raises RecordError where a picture, or every answer, would be lost.
-
-        image_tokens: placeholders per picture.
-        """
-        if self.image_starts and self.image_starts[-1] + image_tokens > longest:
-            raise RecordError("too long", f"a picture ends beyond token {longest} of {len(self.ids)}")
-        if not any(self.trained[:longest]):
-            raise RecordError("no trained token", f"none within {longest} of {len(self.ids)} tokens")
-        return EncodedConversation(self.ids[:longest], self.trained[:longest], self.image_starts)
-
 
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one template (a name of TEMPLATES, or a template file).
@@ -202,11 +191,16 @@ class ConversationEncoder:
         return encoding.ids, encoding.offsets
 
     def _single_token(self, text: str, where: str, role: str, remedy: str) -> int:
-        """The one id of a text.  Raises UserError when it is several tokens."""
-        ids, _ = self._tokenize(text)
-        if len(ids) != 1:
-            raise UserError(f"tokenizer {where}: {text!r}, {role}, is {len(ids)} tokens, wanted one; {remedy}")
-        return ids[0]
+        """The one id of a text, wherever it stands.  Raises UserError when it is several tokens."""
+        alone, behind = self._tokenize(text)[0], self._tokenize(f"x{text}")[0]
+        if len(alone) != 1:
+            raise UserError(f"tokenizer {where}: {text!r}, {role}, is {len(alone)} tokens, wanted one; {remedy}")
+        if behind[-1:] != alone:
+            raise UserError(
+                f"tokenizer {where}: {text!r}, {role}, becomes other tokens behind a word; "
+                f"wanted a special token; {remedy}"
+            )
+        return alone[0]
 
 
 @dataclass(frozen=True)

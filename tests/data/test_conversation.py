@@ -322,6 +322,14 @@ def test_pictures_between_tokens_of_their_own(tmp_path, template) -> None:
     assert [token for token in with_tokens.ids if token not in (start, end)] == without.ids
 
 
+def test_an_ending_that_is_no_special_token_is_refused(tmp_path) -> None:
+    """`USER` is one token, but behind a word its letters become others: what is trained would not be the ending."""
+    content = {"question": "{question}", "answer": "{answer}{ending}", "ending": "USER"}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"'USER', which ends an answer .*, becomes other tokens behind a word"):
+        golden_encoder("sentencepiece_bpe", str(tmp_path / "own.json"))
+
+
 def test_every_text_of_a_template_file_is_used(tmp_path) -> None:
     content = {
         "system": "Be brief.",
@@ -388,19 +396,6 @@ def test_faulty_template_files_are_refused_by_name(tmp_path, content, message) -
     with pytest.raises(UserError, match=message) as refusal:
         load_template(path)
     assert str(path) in str(refusal.value)
-
-
-def test_long_conversations_are_cut_at_the_end_only() -> None:
-    encoder = golden_encoder("qwen", "v1")
-    whole = encoder.encode(read_exchanges(human("<image>\nwhich?", "a seven, written in red ink"), 1))
-    first = whole.trained.index(True)
-    cut = whole.cut(first + 2, IMAGE_TOKENS)
-    assert cut.ids == whole.ids[: first + 2] and sum(cut.trained) == 2
-    assert whole.cut(len(whole.ids), IMAGE_TOKENS) == whole
-    for longest, reason in ((first, "no trained token"), (whole.image_starts[0] + 1, "too long")):
-        with pytest.raises(RecordError) as refusal:
-            whole.cut(longest, IMAGE_TOKENS)
-        assert refusal.value.reason == reason
 
 
 def test_turns_follow_the_original_rules() -> None:

@@ -318,6 +318,8 @@ def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) 
             f"training would refuse this: {figures.without_labels} of {figures.records} records carry no label; raise "
             "DECODER_SEQ_LEN (--max-length here) or choose another template, and look again"
         )
+    if figures.records == figures.rejected["excluded"]:
+        return "the folder's split.yaml leaves out every record that was looked at; convert the data again"
     rejected = figures.rejected.total() - figures.rejected["excluded"]
     if rejected > settings.max_skipped_share * figures.records:
         return (
