@@ -1,18 +1,20 @@
 """inspect_dataset.py shows what training makes of records: golden ids and labels, pictures, figures, refusals."""
 
+import argparse
 import io
 import itertools
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_patch.data.inspection import to_terminal, unshifted_labels, visible
+from megatron_patch.data.inspection import Figures, to_terminal, unshifted_labels, visible
 from megatron_patch.data.loaders import build_valid_loader
 from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.golden.derive import FOLDER as GOLDEN
@@ -193,11 +195,13 @@ def test_records_that_training_leaves_out_are_counted_with_their_reason(
     assert 25 < rejected < 40  # every third record has two questions
     assert f"93 records: {93 - rejected} encoded + {rejected} rejected" in out
     assert "left out: turns: the template takes one question and one answer, got 2 questions" in out
-    assert f"next: training would stop, as {rejected} of 93 records are unusable" in out
+    assert f"next: training would stop, as {rejected} of 93 records are unusable, most of them for: turns" in out
     code, out, err = run(
         monkeypatch, capsys, folder, *words[2:], "--template", "v1", "--max-length", 40, "--output", tmp_path, "--all"
     )
     assert code == 0, err
+    longer = run(monkeypatch, capsys, folder, *words[2:], "--template", "v1", "--max-length", 300, "--output", tmp_path)
+    assert "next: give " in longer[1] and "CONVERSATION_TEMPLATE=v1 and DECODER_SEQ_LEN=300" in longer[1]
     without = int(re.search(r"without labels: (\d+) ", out)[1])
     assert without > 0 and f"next: training would refuse this: {without} of 93 records carry no label" in out
 
@@ -222,6 +226,24 @@ def test_a_checkpoint_says_everything_by_itself(folder, tmp_path, monkeypatch, c
 
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+@pytest.mark.parametrize(
+    ("figures", "max_length", "advice"),
+    [
+        (Figures(lengths=[700] * 100), None, "train with DECODER_SEQ_LEN=1024 (10th argument), which holds 99%"),
+        (Figures(lengths=[700] * 98 + [1500, 9000]), None, "train with DECODER_SEQ_LEN=2048 (10th argument)"),
+        (Figures(lengths=[700] * 100), 1024, "give F to run_mcore_llava.sh as DATASET_PATH"),
+        (Figures(lengths=[700] * 100, truncated=2), 700, "raise DECODER_SEQ_LEN (--max-length here): 2 of 100 records"),
+        (Figures(lengths=[700] * 98, rejected=Counter({"too long": 2})), 700, "training would refuse this: 2 of 100"),
+        (Figures(lengths=[700] * 98, rejected=Counter({"roles": 2})), 700, "training would stop, as 2 of 100 records"),
+        (Figures(lengths=[700] * 98, rejected=Counter({"excluded": 2})), 700, "give F to run_mcore_llava.sh"),
+        (Figures(rejected=Counter({"excluded": 2})), None, "the folder's split.yaml leaves out every record"),
+    ],
+)
+def test_the_last_sentence_says_what_to_do(settings, figures, max_length, advice) -> None:
+    arguments = argparse.Namespace(folder="F", max_length=max_length)
+    assert inspect_dataset.advice(figures, settings, arguments).startswith(advice)
 
 
 def test_terminal_text_and_labels() -> None:

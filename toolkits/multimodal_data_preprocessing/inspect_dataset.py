@@ -322,9 +322,15 @@ def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) 
         return "the folder's split.yaml leaves out every record that was looked at; convert the data again"
     rejected = figures.rejected.total() - figures.rejected["excluded"]
     if rejected > settings.max_skipped_share * figures.records:
+        reason = figures.rejected.most_common(1)[0][0]
         return (
-            f"training would stop, as {rejected} of {figures.records} records are unusable; convert the data again, "
-            "which names each of them, or raise MAX_SKIPPED"
+            f"training would stop, as {rejected} of {figures.records} records are unusable, most of them for: {reason};"
+            " mend the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
+        )
+    if figures.truncated > settings.max_skipped_share * figures.records:
+        return (
+            f"raise DECODER_SEQ_LEN (--max-length here): {figures.truncated} of {figures.records} records lose the end "
+            "of their answers"
         )
     if arguments.max_length is None:
         longest = figures.percentile(99)
