@@ -119,8 +119,8 @@ class Figures:
         return sum(self.rejected[reason] for reason in WITHOUT_LABELS)
 
     def percentile(self, share: float) -> int:
-        """Length that `share` per cent of the records do not exceed."""
-        return int(np.percentile(self.lengths, share, method="higher"))
+        """Smallest length that `share` per cent of the records do not exceed."""
+        return int(np.percentile(self.lengths, share, method="inverted_cdf"))
 
     def lines(self) -> list[str]:
         """The figures in words."""
