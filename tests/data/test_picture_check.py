@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_patch.data.image import check_picture, open_picture
-from megatron_patch.data.picture_structure import Structure, examine
+from megatron_patch.data.picture_structure import Structure, examine, examine_with_size
 from megatron_patch.data.rejection import RecordError
 
 
@@ -185,3 +185,22 @@ def test_several_pictures_in_one_file_are_decoded() -> None:
     assert reason(check_picture, data) is None
     animated = encode(photo("RGB"), "PNG", save_all=True, append_images=[photo("RGB").rotate(90)])
     assert examine(animated) is Structure.DOUBTFUL and reason(check_picture, animated) is None
+
+
+def test_a_plain_header_is_judged_as_the_decoder_does() -> None:
+    """Without metadata Pillow is never asked: one wrong byte anywhere in the header must not fool the check."""
+    random = np.random.default_rng(2)
+    told = 0
+    for name in ("jpeg RGB baseline", "jpeg L baseline", "jpeg RGB restarts", "jpeg RGB coarse"):
+        sound = SOUND[name]
+        for _ in range(150):
+            data = bytearray(sound)
+            data[random.integers(2, sound.index(b"\xff\xda") + 14)] = random.integers(256)
+            if examine_with_size(bytes(data))[1] is not None:
+                told += 1
+                assert reason(check_picture, bytes(data)) == reason(open_picture, bytes(data))
+    assert told > 150
+    large = bytearray(JPEG)
+    start = large.index(b"\xff\xc0") + 5
+    large[start : start + 4] = (60_000).to_bytes(2, "big") * 2
+    assert reason(check_picture, bytes(large)) == reason(open_picture, bytes(large)) == "picture too large"
