@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_patch.data.ledger import Rejection
 from megatron_patch.data.shard_jobs import Done, Job
-from megatron_patch.data.shards import sync_folder
+from megatron_patch.data.shards import sync
 from megatron_patch.errors import UserError
 
 JOURNAL = "journal.jsonl"
@@ -59,7 +59,7 @@ class Workspace:
                 f"{self.folder}: the records of {job.name} are not those it was written from; the source has changed "
                 "since the conversion was interrupted: give --overwrite instead of --resume to begin anew"
             )
-        if line["size"] and not _has_size(self.folder / job.name, line["size"]):
+        if line["size"] and not _is_whole(self.folder / job.name, line["size"], line["written"]):
             return None
         rejected = [Rejection(*rejection) for rejection in line["rejected"]]
         return Done(line["written"], line["text_only"], line["repeated_ids"], line["size"], rejected)
@@ -74,10 +74,7 @@ class Workspace:
         """The folder becomes the output, in place of one that exists."""
         self._journal.close()
         (self.folder / JOURNAL).unlink()
-        for path in self.folder.iterdir():
-            if path.is_file():
-                _sync_file(path)
-        sync_folder(self.folder)
+        sync(self.folder)
         if self._output.exists():
             old = self._output.with_name(f"{self._output.name}.old-{os.getpid()}")
             self._output.rename(old)
@@ -85,7 +82,7 @@ class Workspace:
             shutil.rmtree(old)
         else:
             self.folder.rename(self._output)
-        sync_folder(self._output.parent)
+        sync(self._output.parent)
 
     def leave(self) -> None:
         """Stop, so that it can be resumed."""
@@ -172,13 +169,8 @@ def digest_of(job: Job) -> str:
     return hashlib.blake2b(repr((job.split, numbers)).encode(), digest_size=16).hexdigest()
 
 
-def _has_size(shard: Path, size: int) -> bool:
-    return shard.is_file() and shard.stat().st_size == size and Path(f"{shard}.idx").is_file()
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_whole(shard: Path, size: int, samples: int) -> bool:
+    index = Path(f"{shard}.idx")
+    return (
+        shard.is_file() and shard.stat().st_size == size and index.is_file() and index.stat().st_size == 8 * samples + 8
+    )

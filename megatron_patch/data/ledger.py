@@ -51,7 +51,7 @@ class Ledger:
     text_only: int = 0
     examples: list[Rejection] = field(default_factory=list)  # the first ones
     seconds: float = 0.0  # until everything was on the disk
-    seconds_to_reopen: float = 0.0  # with energon, import included
+    seconds_to_reopen: float = 0.0
 
     def reject(self, rejection: Rejection) -> None:
         """Count a rejection."""

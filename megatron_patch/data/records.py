@@ -13,7 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from megatron_patch.data.journal import LEDGER, Workspace, digest_of
 from megatron_patch.data.json_stream import stream_records
 from megatron_patch.data.ledger import SPLITS, Ledger, Rejection, RejectionFile
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.reopen import reopen, reopen_with_energon
 from megatron_patch.data.repeats import Repeats, hash_of
 from megatron_patch.data.samples import read_exchanges
 from megatron_patch.data.shard_jobs import Done, Job, LengthLimit, Sample, ShardMaker, Workers, result_of
@@ -54,6 +55,7 @@ class Options:
     keep_going: bool = False  # ... unless this is set
     reject_duplicate_ids: bool = False  # also where their contents differ
     length_limit: LengthLimit | None = None
+    reopen_with_energon: bool = False  # read a few records of each split back with energon's own loader as well
     workers: int | None = None  # processes that read pictures and write shards; 0: none but this one; None: the cores
 
     def __post_init__(self) -> None:
@@ -278,11 +280,16 @@ class _Conversion:
         shards.write_meta(folder, self._counts)
         ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
         shards.write_durably(folder / LEDGER, ledger.encode())
-        shards.sync_folder(folder)
+        with ThreadPoolExecutor(8) as threads:  # waiting together takes the disk little longer than waiting once
+            list(threads.map(shards.sync, folder.iterdir()))
+        shards.sync(folder)
         written = time.monotonic()
         self._ledger.seconds = written - self._began
         filled = [split for split in SPLITS if self._ledger.written[split]]
-        found = shards.read_back(folder, filled)
+        found = reopen(folder)
+        assert found == {split: self._ledger.written[split] for split in filled}, (found, self._ledger)
+        if self._options.reopen_with_energon:
+            found = reopen_with_energon(folder, filled)
         self._ledger.seconds_to_reopen = time.monotonic() - written
         assert found == {split: self._ledger.written[split] for split in filled}, (found, self._ledger)
         return self._ledger
@@ -290,7 +297,8 @@ class _Conversion:
     def _write_shards(self, progress: Callable[[int], Progress]) -> None:
         options = self._options
         maker = ShardMaker(self._source, self._workspace.folder, options.length_limit)
-        count = min(8, len(os.sched_getaffinity(0))) if options.workers is None else options.workers
+        # One more than the cores: there is always one that waits for the disk.
+        count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
         waiting: deque[tuple[Job, int, str, Future[Done] | Done]] = deque()
         with Workers(count, maker) as workers:
             bar = None

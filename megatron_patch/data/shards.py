@@ -3,12 +3,10 @@
 Keys are numbers, so that energon's silent traps (dots, duplicates and capitals in names) cannot occur.
 """
 
-import itertools
 import json
 import os
 import struct
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,7 +64,7 @@ class Shard:
 
     def close(self) -> int:
         """End the shard, write its index (the offset of each sample's first header, then the end) and give both their
-        names; returns the shard's bytes."""
+        names; returns the shard's bytes.  The index is small: whoever finishes the folder puts it on the disk."""
         end = self._written + self._buffered
         self._pieces.append(END_OF_ARCHIVE)
         self._buffered += len(END_OF_ARCHIVE)
@@ -74,7 +72,7 @@ class Shard:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         index = struct.pack(f"<{len(self._offsets) + 1}Q", *self._offsets, end)
-        write_durably(self._path.with_name(f"{self._path.name}.idx"), index)
+        self._path.with_name(f"{self._path.name}.idx").write_bytes(index)
         self._part.rename(self._path)
         return self._written
 
@@ -139,9 +137,9 @@ def write_durably(path: Path, data: bytes) -> None:
     part.rename(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names of a folder's files on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -162,40 +160,4 @@ def write_meta(folder: Path, splits: Mapping[str, Mapping[str, int]]) -> None:
     write_durably(meta / "split.yaml", "\n".join([*lines, "exclude: []", ""]).encode())
     kind = b"__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  layout: llava\n"
     write_durably(meta / "dataset.yaml", kind)
-    sync_folder(meta)
-
-
-def read_back(folder: Path, splits: Sequence[str]) -> dict[str, int]:
-    """Reopen the folder with energon's own loader and read a few records of each split; returns {split: records}.
-
-    Raises whatever energon raises: a folder that cannot be read back is a fault of this file, not of the user.
-    """
-    from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loader, get_val_dataset, stateless
-    from megatron.energon.errors import reraise_exception
-
-    class RawEncoder(DefaultTaskEncoder):
-        """Hands samples over as they are."""
-
-        decoder = None
-        cookers = [Cooker(stateless(lambda sample: sample))]
-
-        @stateless
-        def batch(self, samples: list) -> list:
-            """A batch is the list of its samples."""
-            return samples
-
-    found = {}
-    for split in splits:
-        dataset = get_val_dataset(
-            str(folder),
-            split_part=split,
-            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception),
-            batch_size=1,
-            task_encoder=RawEncoder(),
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'pin_memory'")
-            for (sample,) in itertools.islice(get_loader(dataset), 4):
-                json.loads(sample["json"])
-        found[split] = len(dataset)
-    return found
+    sync(meta)

@@ -435,7 +435,7 @@ def test_command_line_converts_llava_pretrain(tmp_path) -> None:
     again = run(root)
     assert again.returncode == 2 and "exists already; give --overwrite" in again.stderr
     before = {path.name: path.read_bytes() for path in (root / "wds").glob("*.tar")}
-    assert run(root, "--overwrite").returncode == 0
+    assert run(root, "--overwrite", "--reopen-with-energon").returncode == 0
     assert {path.name: path.read_bytes() for path in (root / "wds").glob("*.tar")} == before
     assert sorted(path.name for path in root.iterdir()) == [
         "blip_laion_cc_sbu_558k.json",

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_patch.data import DataSettings, build_train_loader
 from megatron_patch.data.records import SplitChooser, stream_records
-from megatron_patch.data.shards import read_back, tar_header
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.reopen import reopen, reopen_with_energon
+from megatron_patch.data.shards import tar_header
 from megatron_patch.errors import UserError
 from tests.data.making import picture_bytes
 from tests.data.torture import turns
@@ -68,10 +72,28 @@ def test_headers_equal_those_of_tarfile() -> None:
 
 
 def test_shards_and_splits(folder: str) -> None:
-    assert read_back(Path(folder), ["train", "val"]) == {"train": 93, "val": 10}
+    assert reopen_with_energon(Path(folder), ["train", "val"]) == {"train": 93, "val": 10} == reopen(Path(folder))
     train = [path.name for path in Path(folder).glob("train-*.tar")]
     assert len(train) == 10  # of 10 samples, though 1000 are allowed
     assert not list(Path(folder).parent.glob("wds.*"))
+
+
+@pytest.mark.parametrize("damage", ["shard", "index", "picture", "counts"])
+def test_reopening_sees_damage(folder: str, tmp_path, damage: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "wds"))
+    assert reopen(copy) == {"train": 93, "val": 10}
+    shard = copy / "val-000000.tar"
+    if damage == "shard":
+        shard.write_bytes(shard.read_bytes()[:-512])
+    elif damage == "index":
+        index = np.fromfile(f"{shard}.idx", dtype="<u8")
+        index[:-1].tofile(f"{shard}.idx")
+    elif damage == "picture":
+        shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x89PIG"))
+    else:
+        (copy / "train-000000.tar").rename(copy / "train-000099.tar")
+    with pytest.raises((AssertionError, FileNotFoundError, RecordError)):
+        reopen(copy)
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

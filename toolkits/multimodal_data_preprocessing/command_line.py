@@ -32,6 +32,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         default="keep",
         help="records with the id of an earlier one and other content; default: keep",
     )
+    add(
+        "--reopen-with-energon",
+        action="store_true",
+        help="read back with energon's own loader as well: some seconds and 0.6 GB of memory for its import",
+    )
     add("--max-tokens", type=int, metavar="N", help="reject longer records; needs the three options below")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer (llava/ of a checkpoint)")
     add("--template", metavar="T", help="conversation template, as CONVERSATION_TEMPLATE of the launchers")
@@ -78,6 +83,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         keep_going=arguments.keep_going,
         reject_duplicate_ids=arguments.duplicate_ids == "reject",
         length_limit=length_limit_of(arguments),
+        reopen_with_energon=arguments.reopen_with_energon,
         workers=arguments.workers,
     )
 
