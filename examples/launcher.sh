@@ -437,6 +437,10 @@ EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
 EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
 CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
+VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower; its lowest keeps the ratio of MIN_LR to LR
+PROJECTOR_LR|(LR)|a number above 0|the same of the projector
+VISION_TOWER_WEIGHT_DECAY|(WEIGHT_DECAY)|a number from 0|weight decay of the vision tower
+PROJECTOR_WEIGHT_DECAY|(WEIGHT_DECAY)|a number from 0|weight decay of the projector
 ADAM_BETA2|0.95|a number from 0 to below 1|second beta of AdamW; the first is 0.9
 CLIP_GRAD|1.0|a number from 0|largest gradient norm; 0: not limited
 $COMMON_OPTIONS
@@ -617,6 +621,10 @@ training_words() {
         --conversation-template "${arg[CONVERSATION_TEMPLATE]}"
         --optimizer-offload-policy "${arg[OPTIMIZER_OFFLOAD]}"
     )
+    local name word
+    for name in VISION_TOWER_LR PROJECTOR_LR VISION_TOWER_WEIGHT_DECAY PROJECTOR_WEIGHT_DECAY; do
+        [[ -z ${arg[$name]} ]] || { word=${name,,} && command+=("--${word//_/-}" "${arg[$name]}"); }
+    done
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
     [[ ${arg[IMAGE_CONV_FRONT]} != true ]] || command+=(--image-conv-front)
     [[ ${arg[IMAGE_START_END]} != true ]] || command+=(--image-start-end)

@@ -3,7 +3,8 @@
 import argparse
 
 # the conversation format each language model was tuned with: what `auto` stands for
-TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen"}
+# (Llama 3's tokenizer has tokens of its own for it: llama_3)
+TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen", "qwen3": "chatml"}
 
 
 def _grid(text: str) -> tuple[int, int]:
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--packing", action="store_true", help="several records fill a row of --seq-length tokens")
     group.add_argument("--max-skipped-share", type=float, default=0.01, help="of the records, before the run stops")
+    for module in ("vision-tower", "projector"):
+        group.add_argument(f"--{module}-lr", type=float, help="highest learning rate; default: --lr")
+        group.add_argument(f"--{module}-weight-decay", type=float, help="default: --weight-decay")
     group.add_argument("--freeze-language-model", action="store_true")
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")

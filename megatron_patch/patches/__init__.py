@@ -16,6 +16,7 @@ from megatron_patch.patches import (
     cpu_rng_state,
     distributed_optimizer_state,
     interleaved_loader_state,
+    parameter_group_keys,
     skip_compile_helpers,
 )
 
@@ -25,6 +26,7 @@ ALL: tuple[ModuleType, ...] = (
     cpu_rng_state,
     distributed_optimizer_state,
     interleaved_loader_state,
+    parameter_group_keys,
     skip_compile_helpers,
 )
 

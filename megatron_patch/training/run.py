@@ -56,6 +56,7 @@ def train_llava() -> None:
     from megatron_patch.model.llava import Frozen, LlavaModel
     from megatron_patch.training.loaders import build_loaders
     from megatron_patch.training.logging import complete_log
+    from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
     from megatron_patch.training.step import forward_step
     from megatron_patch.training.strict_load import strict
 
@@ -96,7 +97,10 @@ def train_llava() -> None:
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
     training.training_log = complete_log(training.training_log, counts_of_records)
-    training.load_checkpoint = strict(training.load_checkpoint)
+    training.load_checkpoint = keep_typed(strict(training.load_checkpoint))
+    training.get_standard_config_overrides = with_modules(
+        training.get_standard_config_overrides, lambda: read_rates(get_args())
+    )
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),

@@ -233,7 +233,9 @@ def _data_settings(
     """What the data room needs to know; `pictures`: image_mean, center_crop and resample."""
     template = arguments.conversation_template
     if template == "auto":
-        template = TEMPLATE_OF_MODEL[geometry.language.model_type]
+        tokenizer = llava_folder / "tokenizer.json"
+        speaks_llama_3 = tokenizer.is_file() and b"<|start_header_id|>" in tokenizer.read_bytes()
+        template = "llama_3" if speaks_llama_3 else TEMPLATE_OF_MODEL[geometry.language.model_type]
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1

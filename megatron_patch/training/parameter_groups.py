@@ -1,0 +1,68 @@
+"""Learning rate and weight decay of each module, and what was typed on resuming holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Module of LlavaModel -> name of its options.
+MODULES = {"language_model": None, "vision_model": "vision_tower", "vision_projection": "projector"}
+TYPED = ("max_lr", "min_lr", "start_wd", "end_wd")  # of a parameter group
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is typed for one module; None: as for the language model."""
+
+    learning_rate: float | None = None  # highest; the lowest keeps the ratio of MIN_LR to LR
+    weight_decay: float | None = None
+
+
+def read_rates(args: Any) -> dict[str, Rates]:
+    """Rates by module of LlavaModel from Megatron's arguments."""
+    return {
+        module: Rates(getattr(args, f"{option}_lr"), getattr(args, f"{option}_weight_decay")) if option else Rates()
+        for module, option in MODULES.items()
+    }
+
+
+def with_modules(standard_overrides: Callable[..., dict], rates: Callable[[], dict[str, Rates]]) -> Callable[..., dict]:
+    """Wrap Megatron's get_standard_config_overrides(config): every parameter group belongs to one module.
+
+    Groups carry the module's name, by which a checkpoint's are found again.
+    """
+    from megatron.core.optimizer import ParamKey
+
+    def overrides(config: Any) -> dict:
+        found = standard_overrides(config=config)
+        for module, chosen in rates().items():
+            group: dict[str, Any] = {"module": module}
+            if chosen.learning_rate is not None:
+                ratio = (config.min_lr or 0.0) / config.lr
+                group |= {"max_lr": chosen.learning_rate, "min_lr": chosen.learning_rate * ratio}
+            if chosen.weight_decay is not None:
+                group |= {"start_wd": chosen.weight_decay, "end_wd": chosen.weight_decay}
+            found[ParamKey(name=f"*{module}.*")] = group
+        return found
+
+    return overrides
+
+
+def keep_typed(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's load_checkpoint(model, optimizer, opt_param_scheduler, ...).
+
+    Loading replaces the groups' rates by the saved ones, of which --override-opt-param-scheduler knows nothing.
+    """
+
+    def load(model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = [] if optimizer is None else optimizer.param_groups
+        typed = [{name: group[name] for name in TYPED if name in group} for group in groups]
+        result = load_checkpoint(model, optimizer, opt_param_scheduler, *args, **kwargs)
+        for group, kept in zip([] if optimizer is None else optimizer.param_groups, typed, strict=True):
+            for name in TYPED:
+                group.pop(name, None)
+            group.update(kept)
+        if typed and opt_param_scheduler is not None:
+            opt_param_scheduler.step(0)  # the rates of the present step, from what was typed
+        return result
+
+    return load
