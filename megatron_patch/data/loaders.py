@@ -29,11 +29,16 @@ from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.settings import DataSettings
 from megatron_patch.data.source import Dataset as EnergonDataset
 from megatron_patch.errors import UserError
+from megatron_patch.geometry import IGNORE_LABEL
 
 logger = logging.getLogger(__name__)
 
 ALWAYS_TOLERATED = 10  # skipped records below this never stop a run, however few it has seen
 NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
+
+# What a step has to do, for the figures of throughput: records, their tokens without padding, the trained ones,
+# pictures (tiles are pictures of their own), and the pairs of tokens of which one sees the other.
+WORK = ("records", "tokens", "labels", "pictures", "pairs")
 
 Batch = dict[str, Any]
 Skipped = tuple[str, str, str]  # record, reason, detail
@@ -155,6 +160,7 @@ class _Batches(Dataset):
             counts["kept"] += 1
             counts["truncated"] += row.truncated
             rows.append(row)
+        counts |= _work([row for row in rows if row is not None])
         pad_token_id = self._encoder.conversation.pad_token_id
         return self._collate(rows, self._settings, pad_token_id, self._with_pixels), counts, skipped
 
@@ -166,6 +172,18 @@ class _Batches(Dataset):
         if parts is None:
             raise RecordError("excluded", "by split.yaml")
         return self._encoder.encode(parts)
+
+
+def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
+    """The WORK of some records."""
+    lengths = [len(row.tokens) for row in rows]
+    return {
+        "records": len(rows),
+        "tokens": sum(lengths),
+        "labels": sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows),
+        "pictures": sum(len(row.image_starts) for row in rows),
+        "pairs": sum(length * (length + 1) // 2 for length in lengths),
+    }
 
 
 class _Positions(Sampler[int]):
@@ -196,6 +214,7 @@ class _Loader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise UserError(f"data-parallel rank {data_parallel_rank} is not within 0..{data_parallel_size - 1}")
         self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
+        self.work: dict[str, int] = dict.fromkeys(WORK, 0)  # of the batches taken since this process started
         self._batches = batches
         self._settings = settings
         self._rank = data_parallel_rank
@@ -228,7 +247,8 @@ class _Loader:
     def _account(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
         """Add a batch that is being handed out; UserError when too many records had to be skipped."""
         for name, count in counts.items():
-            self.counts[name] += count
+            account = self.work if name in self.work else self.counts
+            account[name] += count
         for record, reason, detail in skipped:
             if reason == "excluded":  # by the user's own list: counted, but no fault
                 self.counts["excluded"] = self.counts.get("excluded", 0) + 1
