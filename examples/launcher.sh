@@ -17,6 +17,7 @@ repository=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
 
 declare -A arg=()         # value of every row by its name
 declare -A wrong=()       # names whose value is missing or breaks its own rule
+declare -A recipe=()      # values of a preset by name
 declare -a names=()       # names of the positional rows, in order
 declare -a complaints=()  # one line each
 declare -a environment=() # NAME=VALUE for the started program
@@ -220,7 +221,7 @@ read_options() {
     local name default rule
     while IFS='|' read -r name default rule _; do
         [[ $default != "("* ]] || default=
-        arg[$name]=${!name:-$default}
+        arg[$name]=${!name:-${recipe[$name]:-$default}}
         [[ -z ${arg[$name]} ]] || check_row "$name" "$rule"
     done <<<"$1"
 }
@@ -408,9 +409,30 @@ MASTER_ADDR|a host name or address|node 0
 MASTER_PORT|a whole number from 1 to 65535|port on node 0
 KUBERNETES_CONTAINER_RESOURCE_GPU|a whole number from 1 to 4096|GPUs of this node"
 
+# Published recipes: name and stage, source, values of arguments given as `-` and defaults of options, which a variable
+# in the environment overrides. Adam's second beta of Hugging Face's trainer, which LLaVA used, is 0.999.
+PRESETS="llava-1.5, stage 1|LLaVA-1.5, LLaVA-Pretrain 558k|GLOBAL_BATCH_SIZE=256 LR=1e-3 MIN_LR=0 TRAIN_ITERS=2180 LR_WARMUP_ITERS=65 ADAM_BETA2=0.999
+llava-1.5, stage 2|LLaVA-1.5, mix665k|GLOBAL_BATCH_SIZE=128 LR=2e-5 MIN_LR=0 TRAIN_ITERS=5200 LR_WARMUP_ITERS=156 ADAM_BETA2=0.999 IMAGE_ASPECT_RATIO=pad DATA_ORDER=modality
+pai, stage 1|Pai-Megatron-Patch's guide|GLOBAL_BATCH_SIZE=256 LR=0.00015 MIN_LR=1e-5 TRAIN_ITERS=20000 LR_WARMUP_ITERS=200
+neva, stage 1|NeMo's guide of NeVA|BATCH_SIZE=32 GLOBAL_BATCH_SIZE=256 LR=2e-3 MIN_LR=2e-5 TRAIN_ITERS=2176 LR_WARMUP_ITERS=65 ADAM_BETA2=0.95
+neva, stage 2|NeMo's guide of NeVA|BATCH_SIZE=8 GLOBAL_BATCH_SIZE=128 LR=2e-5 MIN_LR=2e-7 TRAIN_ITERS=5197 LR_WARMUP_ITERS=155 ADAM_BETA2=0.95 AC=full CONVERSATION_TEMPLATE=v1"
+
+# apply_preset STAGE NAME: the recipe's values into the associative array `recipe`.
+apply_preset() {
+    local row values value known=
+    while IFS='|' read -r row _ values; do
+        [[ $row == *", stage $1" ]] || continue
+        known+=" ${row%, stage *}"
+        [[ $row == "$2, stage $1" ]] || continue
+        for value in $values; do recipe[${value%%=*}]=${value#*=}; done
+    done <<<"$PRESETS"
+    ((${#recipe[@]})) || complain "environment PRESET=${2@Q}" "must be one of$known for this stage"
+}
+
 # training_options FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE: rows, with the defaults in which the stages differ.
 training_options() {
     cat <<OPTIONS
+PRESET|(none)|words|a published recipe; it fills in arguments given as - and defaults of options (table below)
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
@@ -456,7 +478,16 @@ launch_llava() {
         show_training_help "$title" "$options"
         exit 0
     fi
-    read_arguments "$TRAINING_ARGUMENTS" 24 "${@:1:23}"
+    [[ -z ${PRESET:-} ]] || apply_preset "$stage" "$PRESET"
+    local -a given=()
+    local name value
+    while IFS='|' read -r name _; do
+        ((${#given[@]} < $#)) || break
+        value=${*:${#given[@]} + 1:1}
+        [[ $value != - ]] || value=${recipe[$name]:--}
+        given+=("$value")
+    done <<<"$TRAINING_ARGUMENTS"
+    read_arguments "$TRAINING_ARGUMENTS" 24 "${given[@]}"
     read_options "$options"
     [[ ${arg[ENV]} != dlc ]] || read_cluster "$CLUSTER_VARIABLES"
     choose_python
@@ -485,6 +516,7 @@ show_training_help() {
     printf 'Words after the 23rd argument go to Megatron as they are; the first of them begins with --.\n'
     show_rows "Arguments" "$TRAINING_ARGUMENTS" numbered
     show_rows "Options, from the environment: name, default, value" "$2" options
+    show_rows "Presets: name and stage, source, values" "$PRESETS"
     show_rows "Required in the environment when ENV=dlc" "$CLUSTER_VARIABLES"
 }
 

@@ -29,6 +29,7 @@ class Help:
     arguments: list[Row]
     options: list[Row]
     cluster: list[Row]
+    presets: list[Row]
 
 
 @cache
@@ -36,12 +37,12 @@ def rows_of_help(script: Path) -> Help:
     """All rows that a launcher shows."""
     result = start(script, ["--help"])
     assert result.returncode == 0 and result.stderr == ""
-    tables: dict[str, list[Row]] = {"Arguments": [], "Options": [], "Required": []}
+    tables: dict[str, list[Row]] = {"Arguments": [], "Options": [], "Presets": [], "Required": []}
     title = None
     lines = iter(result.stdout.splitlines())
     for line in lines:
         if line and not line.startswith(" "):
-            title = line.split(",")[0].split()[0]
+            title = re.split(r"[,: ]", line)[0]
         elif line:
             cells = re.split(r"\s{2,}", line.strip())
             meaning = next(lines).strip()
@@ -51,7 +52,7 @@ def rows_of_help(script: Path) -> Help:
                 tables[title].append(Row(cells[0], cells[2], meaning, default=cells[1]))
             else:
                 tables[title].append(Row(cells[0], cells[1], meaning))
-    return Help(tables["Arguments"], tables["Options"], tables["Required"])
+    return Help(tables["Arguments"], tables["Options"], tables["Required"], tables["Presets"])
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -63,7 +64,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def readme_tables() -> list[str]:
     """The README's tables: training arguments, options, cluster variables; conversion arguments, options."""
     first, second, converter = rows_of_help(STAGE_1), rows_of_help(STAGE_2), rows_of_help(CONVERTER)
-    assert first.arguments == second.arguments and first.cluster == second.cluster
+    assert (first.arguments, first.cluster, first.presets) == (second.arguments, second.cluster, second.presets)
     options = []
     for one, two in zip(first.options, second.options, strict=True):
         default = one.default if one.default == two.default else f"{one.default}; stage 2: {two.default}"
@@ -73,6 +74,7 @@ def readme_tables() -> list[str]:
     return [
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in first.arguments]),
         markdown(named, options),
+        markdown(["preset", "source", "values"], [[row.name, row.rule, row.meaning] for row in first.presets]),
         markdown(["name", "value", "meaning"], [[row.name, row.rule, row.meaning] for row in first.cluster]),
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in converter.arguments]),
         markdown(named, [[row.name, row.default or "", row.rule, row.meaning] for row in converter.options]),

@@ -129,6 +129,9 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"IMAGE_TILES": "2"}, "environment IMAGE_TILES='2' must be COLUMNSxROWS, as 2x2"),
         ({}, {"IMAGE_TILES": "1x2"}, "DECODER_SEQ_LEN='1024' must be more than 1728, SEQ_LEN=576 for each of 2 tiles"),
         ({}, {"PACKING": "true", "DATA_ORDER": "modality"}, "DATA_ORDER='modality' is not for PACKING=true"),
+        ({}, {"PRESET": "llava"}, "environment PRESET='llava' must be one of llava-1.5 pai neva for this stage"),
+        ({"LR": "-"}, {"PRESET": ""}, "argument 5 LR='-' must be a number above 0"),
+        ({"TP": "-"}, {"PRESET": "llava-1.5"}, "argument 10 TP='-' must be a whole number"),
         ({}, {"VIRTUAL_STAGES": "2"}, "environment VIRTUAL_STAGES='2' needs PP above 1"),
         ({}, {"FIRST_STAGE_LAYERS": "2"}, "environment FIRST_STAGE_LAYERS='2' needs PP above 1"),
         (
@@ -285,3 +288,20 @@ def test_model_sizes_are_those_of_the_converter():
     for script in (STAGE_1, STAGE_2, CONVERTER):
         rule = next(row.rule for row in rows_of_help(script).arguments if row.name == "MODEL_SIZE")
         assert rule.removeprefix("one of ").split() == list(MODEL_SIZES)
+
+
+def test_a_preset_fills_in_what_is_left_open_and_loses_against_what_is_said(inputs: Inputs):
+    changes = {"GLOBAL_BATCH_SIZE": "-", "LR": "-", "MIN_LR": "-", "TRAIN_ITERS": "1000", "LR_WARMUP_ITERS": "-"}
+    options = {"PRESET": "llava-1.5", "DATA_ORDER": "cyclic", "DRY_RUN": "1"}
+    words = start(STAGE_2, inputs.training(**changes), **options).stdout.split("\n")
+    for name, value in {
+        "--global-batch-size": "128",
+        "--lr": "2e-5",
+        "--min-lr": "0",
+        "--train-iters": "1000",
+        "--lr-warmup-iters": "156",
+        "--adam-beta2": "0.999",
+        "--image-aspect-ratio": "pad",
+        "--data-order": "cyclic",
+    }.items():
+        assert words[words.index(name) + 1] == value
