@@ -1,0 +1,107 @@
+"""FLOP of a step: the anchors for LLaVA-1.5-7B, an independent count by torch, and rules of frozen parts."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from megatron_patch.geometry import read_geometry, read_geometry_of
+from megatron_patch.model.llava import Frozen
+from megatron_patch.training.throughput import Work, step_flop
+from tests import tiny_models
+
+STAGE_1 = Frozen(language_model=True, vision_tower=True)
+STAGE_2 = Frozen(vision_tower=True)
+
+
+def llava_7b(side_px: int):
+    """LLaMA-7B + CLIP-L/14."""
+    text = {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "image_size": side_px,
+        "patch_size": 14,
+    }
+    return read_geometry({"text_config": text, "vision_config": vision, "image_token_index": 32000})
+
+
+def one_record(tokens: int, labels: int, pictures: int = 1) -> Work:
+    return Work(1, tokens, labels, pictures, tokens * (tokens + 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("side_px", "frozen", "text", "tera"),
+    [(224, STAGE_1, 40, 8.05), (336, STAGE_1, 40, 17.01), (224, STAGE_2, 300, 22.4), (336, STAGE_2, 300, 35.8)],
+)
+def test_anchors_of_llava_7b(side_px: int, frozen: Frozen, text: int, tera: float) -> None:
+    """Those count the head at every token; the tolerance is their last digit and the projector at 224 px."""
+    geometry = llava_7b(side_px)
+    tokens = geometry.tower.image_tokens + text
+    everywhere = step_flop(geometry, frozen, one_record(tokens, labels=tokens))
+    assert everywhere / 1e12 == pytest.approx(tera, rel=5e-3)
+    saved = (4 if frozen is STAGE_1 else 6) * 32000 * 4096 * (tokens - text)
+    assert everywhere - step_flop(geometry, frozen, one_record(tokens, labels=text)) == saved
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        STAGE_1,
+        STAGE_2,
+        Frozen(),
+        Frozen(vision_tower=True, projector=True),
+        Frozen(language_model=True, projector=True),
+    ],
+    ids=["stage 1", "stage 2", "all trained", "language alone", "tower alone"],
+)
+def test_count_agrees_with_torch_over_transformers(frozen: Frozen, tmp_path) -> None:
+    """torch counts every matrix product of transformers' LLaVA: head at all tokens, all pairs.  (Of a tower whose last
+    layer but one is taken it would also run the last.)"""
+    tiny_models.make_tiny_llava(tmp_path, "mistral", tower="siglip_last")
+    geometry = read_geometry_of(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    parts = {
+        "vision_tower": frozen.vision_tower,
+        "multi_modal_projector": frozen.projector,
+        "language_model": frozen.language_model,
+        "lm_head": frozen.language_model,
+    }
+    for name, parameter in model.named_parameters():
+        part = next(part for part in parts if part in name)
+        parameter.requires_grad_(not parts[part])
+    text, records = 24, 2
+    tokens = geometry.tower.image_tokens + text
+    ids = torch.full((records, tokens), 5)
+    ids[:, : geometry.tower.image_tokens] = geometry.image_token_id
+    side = geometry.tower.side_px
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=torch.rand(records, 3, side, side), labels=ids).loss.backward()
+    work = Work(records, records * tokens, records * tokens, records, records * tokens**2)
+    assert step_flop(geometry, frozen, work) == counter.get_total_flops()
+
+
+def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:
+    geometry = llava_7b(336)
+    alone = one_record(600, 20)
+    pair = Work(*(2 * number for number in dataclasses.astuple(alone)))
+    whole = one_record(1200, 40, pictures=2)
+    saved = whole.pairs - pair.pairs
+    assert saved == 600 * 600
+    gap = step_flop(geometry, STAGE_2, whole) - step_flop(geometry, STAGE_2, pair)
+    assert gap == 32 * 3 * 4 * 4096 * saved
+    assert whole - pair == Work(-1, 0, 0, 0, saved)
