@@ -449,6 +449,15 @@ MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable befor
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
 FIRST_STAGE_LAYERS|(layers / PP)|$COUNT|decoder layers of the first pipeline stage, which holds the vision tower too; the others share the rest
 VIRTUAL_STAGES|1|a whole number from 1 to 999|pieces of the decoder on each pipeline rank (interleaved pipeline); above 1 needs PP above 1
+RECOMPUTE_METHOD|uniform|one of uniform block|with AC=full: every RECOMPUTE_LAYERS layers as one piece, or only the first RECOMPUTE_LAYERS of a stage
+RECOMPUTE_LAYERS|1|$COUNT|with AC=full: see RECOMPUTE_METHOD
+TOWER_AC|(AC)|one of sel full false|what of the vision tower is recomputed, where it is trained
+FP8_FORMAT|hybrid|one of hybrid e4m3|with PR=fp8: e5m2 for gradients, or e4m3 for all
+FP8_RECIPE|delayed|one of delayed tensorwise|with PR=fp8: scales from the amax history, or of the present tensor (current scaling)
+FP8_MARGIN|0|a whole number from 0 to 99|with FP8_RECIPE=delayed: powers of two that scales stay below the largest
+FP8_AMAX_HISTORY|1024|$COUNT|with FP8_RECIPE=delayed: length of the amax history
+FP8_AMAX_ALGORITHM|max|one of max most_recent|with FP8_RECIPE=delayed: which of the history counts
+ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
 MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
@@ -671,7 +680,13 @@ precision_words() {
     case ${arg[PR]} in
         fp16) command+=(--fp16 --initial-loss-scale 65536) ;; # Megatron's 2^32 skips the first 16 steps or so
         bf16) command+=(--bf16) ;;
-        fp8) command+=(--bf16 --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max) ;;
+        fp8)
+            command+=(--bf16 --fp8-format "${arg[FP8_FORMAT]}" --fp8-recipe "${arg[FP8_RECIPE]}")
+            [[ ${arg[FP8_RECIPE]} != delayed ]] || command+=(
+                --fp8-margin "${arg[FP8_MARGIN]}" --fp8-amax-history-len "${arg[FP8_AMAX_HISTORY]}"
+                --fp8-amax-compute-algo "${arg[FP8_AMAX_ALGORITHM]}"
+            )
+            ;;
     esac
     # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; "auto" falls back for fp32.
     if [[ $accelerator == cuda ]]; then
@@ -688,11 +703,19 @@ memory_words() {
             command+=(--recompute-granularity selective)
             ;;
         sel) command+=(--recompute-granularity selective) ;;
-        full) command+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+        full)
+            command+=(
+                --recompute-granularity full --recompute-method "${arg[RECOMPUTE_METHOD]}"
+                --recompute-num-layers "${arg[RECOMPUTE_LAYERS]}"
+            )
+            ;;
         offload)
             environment+=(NVTE_CPU_OFFLOAD_V1=1) # Transformer Engine 2.10 and newer would move the weights too
             command+=(--fine-grained-activation-offloading --offload-modules qkv_linear core_attn attn_proj)
             ;;
     esac
+    [[ -z ${arg[TOWER_AC]} ]] || command+=(--vision-tower-recompute "${arg[TOWER_AC]}")
+    # Megatron's own writer; without the persistent worker it would quietly save as before.
+    [[ ${arg[ASYNC_SAVE]} != true ]] || command+=(--async-save --async-strategy mcore --use-persistent-ckpt-worker)
     [[ ${arg[DO]} != true ]] || command+=(--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable)
 }

@@ -1,6 +1,7 @@
 """The words this toolkit adds to Megatron's parser, and their checks."""
 
 import argparse
+from pathlib import Path
 
 # the conversation format each language model was tuned with: what `auto` stands for
 # (Llama 3's tokenizer has tokens of its own for it: llama_3)
@@ -13,6 +14,15 @@ def _grid(text: str) -> tuple[int, int]:
     if int(columns) < 1 or int(rows) < 1:
         raise ValueError(text)
     return int(columns), int(rows)
+
+
+def _iterations(text: str) -> range:
+    """`100-110` -> the iterations 100 to 110; `7` -> 7 alone."""
+    first, _, last = text.partition("-")
+    found = range(int(first), int(last or first) + 1)
+    if found.start < 1 or not found:
+        raise ValueError(text)
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,5 +59,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")
     group.add_argument("--allow-fresh-projector", action="store_true", help="an untrained projector is meant: stage 1")
+    group.add_argument(
+        "--vision-tower-recompute", choices=("false", "sel", "full"), help="default: as the language model's"
+    )
     group.add_argument("--optimizer-offload-policy", choices=("false", "static", "auto"), default="false")
+    group.add_argument("--on-bad-loss", choices=("stop", "skip", "rollback"), default="stop")
+    group.add_argument("--spike-factor", type=float, default=0.0, help="times the median of 50 losses; 0: off")
+    group.add_argument("--bad-batches-file", type=Path, metavar="JSONL", help="bad micro-batches are noted there")
+    group.add_argument(
+        "--skip-train-iteration-range",
+        type=_iterations,
+        nargs="+",
+        default=[],
+        metavar="FIRST-LAST",
+        help="iterations whose records are drawn and not trained on",
+    )
+    group.add_argument("--stop-at", type=float, metavar="SECONDS", help="since 1970: end before, with a checkpoint")
+    group.add_argument("--keep-last", type=int, default=0, metavar="N", help="checkpoints that stay; 0: all")
+    group.add_argument("--keep-best", action="store_true", help="by validation loss, under checkpoint/best")
+    group.add_argument("--output-path", type=Path, metavar="DIR", help="the run's own: summary, answers, profile")
+    group.add_argument("--sample-answers", type=int, default=0, metavar="N", help="questions answered at validations")
+    group.add_argument("--trace-iterations", type=int, nargs=2, metavar=("FIRST", "LAST"), help="by torch's profiler")
+    group.add_argument("--trace-ranks", type=int, nargs="+", default=[0], metavar="RANK")
     return parser

@@ -57,6 +57,12 @@ TOWER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # CLIPViTModel's names of its variants: with class token and norm before the layers, or with a bias of the patches.
 MEGATRON_SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
+TOWER_RECOMPUTE: dict[str, dict[str, object]] = {
+    "false": {},
+    "sel": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 # What the tower and the projector take over from the decoder's config.  Everything else (widths, heads, norms, biases,
 # pipeline split) is their own: a tower that inherits the decoder's width or pipeline split is silently wrong.
 SHARED_WITH_DECODER = (
@@ -83,8 +89,11 @@ def _side_config(decoder: TransformerConfig, **own: object) -> TransformerConfig
     )
 
 
-def tower_config(decoder: TransformerConfig, tower: TowerGeometry) -> TransformerConfig:
+def tower_config(decoder: TransformerConfig, tower: TowerGeometry, recompute: str | None = None) -> TransformerConfig:
     """Config of the vision tower: its own numbers, the decoder's precision and tensor parallelism.
+
+    Args:
+        recompute: `false`, `sel` (attention) or `full` (each layer); None: as the decoder.
 
     Raises:
         UserError: an activation that is not known.
@@ -103,10 +112,16 @@ def tower_config(decoder: TransformerConfig, tower: TowerGeometry) -> Transforme
         normalization="LayerNorm",
         layernorm_epsilon=tower.norm_epsilon,
         activation_func=TOWER_ACTIVATIONS[tower.activation],
-        recompute_granularity=decoder.recompute_granularity,
-        recompute_modules=decoder.recompute_modules,
-        recompute_method=decoder.recompute_method,
-        recompute_num_layers=min(decoder.recompute_num_layers or 0, tower.running_layers) or None,
+        **(
+            {
+                "recompute_granularity": decoder.recompute_granularity,
+                "recompute_modules": decoder.recompute_modules,
+                "recompute_method": decoder.recompute_method,
+                "recompute_num_layers": min(decoder.recompute_num_layers or 0, tower.running_layers) or None,
+            }
+            if recompute is None
+            else TOWER_RECOMPUTE[recompute]
+        ),
     )
 
 
@@ -183,6 +198,7 @@ class LlavaModel(MegatronModule):
         pre_process, post_process: this is the pipeline's first, last stage.
         pg_collection: process groups; None takes Megatron's global ones.
         vp_stage: virtual stage of an interleaved pipeline.
+        tower_recompute: as in tower_config().
     """
 
     def __init__(
@@ -197,6 +213,7 @@ class LlavaModel(MegatronModule):
         post_process: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
+        tower_recompute: str | None = None,
     ) -> None:
         super().__init__(config=config)
         self.geometry, self.frozen = geometry, frozen or Frozen()
@@ -227,16 +244,16 @@ class LlavaModel(MegatronModule):
 
         self.vision_model = self.vision_projection = None
         if pre_process:
-            self._build_tower_and_projector(config)
+            self._build_tower_and_projector(config, tower_recompute)
             # no buffers: Megatron casts those to half precision too, and the mean would be half a grey level off
             where = device.current_device()
             self.pixel_mean = torch.tensor(pixel_mean, device=where).view(1, 3, 1, 1) * 255
             self.pixel_std = torch.tensor(pixel_std, device=where).view(1, 3, 1, 1) * 255
         self._freeze()
 
-    def _build_tower_and_projector(self, config: TransformerConfig) -> None:
+    def _build_tower_and_projector(self, config: TransformerConfig, tower_recompute: str | None) -> None:
         tower = self.geometry.tower
-        vision_config = tower_config(config, tower)
+        vision_config = tower_config(config, tower, tower_recompute)
         whole_patches_px = tower.side_px // tower.patch_px * tower.patch_px  # pixels beyond never reach a patch
         self.vision_model = CLIPViTModel(
             vision_config,

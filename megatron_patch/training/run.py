@@ -54,6 +54,7 @@ def train_llava() -> None:
     from megatron.training.global_vars import get_args
 
     from megatron_patch.model.llava import Frozen, LlavaModel
+    from megatron_patch.training.careful import make_careful
     from megatron_patch.training.loaders import build_loaders
     from megatron_patch.training.logging import complete_log
     from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
@@ -77,6 +78,7 @@ def train_llava() -> None:
             post_process=post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
+            tower_recompute=args.vision_tower_recompute,
         )
 
     loaders = []  # this process's training iterator, once Megatron has asked for it
@@ -101,6 +103,7 @@ def train_llava() -> None:
     training.get_standard_config_overrides = with_modules(
         training.get_standard_config_overrides, lambda: read_rates(get_args())
     )
+    settle = make_careful(training, args)
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),
@@ -111,5 +114,7 @@ def train_llava() -> None:
         )
     except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
         refuse(error)
+    finally:
+        settle()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -45,6 +45,9 @@ CHECKED = (
     *("train_dataset_path", "valid_dataset_path", "init_from", "model_size", "image_tokens", "image_aspect_ratio"),
     *("conversation_template", "optimizer_offload_policy", "tokenizer_path"),
     *("freeze_language_model", "freeze_vision_tower", "freeze_projector"),
+    *("fp8_margin", "fp8_amax_history_len", "vision_tower_recompute", "async_save", "async_strategy", "packing"),
+    *("use_persistent_ckpt_worker", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers"),
+    *("image_conv_front", "projector_lr"),
 )
 
 

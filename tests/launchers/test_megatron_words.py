@@ -97,3 +97,40 @@ def test_every_layout_and_number_arrives(inputs: Inputs):
         assert (args["image_tokens"], args["model_size"]) == (576, "7B")
         frozen = (args["freeze_language_model"], args["freeze_vision_tower"], args["freeze_projector"])
         assert frozen == (frozen_llm, True, False)
+
+
+def test_words_of_options_pass_the_parser(inputs: Inputs):
+    """Precision, recompute, saving and pipelines beyond the 23 arguments: {what: (arguments, options, expected)}."""
+    cases = {
+        f"fp8 {form} {recipe}": (
+            {"PR": "fp8"},
+            {"FP8_FORMAT": form, "FP8_RECIPE": recipe, "FP8_MARGIN": "2", "FP8_AMAX_HISTORY": "16"},
+            {"fp8": form, "fp8_recipe": recipe, "bf16": True}
+            | ({"fp8_margin": 2, "fp8_amax_history_len": 16} if recipe == "delayed" else {}),
+        )
+        for form, recipe in itertools.product(("hybrid", "e4m3"), ("delayed", "tensorwise"))
+    } | {
+        "the first layers": (
+            {"AC": "full"},
+            {"RECOMPUTE_METHOD": "block", "RECOMPUTE_LAYERS": "5", "TOWER_AC": "false"},
+            {"recompute_method": "block", "recompute_num_layers": 5, "vision_tower_recompute": "false"},
+        ),
+        "asynchronous": (
+            {},
+            {"ASYNC_SAVE": "true"},
+            {"async_save": True, "async_strategy": "mcore", "use_persistent_ckpt_worker": True},
+        ),
+        "interleaved": ({"TP": "2", "PP": "4"}, {"VIRTUAL_STAGES": "2"}, {"virtual_pipeline_model_parallel_size": 2}),
+        "uneven": ({"PP": "2"}, {"FIRST_STAGE_LAYERS": "12"}, {"decoder_first_pipeline_num_layers": 12}),
+        "packed": ({}, {"PACKING": "true", "IMAGE_CONV_FRONT": "true"}, {"packing": True, "image_conv_front": True}),
+        "rates": ({}, {"PROJECTOR_LR": "1e-3", "VISION_TOWER_WEIGHT_DECAY": "0.1"}, {"projector_lr": 1e-3}),
+    }
+    machine = {"DRY_RUN": "1", "ACCELERATOR": "cuda", "NPROC_PER_NODE": "8"}
+    commands = []
+    for arguments, options, _ in cases.values():
+        done = start(STAGE_1, inputs.training(**arguments), **machine, **options)
+        assert done.returncode == 0, done.stderr
+        commands.append(done.stdout.splitlines())
+    for (name, (_, _, expected)), args in zip(cases.items(), megatron_reads(commands, 8), strict=True):
+        assert "error" not in args, f"{name}: {args}"
+        assert {key: args[key] for key in expected} == expected, name

@@ -22,7 +22,8 @@ LAYOUTS = {
     "TP2 x DP2 + distributed optimizer": {"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"},
     "CP2 x TP2": {"CP": 2, "TP": 2},
     "recompute selective": {"AC": "sel"},
-    "recompute full": {"AC": "full"},
+    "recompute full": {"AC": "full", "RECOMPUTE_LAYERS": 2},
+    "recompute full of the tower, selective of the LLM": {"AC": "sel", "TOWER_AC": "full"},
 }
 # The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
 DEFAULT = ("TP2 + SP", "PP2", "PP2, interleaved", "DP2 + distributed optimizer")
