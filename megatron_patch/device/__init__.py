@@ -5,6 +5,7 @@ Each kind provides:
     current_device()            the torch.device of this process
     install()                   make torch ready for Megatron; called once, before anything imports megatron
     megatron_words(have_te)     the words for Megatron's parser that this kind needs
+    peak_memory()               bytes that this process has held at most
 """
 
 import contextlib
@@ -56,3 +57,8 @@ def have_transformer_engine() -> bool:
 def megatron_words() -> list[str]:
     """Words for Megatron's parser that follow from the device and from Transformer Engine being there."""
     return backend().megatron_words(have_transformer_engine())
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: of the GPU what torch had given out, else resident memory."""
+    return backend().peak_memory()

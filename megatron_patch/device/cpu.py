@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import os
+import resource
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -33,6 +34,11 @@ _installed = False
 def current_device() -> torch.device:
     """The one CPU device."""
     return CPU
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory, at their peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def megatron_words(have_transformer_engine: bool) -> list[str]:

@@ -16,6 +16,11 @@ def install() -> None:
     """Nothing to prepare."""
 
 
+def peak_memory() -> int:
+    """Bytes of GPU memory in tensors, at their peak."""
+    return torch.cuda.max_memory_allocated()
+
+
 def megatron_words(have_transformer_engine: bool) -> list[str]:
     """Transformer Engine where it imports; otherwise the local layers without the fusions that need Apex or it."""
     if have_transformer_engine:

@@ -1,53 +1,177 @@
-"""Around Megatron's log line: samples per second, the account of records, and losses that a resumed run prints like one
-never stopped.
+"""What a run says of itself, around Megatron's own log: throughput, memory, time left, the account of records, a
+summary at the end; and losses that a resumed run prints like one never stopped.
 """
 
-import time
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from megatron.training import get_args, get_tensorboard_writer
-from megatron.training.utils import print_rank_last
+import torch
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import is_last_rank, print_rank_last
 
-from megatron_patch.training import ledger
+from megatron_patch.data.loaders import TrainLoader
+from megatron_patch.geometry import LlavaGeometry
+from megatron_patch.model.llava import Frozen
+from megatron_patch.training import ledger, summary
+from megatron_patch.training.progress import ProgressBar
+from megatron_patch.training.stopwatch import Stopwatch, as_clock
+from megatron_patch.training.throughput import Rates, Work, step_flop
 
-
-def complete_log(training_log: Callable[..., Any], counts: Callable[[], dict[str, int]]) -> Callable[..., Any]:
-    """Wrap Megatron's training_log(loss_dict, total_loss_dict, learning_rate, iteration, ...).
-
-    `counts` gives those of this process's loader.
-
-    The rate is that of the iterations since the last line, checkpoints and evaluations between them included.
-    """
-    since = {"time": time.perf_counter(), "iteration": None}
-
-    def wrapped(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *args, **kwargs) -> Any:
-        settings = get_args()
-        # Megatron logs the first iteration after a start without resetting its sums.  Where that iteration ends an
-        # interval of its own, the next line would show an average over two intervals.
-        if iteration % settings.log_interval == 0:
-            kwargs["is_first_iteration"] = False
-        result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        if iteration % settings.log_interval == 0:
-            _log_account(ledger.totals(counts()), iteration)
-        now = time.perf_counter()
-        if since["iteration"] is None:
-            since.update(time=now, iteration=iteration)  # the first iteration warms up
-        elif iteration % settings.log_interval == 0:
-            samples = (iteration - since["iteration"]) * settings.global_batch_size
-            rate = samples / (now - since["time"])
-            print_rank_last(f" samples per second: {rate:.2f} | per device: {rate / settings.world_size:.2f}")
-            if writer := get_tensorboard_writer():
-                writer.add_scalar("samples per second", rate, iteration)
-            since.update(time=now, iteration=iteration)
-        return result
-
-    return wrapped
+LOSS = "lm loss"  # as step.py names it
 
 
-def _log_account(found: dict[str, int], iteration: int) -> None:
-    print_rank_last(ledger.sentence(found))
+def record_scalars(scalars: dict[str, float], iteration: int) -> None:
+    """Write them to TensorBoard and W&B, of which the last rank alone has writers."""
     if writer := get_tensorboard_writer():
-        for name, count in found.items():
-            if count or name in ("kept", "truncated", "skipped"):
-                writer.add_scalar(f"records/{name}", count, iteration)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb := get_wandb_writer():
+        wandb.log(scalars, iteration)
+
+
+class RunLog:
+    """Listens to the hooks of Megatron's loop in this process.
+
+    Args:
+        loader: this process's training loader, None where there is none; asked once the loop runs.
+        output: the run's own folder.
+    """
+
+    def __init__(
+        self, geometry: LlavaGeometry, frozen: Frozen, loader: Callable[[], TrainLoader | None], output: Path | None
+    ) -> None:
+        self._geometry, self._frozen, self._loader, self._output = geometry, frozen, loader, output
+        self._watch = Stopwatch()
+        self._bar: ProgressBar | None = None
+        self._first: tuple[int, Work, float] | None = None  # iteration, work, training seconds once warmed up
+        self._since: tuple[int, Work, float] | None = None  # the same at the last line of the log
+        self._totals: ledger.Totals | None = None
+        self._iteration = 0
+        self._loss: torch.Tensor | None = None
+        self._validation_loss: float | None = None
+
+    def listen(self, training: ModuleType) -> None:
+        """Wrap the hooks of megatron.training.training."""
+        training.training_log = self._around_log(training.training_log)
+        training.evaluate = self._around_evaluate(training.evaluate)
+        training.evaluate_and_print_results = self._aside("evaluating", training.evaluate_and_print_results)
+        training.save_checkpoint_and_time = self._aside("saving", training.save_checkpoint_and_time)
+        training.checkpoint_and_decide_exit = self._around_exit(training.checkpoint_and_decide_exit)
+
+    def _aside(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self._watch.side_job(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def _around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        """training_log(loss_dict, total_loss_dict, learning_rate, iteration, ...)"""
+
+        @functools.wraps(training_log)
+        def wrapped(
+            loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            settings = get_args()
+            # Megatron logs the first iteration after a start without resetting its sums.  Where that iteration ends an
+            # interval of its own, the next line would show an average over two intervals.
+            ends_interval = iteration % settings.log_interval == 0
+            if ends_interval:
+                kwargs["is_first_iteration"] = False
+            result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+            self._iteration, self._loss = iteration, loss_dict.get(LOSS)
+            self._watch.step_done()
+            if ends_interval or self._first is None:
+                self._totals = ledger.totals(self._loader())
+            if ends_interval:
+                self._tell(iteration, settings.train_iters, settings.world_size)
+            if self._first is None:
+                self._bar = ProgressBar(settings.train_iters, settings.rank)
+                self._first = self._since = self._now()
+            elif ends_interval:
+                self._since = self._now()
+            self._bar.show(iteration)
+            return result
+
+        return wrapped
+
+    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """evaluate(...) -> (losses by name, ..., ...)"""
+
+        @functools.wraps(evaluate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            if result[0] and LOSS in result[0]:
+                self._validation_loss = float(result[0][LOSS])
+            return result
+
+        return wrapped
+
+    def _around_exit(self, decide: Callable[..., bool]) -> Callable[..., bool]:
+        """checkpoint_and_decide_exit(model, optimizer, opt_param_scheduler, iteration, ...)"""
+
+        @functools.wraps(decide)
+        def wrapped(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any) -> bool:
+            leaving = decide(model, optimizer, scheduler, iteration, *args, **kwargs)
+            if leaving or iteration == get_args().train_iters:
+                self._totals = ledger.totals(self._loader())  # here all ranks are together for the last time
+            return leaving
+
+        return wrapped
+
+    def _now(self) -> tuple[int, Work, float]:
+        return self._iteration, self._totals.work, self._watch.training()
+
+    def _rates(self, since: tuple[int, Work, float], world_size: int) -> Rates | None:
+        """Of the iterations from `since` to the last totals."""
+        iteration, work, seconds = self._now()
+        if iteration <= since[0]:
+            return None
+        done = work - since[1]
+        return Rates.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
+
+    def _tell(self, iteration: int, train_iters: int, world_size: int) -> None:
+        """The lines behind Megatron's own, and the same figures as scalars."""
+        found = self._totals
+        scalars = {
+            f"records/{name}": count
+            for name, count in found.records.items()
+            if count or name in ("kept", "truncated", "skipped")
+        }
+        scalars["memory/peak GiB"] = found.memory_bytes / 2**30
+        if self._since is not None and (rates := self._rates(self._since, world_size)):
+            left = self._watch.seconds_left(train_iters - iteration)
+            parts = [rates.sentence(), f"{found.memory_bytes / 2**30:.2f} GiB at most", f"{as_clock(left)} left"]
+            print_rank_last(f" {' | '.join(parts)}")
+            scalars |= {f"throughput/{name}": value for name, value in rates.scalars().items()}
+        print_rank_last(ledger.sentence(found.records))
+        record_scalars(scalars, iteration)
+
+    def finish(self, ending: str) -> None:
+        """Say and write what the run came to; on the last rank, which has the losses.  Calls nobody else."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._totals is None or not is_last_rank():
+            return
+        settings = get_args()
+        told = summary.Summary.of(
+            ending=ending,
+            iteration=self._iteration,
+            train_iters=settings.train_iters,
+            totals=self._totals,
+            watch=self._watch,
+            rates=self._rates(self._first, settings.world_size),
+            loss=None if self._loss is None else float(self._loss),
+            validation_loss=self._validation_loss,
+            save=settings.save,
+            stage_1=self._frozen.language_model,
+            model_size=settings.model_size,
+            output=self._output,
+        )
+        print(told.text(), flush=True)
+        if self._output is not None:
+            told.write(self._output / summary.FILE)

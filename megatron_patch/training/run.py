@@ -53,13 +53,14 @@ def train_llava() -> None:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import get_args
 
+    from megatron_patch.data.loaders import TrainLoader
     from megatron_patch.model.llava import Frozen, LlavaModel
     from megatron_patch.training.careful import make_careful
     from megatron_patch.training.loaders import build_loaders
-    from megatron_patch.training.logging import complete_log
     from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
     from megatron_patch.training.step import forward_step
     from megatron_patch.training.strict_load import strict
+    from megatron_patch.training.telling import telling
 
     def build_llava(
         pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
@@ -73,7 +74,7 @@ def train_llava() -> None:
             args.padded_vocab_size,
             settings.data.image_mean,
             settings.pixel_std,
-            Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector),
+            frozen,
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
@@ -83,8 +84,8 @@ def train_llava() -> None:
 
     loaders = []  # this process's training iterator, once Megatron has asked for it
 
-    def counts_of_records() -> dict[str, int]:
-        return loaders[0].loader.counts if loaders and loaders[0] else {}
+    def train_loader() -> TrainLoader | None:
+        return loaders[0].loader if loaders and loaders[0] else None
 
     def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
         if torch.distributed.get_rank() == 0:
@@ -94,24 +95,26 @@ def train_llava() -> None:
         return train, valid, test
 
     args = parse_and_validate_args(add_arguments)
+    frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
     if args.save:
         args.dataloader_save = str(
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
-    training.training_log = complete_log(training.training_log, counts_of_records)
     training.load_checkpoint = keep_typed(strict(training.load_checkpoint))
     training.get_standard_config_overrides = with_modules(
         training.get_standard_config_overrides, lambda: read_rates(get_args())
     )
     settle = make_careful(training, args)
     try:
-        training.pretrain(
-            pretrain_cfg_container_from_args(args),
-            provide_loaders,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=build_llava,
-        )
+        with telling(training, settings, args, frozen, train_loader) as hooks:
+            training.pretrain(
+                pretrain_cfg_container_from_args(args),
+                provide_loaders,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                model_provider=build_llava,
+                **hooks,
+            )
     except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
         refuse(error)
     finally:
