@@ -59,9 +59,13 @@ class Ledger:
         if len(self.examples) < NAMED_IN_MESSAGES:
             self.examples.append(rejection)
 
+    def accounted(self) -> int:
+        """Records written or rejected."""
+        return sum(self.written.values()) + self.rejected.total()
+
     def check(self) -> None:
         """in = written + rejected: otherwise this program is wrong."""
-        assert self.records_in == sum(self.written.values()) + self.rejected.total(), self
+        assert self.records_in == self.accounted(), self
 
     def reasons(self) -> list[tuple[str, int]]:
         """(reason, records), the most frequent first."""

@@ -258,6 +258,7 @@ class _Conversion:
         self._workspace = workspace
         self._expected = expected
         self._began = began
+        self._accounted = 0  # records, as far as the progress bar knows
         self._ledger = Ledger(Path(source.name).name)
         self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # split -> shard -> samples
         self._rejections = RejectionFile(workspace.folder / "rejected.jsonl")
@@ -299,7 +300,7 @@ class _Conversion:
         maker = ShardMaker(self._source, self._workspace.folder, options.length_limit)
         # One more than the cores: there is always one that waits for the disk.
         count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
-        waiting: deque[tuple[Job, int, str, Future[Done] | Done]] = deque()
+        waiting: deque[tuple[str, str, str, Future[Done] | Done]] = deque()
         with Workers(count, maker) as workers:
             bar = None
             try:
@@ -307,7 +308,7 @@ class _Conversion:
                     found = self._workspace.find(job)
                     begun = workers.submit(job) if found is None else found
                     # Not the job itself, whose texts would stay in memory.
-                    waiting.append((Job(job.split, job.name, ()), len(job.samples), digest_of(job), begun))
+                    waiting.append((job.split, job.name, digest_of(job), begun))
                     bar = bar or progress(self._expected)  # after the workers were forked: it may start a thread
                     while len(waiting) > workers.at_once:
                         bar.update(self._enter(*waiting.popleft()))
@@ -362,21 +363,22 @@ class _Conversion:
             else:
                 yield Sample(sample.number, sample.data, sample.pictures, sample.content, repeats_id=True)
 
-    def _enter(self, job: Job, samples: int, digest: str, begun: "Future[Done] | Done") -> int:
-        """Enter a job into the account; returns how many records it had."""
+    def _enter(self, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
+        """Enter a job into the account; returns how many more records are accounted for."""
         if isinstance(begun, Done):
             done = begun
         else:
             done = result_of(begun)
-            self._workspace.enter(job.name, digest, done)
+            self._workspace.enter(shard, digest, done)
         if done.written:
-            self._counts[job.split][job.name] = done.written
-        self._ledger.written[job.split] += done.written
+            self._counts[split][shard] = done.written
+        self._ledger.written[split] += done.written
         self._ledger.text_only += done.text_only
         self._ledger.repeated_ids += done.repeated_ids
         for rejection in done.rejected:
             self._reject(rejection)
-        return samples
+        before, self._accounted = self._accounted, self._ledger.accounted()
+        return self._accounted - before
 
     def _reject(self, rejection: Rejection) -> None:
         """Enter a rejection, and stop when there are more than the limit allows however many records follow."""
@@ -387,19 +389,21 @@ class _Conversion:
 
     def _check_limit(self, total: int) -> None:
         """Raises UserError when more of `total` records than allowed are rejected, or nothing is left."""
-        ledger, options = self._ledger, self._options
-        rejected = ledger.rejected.total()
+        ledger = self._ledger
+        rejected, share = ledger.rejected.total(), self._options.max_rejected_share
+        too_many = rejected > share * total and not self._options.keep_going
+        nothing_left = rejected and rejected == ledger.records_in == total
+        if not (too_many or nothing_left):
+            return
         reasons = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons())
         examples = "".join(f"\n  {rejection}" for rejection in ledger.examples)
-        limit = f"{100 * options.max_rejected_share:.3g}%"
-        if rejected > options.max_rejected_share * total and not options.keep_going:
+        if too_many:
             raise UserError(
                 f"{self._source.name}: {rejected} of the first {ledger.records_in} records are rejected ({reasons}), "
-                f"more than {limit} of all.  Mend the data, or give --keep-going to leave such records out.  "
+                f"more than {100 * share:.3g}% of all.  Mend the data, or give --keep-going to leave such records out.  "
                 f"The first ones:{examples}"
             )
-        if rejected == ledger.records_in == total and rejected:
-            raise UserError(f"{self._source.name}: every one of its {total} records is rejected ({reasons}):{examples}")
+        raise UserError(f"{self._source.name}: every one of its {total} records is rejected ({reasons}):{examples}")
 
     def _fill_train(self) -> None:
         """When pictures turned out bad until nothing was left to train on, another split becomes train."""

@@ -14,7 +14,7 @@ REASONS = {
     "duplicate": "a record with the same id, picture and conversation came before",
     "duplicate id": "a record with the same id came before (only where that is asked for)",
     "turns": "the template cannot hold this number of turns",
-    "too long": "a picture does not fit into the longest allowed record",
+    "too long": "a picture, or with the converters' --max-tokens anything, lies beyond the longest allowed record",
     "no trained token": "nothing of an answer is left within the longest allowed record",
     "excluded": "left out by the folder's own split.yaml",
 }

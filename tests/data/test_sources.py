@@ -341,6 +341,14 @@ def test_a_dictionary_of_tables_and_named_columns(images, tmp_path) -> None:
     assert samples[1]["jpg"] == PICTURES["1.jpeg"]
 
 
+def test_turns_stored_column_by_column(tmp_path) -> None:
+    """A Sequence of a dict, as older versions of datasets store turns."""
+    turns_by_column = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    folder = save(tmp_path / "table", {"conversations": [turns_by_column, {"from": ["human"], "value": [None]}]})
+    samples, rejected = converted(HfDatasetSource(folder, None, Columns()), tmp_path / "wds")
+    assert [texts(sample) for sample in samples] == [["q", "a"]] and rejected[1][0] == "malformed"
+
+
 def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path) -> None:
     folder = save(tmp_path / "table", {"a": ["x"], "b": ["y"]})
     with pytest.raises(UserError, match=r"columns are a, b; wanted conversations or messages, or question and answer"):

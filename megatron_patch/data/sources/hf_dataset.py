@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 256  # texts
 PICTURE_ROWS_AT_ONCE = 16
 # The files are mapped into memory, where pages that were read stay until the mapping is closed: it is opened anew after
 ROWS_PER_OPENING = 20_000
-PICTURE_BYTES_PER_OPENING = 32 << 20
+PICTURE_BYTES_PER_OPENING = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ class QuestionAnswerSource(Source):
 
     @property
     def name(self) -> str:
-        """The paths."""
-        return " ".join(map(str, self._paths))
+        """The first path, and how many more there are."""
+        more = len(self._paths) - 1
+        return f"{self._paths[0]} and {more} more" if more else str(self._paths[0])
 
     def describe(self) -> dict[str, Any]:
         """Paths and sizes; what is in them is compared record by record."""
