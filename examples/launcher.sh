@@ -63,6 +63,12 @@ fits() {
         "COLUMNSxROWS, as 2x2")
             [[ $value =~ ^[1-9]x[1-9]$ ]]
             ;;
+        "iterations, as 10-12")
+            [[ $value =~ ^([1-9][0-9]{0,8})-([1-9][0-9]{0,8})$ ]] && ((BASH_REMATCH[1] <= BASH_REMATCH[2]))
+            ;;
+        "ranks, as 0,1")
+            [[ $value =~ ^(0|[1-9][0-9]{0,4})(,(0|[1-9][0-9]{0,4}))*$ ]]
+            ;;
         "a converted checkpoint, or none" | "a converted checkpoint")
             [[ $rule == *", or none" && $value == none ]] || is_checkpoint "$value"
             ;;
@@ -466,6 +472,12 @@ SEED|1234|$COUNT|seed of weights, order of the data and dropout
 LOG_INTERVAL|1|$COUNT|iterations from one line of the log to the next
 EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
 EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
+SAMPLE_ANSWERS|0|a whole number from 0 to 99|questions of the validation data that the model answers at each validation, for TensorBoard and answers/ (4 is a good number); needs PP=1 and CP=1
+PROFILE|(none)|iterations, as 10-12|iterations to trace
+PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the launcher under nsys profile -c cudaProfilerApi, on GPUs
+PROFILE_RANKS|0|ranks, as 0,1|processes to trace
+WANDB_PROJECT|(see meaning)|words|llava; W&B is told all that TensorBoard is when WANDB_API_KEY is in the environment, or WANDB_MODE=offline
+WANDB_NAME|(last folder of OUTPUT_BASEPATH)|words|name of the run at W&B
 CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
 VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower; its lowest keeps the ratio of MIN_LR to LR
@@ -575,6 +587,7 @@ check_training() {
         [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || refuse FIRST_STAGE_LAYERS "needs PP above 1"
         ((arg[VIRTUAL_STAGES] == 1)) || refuse VIRTUAL_STAGES "needs PP above 1"
     fi
+    check_telling
     right TP PP CP || return 0
     model_parallel=$((arg[TP] * arg[PP] * arg[CP]))
     if right DECODER_SEQ_LEN; then
@@ -592,11 +605,20 @@ check_training() {
         [[ ${arg[OPTIMIZER_OFFLOAD]} != @(static|auto) ]] ||
             refuse OPTIMIZER_OFFLOAD "needs a GPU: on CPU the optimizer state is in host memory already"
     fi
+    if right PROFILER && [[ $accelerator == cpu && -n ${arg[PROFILE]} && ${arg[PROFILER]} == nsys ]]; then
+        refuse PROFILER "needs a GPU: Nsight ranges are marked through CUDA; use torch"
+    fi
     right ACCELERATOR NPROC_PER_NODE || return 0
     world=$((processes * nodes))
     if ((world % model_parallel)); then
         refuse TP "x PP=${arg[PP]} x CP=${arg[CP]} = $model_parallel must divide the $world processes ($nodes nodes x $processes)"
         return
+    fi
+    if right PROFILE_RANKS; then
+        local rank
+        for rank in ${arg[PROFILE_RANKS]//,/ }; do
+            ((rank < world)) || refuse PROFILE_RANKS "must be less than $world, the number of processes"
+        done
     fi
     data_parallel=$((world / model_parallel))
     if right BATCH_SIZE GLOBAL_BATCH_SIZE VIRTUAL_STAGES; then
@@ -606,6 +628,29 @@ check_training() {
         ((arg[VIRTUAL_STAGES] == 1 || arg[GLOBAL_BATCH_SIZE] % (batch * arg[PP]) == 0)) ||
             refuse GLOBAL_BATCH_SIZE "must be divisible by $((batch * arg[PP])): with VIRTUAL_STAGES the micro-batches of a step come in groups of PP=${arg[PP]}"
     fi
+}
+
+# check_telling: the rules about what a run tells.
+check_telling() {
+    if right SAMPLE_ANSWERS && ((arg[SAMPLE_ANSWERS] > 0)); then
+        if right PP CP && ((arg[PP] > 1 || arg[CP] > 1)); then
+            refuse SAMPLE_ANSWERS "needs PP=1 and CP=1: each process must hold whole layers and whole sequences"
+        fi
+        if right EVAL_ITERS && ((arg[EVAL_ITERS] == 0)); then
+            refuse SAMPLE_ANSWERS "needs EVAL_ITERS above 0: the model answers at validations"
+        fi
+    fi
+    if right PROFILE TRAIN_ITERS && [[ -n ${arg[PROFILE]} ]] && ((${arg[PROFILE]#*-} > arg[TRAIN_ITERS])); then
+        refuse PROFILE "must end by TRAIN_ITERS=${arg[TRAIN_ITERS]}"
+    fi
+    if [[ -n ${arg[WANDB_PROJECT]}${arg[WANDB_NAME]} && ${WANDB_MODE:-} != disabled ]] && ! wandb_wanted; then
+        complain "environment WANDB_PROJECT or WANDB_NAME" "needs WANDB_API_KEY in the environment, or WANDB_MODE=offline"
+    fi
+}
+
+# wandb_wanted: is there a key for W&B, which is never passed on as a word, or is it to write files only?
+wandb_wanted() {
+    [[ ${WANDB_MODE:-} != disabled && (-n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == offline) ]]
 }
 
 # check_against FOLDER: the arguments that repeat what the llava/ folder of the checkpoint knows.
@@ -652,6 +697,7 @@ training_words() {
     [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || command+=(--decoder-first-pipeline-num-layers "${arg[FIRST_STAGE_LAYERS]}")
     precision_words
     memory_words
+    telling_words
     # Ours.
     command+=(
         --train-dataset-path "${arg[DATASET_PATH]}" --valid-dataset-path "${arg[VALID_DATASET_PATH]}"
@@ -674,6 +720,32 @@ training_words() {
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)
+}
+
+# telling_words: what the run writes beside checkpoints.
+telling_words() {
+    local output=${arg[OUTPUT_BASEPATH]} first=${arg[PROFILE]%-*} last=${arg[PROFILE]#*-}
+    local -a ranks=()
+    command+=(--output-path "$output" --sample-answers "${arg[SAMPLE_ANSWERS]}")
+    if [[ -n ${arg[PROFILE]} ]]; then
+        IFS=, read -ra ranks <<<"${arg[PROFILE_RANKS]}"
+        if [[ ${arg[PROFILER]} == torch ]]; then
+            command+=(--trace-iterations "$first" "$last" --trace-ranks "${ranks[@]}")
+        else # Megatron begins before the iteration that follows the first number
+            command+=(
+                --profile --profile-step-start "$((first - 1))" --profile-step-end "$last"
+                --profile-ranks "${ranks[@]}" --nvtx-ranges
+            )
+        fi
+    fi
+    if wandb_wanted; then
+        command+=(
+            --wandb-project "${arg[WANDB_PROJECT]:-llava}"
+            --wandb-exp-name "${arg[WANDB_NAME]:-$(basename -- "$output")}" --wandb-save-dir "$output/wandb"
+        )
+    fi
+    # torchrun passes lines on, so no process sees the terminal: progress.py opens it by its name.
+    [[ ! -t 2 ]] || environment+=("LLAVA_TERMINAL=$(tty <&2)")
 }
 
 precision_words() {
