@@ -361,8 +361,8 @@ torchrun_words() {
     environment+=(
         "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
         "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
-        # A checkpoint of 7B is written for longer than the 30 s that torchrun leaves after SIGTERM.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+        # When a process died, the others wait for it in vain: seconds until they are killed.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-20}"
         # With the empty role below: no prefix on the lines of the console.
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
     )
@@ -375,7 +375,8 @@ torchrun_words() {
         environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
     fi
     command=(
-        "${arg[PYTHON]}" -u -m torch.distributed.run
+        "${arg[PYTHON]}" -u -m megatron_patch.launch # torchrun, which hands on signals and names who died
+        --max-rollbacks "${arg[MAX_ROLLBACKS]}"
         --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
         # Every process's output goes to the console and, by rank, to files.
@@ -463,6 +464,13 @@ FP8_RECIPE|delayed|one of delayed tensorwise|with PR=fp8: scales from the amax h
 FP8_MARGIN|0|a whole number from 0 to 99|with FP8_RECIPE=delayed: powers of two that scales stay below the largest
 FP8_AMAX_HISTORY|1024|$COUNT|with FP8_RECIPE=delayed: length of the amax history
 FP8_AMAX_ALGORITHM|max|one of max most_recent|with FP8_RECIPE=delayed: which of the history counts
+ON_BAD_LOSS|stop|one of stop skip rollback|a loss or gradient that is not finite, or leaps: end; drop this step; start again from the last checkpoint and leave it out
+SPIKE_FACTOR|0|a number from 0|a loss above so many times the median of the last 50 is bad too; 0: none is
+MAX_ROLLBACKS|3|a whole number from 0 to 99|with ON_BAD_LOSS=rollback: after so many the run ends
+TIME_LIMIT|(none)|$COUNT|minutes from the start, before whose end the run saves and ends with exit code 0
+KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that stay, older ones are deleted; 0: all
+KEEP_BEST|false|one of true false|keep the best by validation loss as checkpoint/best, saving it where none was due
+DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
@@ -484,6 +492,7 @@ VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower;
 PROJECTOR_LR|(LR)|a number above 0|the same of the projector
 VISION_TOWER_WEIGHT_DECAY|(WEIGHT_DECAY)|a number from 0|weight decay of the vision tower
 PROJECTOR_WEIGHT_DECAY|(WEIGHT_DECAY)|a number from 0|weight decay of the projector
+EMA_DECAY|0|a number from 0 to below 1|decay of a moving average of the trained weights, saved in checkpoint/average beside each checkpoint; 0: none
 ADAM_BETA2|0.95|a number from 0 to below 1|second beta of AdamW; the first is 0.9
 CLIP_GRAD|1.0|a number from 0|largest gradient norm; 0: not limited
 $COMMON_OPTIONS
@@ -587,6 +596,12 @@ check_training() {
         [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || refuse FIRST_STAGE_LAYERS "needs PP above 1"
         ((arg[VIRTUAL_STAGES] == 1)) || refuse VIRTUAL_STAGES "needs PP above 1"
     fi
+    if right KEEP_BEST EVAL_ITERS && [[ ${arg[KEEP_BEST]} == true && ${arg[EVAL_ITERS]} == 0 ]]; then
+        refuse KEEP_BEST "needs EVAL_ITERS above 0: without validation none is the best"
+    fi
+    if right SPIKE_FACTOR && at_most "${arg[SPIKE_FACTOR]}" 1 && ! at_most "${arg[SPIKE_FACTOR]}" 0; then
+        refuse SPIKE_FACTOR "must be 0 or above 1: at 1 half of all losses would be bad"
+    fi
     check_telling
     right TP PP CP || return 0
     model_parallel=$((arg[TP] * arg[PP] * arg[CP]))
@@ -686,7 +701,6 @@ training_words() {
         --save "$output/checkpoint" --load "$output/checkpoint" --save-interval "${arg[SAVE_INTERVAL]}"
         --ckpt-format torch_dist
         --override-opt-param-scheduler # resumed with another LR or TRAIN_ITERS: what is typed now holds
-        --exit-signal-handler # SIGTERM: finish the iteration, save, end
         --tensorboard-dir "$output/tensorboard" --log-interval "${arg[LOG_INTERVAL]}"
         --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
         --eval-interval "${arg[EVAL_INTERVAL]}" --eval-iters "${arg[EVAL_ITERS]}"
@@ -712,6 +726,8 @@ training_words() {
     for name in VISION_TOWER_LR PROJECTOR_LR VISION_TOWER_WEIGHT_DECAY PROJECTOR_WEIGHT_DECAY; do
         [[ -z ${arg[$name]} ]] || { word=${name,,} && command+=("--${word//_/-}" "${arg[$name]}"); }
     done
+    guard_words
+    [[ ${arg[EMA_DECAY]} =~ ^[0.]+$ ]] || command+=(--ema-decay "${arg[EMA_DECAY]}")
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
     [[ ${arg[IMAGE_CONV_FRONT]} != true ]] || command+=(--image-conv-front)
     [[ ${arg[IMAGE_START_END]} != true ]] || command+=(--image-start-end)
@@ -720,6 +736,28 @@ training_words() {
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)
+}
+
+# guard_words: what ends a run early, and which checkpoints stay.
+guard_words() {
+    command+=(
+        --on-bad-loss "${arg[ON_BAD_LOSS]}" --spike-factor "${arg[SPIKE_FACTOR]}"
+        --bad-batches-file "${arg[OUTPUT_BASEPATH]}/bad_batches.jsonl" --keep-last "${arg[KEEP_LAST]}"
+    )
+    [[ ${arg[KEEP_BEST]} != true ]] || command+=(--keep-best)
+    if [[ -n ${arg[TIME_LIMIT]} ]]; then
+        local now
+        printf -v now '%(%s)T' -1
+        command+=(--stop-at "$((now + 60 * arg[TIME_LIMIT]))")
+    fi
+    if [[ ${arg[DETERMINISTIC]} == true ]]; then
+        # Libraries read these at first use, which may be before Megatron's parser would set them.
+        environment+=(
+            "NCCL_ALGO=${NCCL_ALGO:-Ring}" "CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}"
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO=${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-0}"
+        )
+        command+=(--deterministic-mode)
+    fi
 }
 
 # telling_words: what the run writes beside checkpoints.

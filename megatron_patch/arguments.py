@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--packing", action="store_true", help="several records fill a row of --seq-length tokens")
     group.add_argument("--max-skipped-share", type=float, default=0.01, help="of the records, before the run stops")
+    group.add_argument("--ema-decay", type=float, default=0.0, help="moving average of the trained weights; 0: none")
     for module in ("vision-tower", "projector"):
         group.add_argument(f"--{module}-lr", type=float, help="highest learning rate; default: --lr")
         group.add_argument(f"--{module}-weight-decay", type=float, help="default: --weight-decay")

@@ -8,7 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch import device  # the toolkit is run from its folder, not installed
+from megatron_patch.training import stopping  # the toolkit is run from its folder, not installed
+
+if __name__ == "__main__":
+    stopping.listen()  # before torch is imported: a signal in these seconds counts
+
+from megatron_patch import device
 
 # At import, since a save starts a helper process, which imports this file again and must not outlive its parent either.
 device.end_with_parent()

@@ -18,6 +18,7 @@ from megatron_patch.patches import (
     interleaved_loader_state,
     parameter_group_keys,
     skip_compile_helpers,
+    whole_tracker,
 )
 
 MEGATRON_CORE_VERSION = "0.19.2"
@@ -28,6 +29,7 @@ ALL: tuple[ModuleType, ...] = (
     interleaved_loader_state,
     parameter_group_keys,
     skip_compile_helpers,
+    whole_tracker,
 )
 
 _applied: set[str] = set()

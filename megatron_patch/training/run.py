@@ -55,6 +55,7 @@ def train_llava() -> None:
 
     from megatron_patch.data.loaders import TrainLoader
     from megatron_patch.model.llava import Frozen, LlavaModel
+    from megatron_patch.training.average import keep_average
     from megatron_patch.training.careful import make_careful
     from megatron_patch.training.loaders import build_loaders
     from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
@@ -104,6 +105,7 @@ def train_llava() -> None:
     training.get_standard_config_overrides = with_modules(
         training.get_standard_config_overrides, lambda: read_rates(get_args())
     )
+    keep_average(training, args)
     settle = make_careful(training, args)
     try:
         with telling(training, settings, args, frozen, train_loader) as hooks:

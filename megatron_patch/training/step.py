@@ -1,16 +1,17 @@
 """One micro-batch: from the loader to every tensor-parallel peer, through the model, to a sum of losses."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core import mpu
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.training import guards
 
 HEADER = 5  # B, S, N, picture side, entries of cu_seqlens (0: not packed)
 
@@ -52,18 +53,17 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
     return {"tokens": text[0], "labels": text[1], "pixels": pixels, "cu_seqlens": packed}
 
 
-def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Model output [2] -> (sum of losses in nats, number of labels, what to report).
 
     Megatron divides gradients and the reported sum by the number of labels of all ranks and micro-batches.
+    `record_ids` (known on tensor-parallel rank 0 alone) are named when the loss turns out bad.
     """
     # a clone, since the pipeline frees outputs and refuses views
     total, count = output[0].clone(), output[1].detach()
-    if get_args().check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(
-            result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
-        )
-    return total, count.to(torch.int), {"lm loss": torch.stack([total.detach(), count])}
+    sums = torch.stack([total.detach(), count])
+    guards.note(record_ids, sums)
+    return total, count.to(torch.int), {"lm loss": sums}
 
 
 def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tuple[Tensor, Callable]:
@@ -71,9 +71,11 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
-    batch = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}
+    batch, record_ids = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}, ()
     if first or last or get_args().packing:  # packed rows: every stage must know where records begin
-        batch = broadcast_batch(next(data_iterator) if data_iterator is not None else None)
+        own = next(data_iterator) if data_iterator is not None else None
+        record_ids = own["record_ids"] if own is not None else ()
+        batch = broadcast_batch(own)
     timers("batch-generator").stop()
     output = model(
         tokens=batch["tokens"] if first else None,
@@ -81,4 +83,4 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
         pixels=batch["pixels"] if first else None,
         cu_seqlens=batch["cu_seqlens"],
     )
-    return output, loss_function
+    return output, functools.partial(loss_function, record_ids=record_ids)

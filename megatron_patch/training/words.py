@@ -211,6 +211,8 @@ def read_settings(argv: list[str]) -> RunSettings:
             arguments.context_parallel_size,
         ),
         *("--dataloader-type", "external"),
+        # guards.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
+        *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
     ]
     if arguments.init_from != "none":
         derived += ["--pretrained-checkpoint", arguments.init_from]

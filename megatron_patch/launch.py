@@ -1,0 +1,99 @@
+"""torchrun, with the manners of a batch job: `python -m megatron_patch.launch [--max-rollbacks N] TORCHRUN WORDS`.
+
+- SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
+  exit code 0, so does this.  torchrun itself would end with an error.
+- When a process dies, its own last words and one sentence stand at the end of the output, instead of torchrun's table
+  of all that died after it; the exit code is that process's own.
+- Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
+LAST_LINES = 25
+# What the survivors of a death say: theirs is not the cause.
+OF_SURVIVORS = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children, started by whichever of its threads."""
+    return [
+        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def _forward(number: int, _: Any) -> None:
+    children = _children()
+    if not children:
+        sys.exit(128 + number)
+    print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
+    for child in children:
+        os.kill(child, number)
+
+
+def _log_of(failure: Any) -> Path:
+    return Path(failure.error_file).with_name("stderr.log")
+
+
+def _last_words(failure: Any) -> list[str]:
+    log = _log_of(failure)
+    return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+
+
+def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
+    """(rank, failure) of the process that died first, as far as can be told.
+
+    Neither torchrun's SIGTERM to the others nor their broken connections are a cause.
+    """
+
+    def innocence(rank_and_failure: tuple[int, Any]) -> tuple[bool, bool, int]:
+        rank, failure = rank_and_failure
+        survivor = any(mark in line for line in _last_words(failure) for mark in OF_SURVIVORS)
+        return failure.exitcode == -signal.SIGTERM, failure.exitcode > 0 and survivor, rank
+
+    return min(failures.items(), key=innocence)
+
+
+def _report(rank: int, failure: Any) -> None:
+    words = _last_words(failure)
+    died = f"ended with exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        died = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    refused = any(line.startswith("error: ") for line in words)
+    if words and not refused and failure.exitcode > 0:
+        print(f"--- the last lines of rank {rank}", *words, "---", sep="\n", file=sys.stderr)
+    print(f"rank {rank} {died}, and the run with it; its log: {_log_of(failure)}", file=sys.stderr, flush=True)
+
+
+def main(words: list[str]) -> None:
+    """Run torchrun with `words`; ends the process."""
+    rollbacks = 0
+    if words[:1] == ["--max-rollbacks"]:
+        rollbacks, words = int(words[1]), words[2:]
+    for number in FORWARDED:
+        signal.signal(number, _forward)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words]))
+    except ChildFailedError as error:
+        rank, failure = _cause(error.failures)
+        if failure.exitcode == ROLL_BACK and rollbacks > 0:
+            print(f"starting again from the last checkpoint; rollbacks left: {rollbacks - 1}", file=sys.stderr)
+            again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1), *words]
+            os.execv(sys.executable, again)
+        if failure.exitcode == ROLL_BACK:
+            print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
+        _report(rank, failure)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

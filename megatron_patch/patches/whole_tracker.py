@@ -1,0 +1,44 @@
+"""megatron-core 0.19.2, training/checkpointing.py:1010: the tracker file is emptied, then written.
+
+A kill or a full disk in between leaves an empty one, and the run can neither be resumed nor exported.  It is written
+beside and renamed instead.  Remove when save_checkpoint does so itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import IO, Any
+
+from megatron_patch.checkpoint_files import TRACKER
+
+TARGETS = (("megatron.training.checkpointing", "maybe_msc"),)
+
+
+def applies(backend: str) -> bool:
+    """Everywhere: this is not about the device."""
+    del backend
+    return True
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[IO[str]]:
+    beside = f"{path}.tmp"
+    with open(beside, "w") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
+def apply() -> None:
+    """Replace the `open` that checkpointing.py uses, for the tracker alone."""
+    from megatron.training import checkpointing
+
+    client = checkpointing.maybe_msc
+    usual = client.open
+
+    def open_tracker_whole(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        tracker = mode == "w" and os.path.basename(str(path)) == TRACKER
+        return _whole(str(path)) if tracker else usual(path, mode, *args, **kwargs)
+
+    client.open = open_tracker_whole
