@@ -418,7 +418,7 @@ def test_records_that_are_too_long_are_rejected(tmp_path) -> None:
     for line in (root / "wds/rejected.jsonl").read_text().splitlines():
         assert "wanted at most 150" in json.loads(line)["detail"]
     empty = run(root, "--overwrite", *words, "--max-tokens", "9", "--tokenizer", root)
-    assert empty.returncode == 2 and "holds no tokenizer that can be loaded" in empty.stderr
+    assert empty.returncode == 2 and "has no tokenizer that transformers can load" in empty.stderr
     refused = run(root, "--max-tokens", "150", "--template", "v1", "--overwrite")
     assert refused.returncode == 2 and "--tokenizer --image-tokens: missing" in refused.stderr
 
