@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -52,6 +53,7 @@ def own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
     parser.add_argument("--fp8-format")
+    parser.add_argument("--wandb-project")
     parser.add_argument("--fine-grained-activation-offloading", action="store_true")
     return parser.parse_known_args(argv)[0]
 
@@ -184,6 +186,11 @@ def read_settings(argv: list[str]) -> RunSettings:
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)
+    if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "
+            "run `pip install wandb`, or set WANDB_MODE=disabled"
+        )
     tower = geometry.tower
     if arguments.image_tokens is not None and arguments.image_tokens != tower.image_tokens:
         raise UserError(
