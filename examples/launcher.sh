@@ -454,6 +454,7 @@ MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by len
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
+FSDP|false|one of false full hybrid grad|sharded weights or gradients: refused, with the reason; DO=true shares out the optimizer state
 FIRST_STAGE_LAYERS|(layers / PP)|$COUNT|decoder layers of the first pipeline stage, which holds the vision tower too; the others share the rest
 VIRTUAL_STAGES|1|a whole number from 1 to 999|pieces of the decoder on each pipeline rank (interleaved pipeline); above 1 needs PP above 1
 RECOMPUTE_METHOD|uniform|one of uniform block|with AC=full: every RECOMPUTE_LAYERS layers as one piece, or only the first RECOMPUTE_LAYERS of a stage
@@ -569,6 +570,9 @@ check_training() {
         fi
         ((arg[DECODER_SEQ_LEN] > picture)) ||
             refuse DECODER_SEQ_LEN "must be more than $what: it counts the image tokens and the text"
+    fi
+    if right FSDP && [[ ${arg[FSDP]} != false ]]; then
+        refuse FSDP "is not offered: with megatron-core 0.19.2 torch FSDP2 scales the gradients of a per-token loss wrongly and cannot resume, Megatron-FSDP cannot save a LLaVA; use DO=true, TP or PP"
     fi
     if right PACKING DATA_ORDER && [[ ${arg[PACKING]} == true && ${arg[DATA_ORDER]} == modality ]]; then
         refuse DATA_ORDER "is not for PACKING=true: packed rows are all of one length"

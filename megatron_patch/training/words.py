@@ -53,6 +53,8 @@ def own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
     parser.add_argument("--fp8-format")
+    parser.add_argument("--use-torch-fsdp2", action="store_true")
+    parser.add_argument("--use-megatron-fsdp", action="store_true")
     parser.add_argument("--wandb-project")
     parser.add_argument("--fine-grained-activation-offloading", action="store_true")
     return parser.parse_known_args(argv)[0]
@@ -186,6 +188,12 @@ def read_settings(argv: list[str]) -> RunSettings:
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)
+    for given, word, reason in (
+        (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
+        (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
+    ):
+        if given:
+            raise UserError(f"{word} is not offered: with megatron-core 0.19.2 it {reason}; use DO=true, TP or PP")
     if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "

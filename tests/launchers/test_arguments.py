@@ -132,6 +132,7 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"PRESET": "llava"}, "environment PRESET='llava' must be one of llava-1.5 pai neva for this stage"),
         ({"LR": "-"}, {"PRESET": ""}, "argument 5 LR='-' must be a number above 0"),
         ({"TP": "-"}, {"PRESET": "llava-1.5"}, "argument 10 TP='-' must be a whole number"),
+        ({}, {"FSDP": "full"}, "environment FSDP='full' is not offered"),
         ({}, {"VIRTUAL_STAGES": "2"}, "environment VIRTUAL_STAGES='2' needs PP above 1"),
         ({}, {"FIRST_STAGE_LAYERS": "2"}, "environment FIRST_STAGE_LAYERS='2' needs PP above 1"),
         (

@@ -48,6 +48,8 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
         ({"model_size": "7B"}, "MODEL_SIZE 7B.*pass tiny"),
         ({"tensor_model_parallel_size": "3"}, "TP 3 cannot cut"),
         ({"pipeline_model_parallel_size": "3"}, "PP 3 does not divide"),
+        ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not offered"),
+        ({"use_megatron_fsdp": ""}, "--use-megatron-fsdp is not offered"),
         ({"fp8_format": "hybrid"}, "PR=fp8 needs Transformer Engine"),
         ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*no GPU"),
         ({"train_dataset_path": "/nonexistent"}, "TRAIN_DATASET_PATH.*no .nv-meta"),
