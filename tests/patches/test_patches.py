@@ -25,7 +25,10 @@ assert patches.apply_all("cpu")  # twice is once
 
 
 def test_only_what_a_gpu_needs_is_applied_there() -> None:
-    wanted = {"distributed_optimizer_state", "interleaved_loader_state", "skip_compile_helpers", "whole_tracker"}
+    wanted = {"distributed_optimizer_state", "interleaved_loader_state", "skip_compile_helpers"} | {
+        "parameter_group_keys",
+        "whole_tracker",
+    }
     assert {patch.__name__.rsplit(".", 1)[-1] for patch in patches.ALL if patch.applies("cuda")} == wanted
 
 
