@@ -36,16 +36,23 @@ def _forward(number: int, _: Any) -> None:
         os.kill(child, number)
 
 
-def _log_of(failure: Any) -> Path:
-    return Path(failure.error_file).with_name("stderr.log")
+class _Logs:
+    """What the processes of this node wrote, as torchrun keeps it below --log-dir."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = Path(folder or "/nowhere")
+
+    def of(self, failure: Any) -> Path:
+        """File with the errors of a failed process; of the latest start."""
+        found = self.folder.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
+        return max(found, key=lambda path: path.stat().st_mtime, default=self.folder)
+
+    def last_words(self, failure: Any) -> list[str]:
+        log = self.of(failure)
+        return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
 
 
-def _last_words(failure: Any) -> list[str]:
-    log = _log_of(failure)
-    return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-
-
-def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
+def _cause(failures: dict[int, Any], logs: _Logs) -> tuple[int, Any]:
     """(rank, failure) of the process that died first, as far as can be told.
 
     Neither torchrun's SIGTERM to the others nor their broken connections are a cause.
@@ -53,14 +60,14 @@ def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
 
     def innocence(rank_and_failure: tuple[int, Any]) -> tuple[bool, bool, int]:
         rank, failure = rank_and_failure
-        survivor = any(mark in line for line in _last_words(failure) for mark in OF_SURVIVORS)
+        survivor = any(mark in line for line in logs.last_words(failure) for mark in OF_SURVIVORS)
         return failure.exitcode == -signal.SIGTERM, failure.exitcode > 0 and survivor, rank
 
     return min(failures.items(), key=innocence)
 
 
-def _report(rank: int, failure: Any) -> None:
-    words = _last_words(failure)
+def _report(rank: int, failure: Any, logs: _Logs) -> None:
+    words = logs.last_words(failure)
     died = f"ended with exit code {failure.exitcode}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
@@ -68,7 +75,7 @@ def _report(rank: int, failure: Any) -> None:
     refused = any(line.startswith("error: ") for line in words)
     if words and not refused and failure.exitcode > 0:
         print(f"--- the last lines of rank {rank}", *words, "---", sep="\n", file=sys.stderr)
-    print(f"rank {rank} {died}, and the run with it; its log: {_log_of(failure)}", file=sys.stderr, flush=True)
+    print(f"rank {rank} {died}, and the run with it; its log: {logs.of(failure)}", file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> None:
@@ -81,17 +88,19 @@ def main(words: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    arguments = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+    logs = _Logs(arguments.log_dir)
     try:
-        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words]))
+        run(arguments)
     except ChildFailedError as error:
-        rank, failure = _cause(error.failures)
+        rank, failure = _cause(error.failures, logs)
         if failure.exitcode == ROLL_BACK and rollbacks > 0:
             print(f"starting again from the last checkpoint; rollbacks left: {rollbacks - 1}", file=sys.stderr)
             again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1), *words]
             os.execv(sys.executable, again)
         if failure.exitcode == ROLL_BACK:
             print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
-        _report(rank, failure)
+        _report(rank, failure, logs)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 
