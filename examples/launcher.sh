@@ -783,7 +783,7 @@ telling_words() {
     if wandb_wanted; then
         command+=(
             --wandb-project "${arg[WANDB_PROJECT]:-llava}"
-            --wandb-exp-name "${arg[WANDB_NAME]:-$(basename -- "$output")}" --wandb-save-dir "$output/wandb"
+            --wandb-exp-name "${arg[WANDB_NAME]:-$(basename -- "$output")}" --wandb-save-dir "$output"
         )
     fi
     # torchrun passes lines on, so no process sees the terminal: progress.py opens it by its name.

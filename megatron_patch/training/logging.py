@@ -170,6 +170,7 @@ class RunLog:
             save=settings.save,
             stage_1=self._frozen.language_model,
             model_size=settings.model_size,
+            precision="fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32",
             output=self._output,
         )
         print(told.text(), flush=True)

@@ -49,9 +49,10 @@ class Summary:
         save: str | None,
         stage_1: bool,
         model_size: str | None,
+        precision: str,
         output: Path | None,
     ) -> "Summary":
-        """save: folder of checkpoints; stage_1: the language model was frozen, so stage 2 may follow."""
+        """save: folder of checkpoints; stage_1: the language model was frozen, so stage 2 may follow; precision: PR."""
         checkpoint = _newest(save)
         size = model_size or "MODEL_SIZE"
         steps = []
@@ -60,8 +61,8 @@ class Summary:
         if checkpoint is not None:
             folder = Path(checkpoint).parent
             target = (output or folder.parent) / "hf"
-            words = ("bash", EXPORT, size, folder, "none", target, 1, 1, "true", "bf16")
-            steps.append(f"{shlex.join(map(str, words))} HF_CKPT_PATH")
+            words = ("bash", EXPORT, size, folder, "none", target, 1, 1, "true", precision)
+            steps.append(f"{shlex.join(map(str, words))} HF_CKPT_PATH (the model of Hugging Face that it came from)")
             if stage_1 and iteration >= train_iters:
                 steps.append(
                     f"run_sft_mcore_llava.sh (stage 2) with PRETRAIN_CHECKPOINT_PATH={shlex.quote(str(folder))}"
