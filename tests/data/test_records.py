@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_patch.data import DataSettings, build_train_loader
+from megatron_patch.data import DataSettings, build_train_loader, json_stream
 from megatron_patch.data.records import SplitChooser, stream_records
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.reopen import reopen, reopen_with_energon
@@ -101,6 +101,7 @@ def test_reopening_sees_damage(folder: str, tmp_path, damage: str) -> None:
 def test_splits_get_exactly_their_share(ratio: tuple[int, int, int], blocks: int) -> None:
     chooser = SplitChooser(ratio)
     dealt = [chooser.next() for _ in range(blocks * sum(ratio))]
+    assert dealt[0] == "train"
     assert [dealt.count(split) for split in ("train", "val", "test")] == [share * blocks for share in ratio]
 
 
@@ -140,3 +141,12 @@ def test_text_in_another_encoding_is_refused(tmp_path) -> None:
     path.write_bytes('[{"a": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
         list(stream_records(path))
+
+
+@pytest.mark.parametrize("read_bytes", [1, 5, 17, 1 << 20])
+def test_records_are_counted_by_their_key(tmp_path, monkeypatch, read_bytes: int) -> None:
+    monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
+    records = [{"conversations": ['a text about "conversations"']}, {"messages": []}, {"text": "other messages"}] * 3
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    assert json_stream.count_key(tmp_path / "data.json", ["conversations", "messages"]) == 6
+    assert json_stream.count_key(tmp_path / "data.json", ["conversations"]) == 3
