@@ -123,6 +123,22 @@ def test_words_of_options_pass_the_parser(inputs: Inputs):
         "interleaved": ({"TP": "2", "PP": "4"}, {"VIRTUAL_STAGES": "2"}, {"virtual_pipeline_model_parallel_size": 2}),
         "uneven": ({"PP": "2"}, {"FIRST_STAGE_LAYERS": "12"}, {"decoder_first_pipeline_num_layers": 12}),
         "packed": ({}, {"PACKING": "true", "IMAGE_CONV_FRONT": "true"}, {"packing": True, "image_conv_front": True}),
+        "torch's profiler": (
+            {},
+            {"PROFILE": "10-12", "PROFILE_RANKS": "0,7", "SAMPLE_ANSWERS": "4"},
+            {"trace_iterations": [10, 12], "trace_ranks": [0, 7], "profile": False, "sample_answers": 4},
+        ),
+        "Nsight, which Megatron starts before the iteration behind its first number": (
+            {},
+            {"PROFILE": "10-12", "PROFILE_RANKS": "0,7", "PROFILER": "nsys"},
+            {"profile": True, "profile_step_start": 9, "profile_step_end": 12, "profile_ranks": [0, 7]}
+            | {"nvtx_ranges": True, "use_pytorch_profiler": False, "trace_iterations": None},
+        ),
+        "W&B": (
+            {},
+            {"WANDB_MODE": "offline", "WANDB_NAME": "first try"},
+            {"wandb_project": "llava", "wandb_exp_name": "first try"},
+        ),
         "rates": ({}, {"PROJECTOR_LR": "1e-3", "VISION_TOWER_WEIGHT_DECAY": "0.1"}, {"projector_lr": 1e-3}),
     }
     machine = {"DRY_RUN": "1", "ACCELERATOR": "cuda", "NPROC_PER_NODE": "8"}
