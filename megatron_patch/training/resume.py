@@ -20,13 +20,14 @@ def read_saved_state(folder: Path, iteration: int, rank: int) -> dict[str, Any]:
     Raises:
         UserError: it is not there, so the data position would silently start over.
     """
-    states = folder / DATA_FOLDER / f"iter_{iteration:07d}" / "mp_rank_00"
+    states = folder / DATA_FOLDER / f"iter_{iteration:07d}"
     for number in (rank, 0):
-        where = states / f"train_dataloader_dprank{number:03d}.pt"
-        if where.is_file():
-            return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+        for ranks in ("mp_rank_00", "mp_rank_00_000"):  # the second where the saving run had pipeline stages
+            where = states / ranks / f"train_dataloader_dprank{number:03d}.pt"
+            if where.is_file():
+                return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
     raise UserError(
-        f"{where}: no data position in the checkpoint, so the data would start over; pass the checkpoint as "
+        f"{states}: no data position in the checkpoint, so the data would start over; pass the checkpoint as "
         "PRETRAIN_CHECKPOINT_PATH of a new OUTPUT_BASEPATH if that is what you want"
     )
 
