@@ -89,7 +89,10 @@ def test_commands_of_the_readme(tmp_path) -> None:
 def test_options_and_reasons_of_the_readme_exist() -> None:
     helps = "".join(
         subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
-        for path in [*FOLDER.glob("convert_*.py"), FOLDER / "benchmark_conversion.py"]
+        for path in [
+            *FOLDER.glob("convert_*.py"),
+            *(FOLDER / f"{name}.py" for name in ("benchmark_conversion", "inspect_dataset")),
+        ]
     )
     named = set(re.findall(r"--[a-z][a-z-]+", README))
     assert named <= set(re.findall(r"--[a-z][a-z-]+", helps)), named
