@@ -375,8 +375,8 @@ torchrun_words() {
         environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
     fi
     command=(
-        "${arg[PYTHON]}" -u -m megatron_patch.launch # torchrun, which hands on signals and names who died
-        --max-rollbacks "${arg[MAX_ROLLBACKS]}"
+        # torchrun, which hands on signals and names who died
+        "${arg[PYTHON]}" -u -m megatron_patch.launch --max-rollbacks "${arg[MAX_ROLLBACKS]}" -m torch.distributed.run
         --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
         # Every process's output goes to the console and, by rank, to files.

@@ -1,4 +1,6 @@
-"""torchrun, with the manners of a batch job: `python -m megatron_patch.launch [--max-rollbacks N] TORCHRUN WORDS`.
+"""torchrun, with the manners of a batch job:
+
+    python -m megatron_patch.launch [--max-rollbacks N] -m torch.distributed.run WORDS OF TORCHRUN
 
 - SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
   exit code 0, so does this.  torchrun itself would end with an error.
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+TORCHRUN = ["-m", "torch.distributed.run"]
 ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
 LAST_LINES = 25
 # What the survivors of a death say: theirs is not the cause.
@@ -83,6 +86,8 @@ def main(words: list[str]) -> None:
     rollbacks = 0
     if words[:1] == ["--max-rollbacks"]:
         rollbacks, words = int(words[1]), words[2:]
+    if words[:2] == TORCHRUN:
+        words = words[2:]
     for number in FORWARDED:
         signal.signal(number, _forward)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -96,8 +101,8 @@ def main(words: list[str]) -> None:
         rank, failure = _cause(error.failures, logs)
         if failure.exitcode == ROLL_BACK and rollbacks > 0:
             print(f"starting again from the last checkpoint; rollbacks left: {rollbacks - 1}", file=sys.stderr)
-            again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1), *words]
-            os.execv(sys.executable, again)
+            again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1)]
+            os.execv(sys.executable, [*again, *TORCHRUN, *words])
         if failure.exitcode == ROLL_BACK:
             print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
         _report(rank, failure, logs)
