@@ -58,7 +58,8 @@ class RunLog:
         training.training_log = self._around_log(training.training_log)
         training.evaluate = self._around_evaluate(training.evaluate)
         training.evaluate_and_print_results = self._aside("evaluating", training.evaluate_and_print_results)
-        training.save_checkpoint_and_time = self._aside("saving", training.save_checkpoint_and_time)
+        training.save_checkpoint = self._aside("saving", training.save_checkpoint)
+        training.train = self._around_train(training.train)
         training.checkpoint_and_decide_exit = self._around_exit(training.checkpoint_and_decide_exit)
 
     def _aside(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +67,16 @@ class RunLog:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self._watch.side_job(name):
                 return function(*args, **kwargs)
+
+        return wrapped
+
+    def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """The whole loop."""
+
+        @functools.wraps(train)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._watch.training_begins()
+            return train(*args, **kwargs)
 
         return wrapped
 

@@ -38,6 +38,10 @@ class Stopwatch:
             if not self._inside:
                 self.aside[name] += time.perf_counter() - before
 
+    def training_begins(self) -> None:
+        """All until now was getting ready."""
+        self.aside["starting"] += self.training()
+
     def step_done(self) -> None:
         """A training step ends here."""
         now = self.training()

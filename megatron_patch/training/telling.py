@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_patch.data.loaders import TrainLoader
+from megatron_patch.errors import UserError
 from megatron_patch.model.llava import Frozen
 from megatron_patch.training.answers import SampleAnswers
 from megatron_patch.training.logging import RunLog
@@ -31,8 +32,10 @@ def telling(
     Yields:
         Further arguments for pretrain().
     Raises:
-        UserError: the validation set cannot be read.
+        UserError: the validation set cannot be read, or traces have no place.
     """
+    if args.trace_iterations and args.output_path is None:
+        raise UserError("--trace-iterations needs --output-path, below which traces are written")
     log = RunLog(settings.geometry, frozen, loader, args.output_path)
     log.listen(training)
     tracer = None
