@@ -20,7 +20,7 @@ class Workspace:
 
 
 def command(workspace: Workspace, output: Path, **changes: object) -> tuple[list[str], dict[str, str]]:
-    """Words and environment of a run; `changes`: arguments by name, environment options, `extra` words for Megatron."""
+    """Words and environment of a run; `changes` are arguments by name or environment options."""
     arguments = {
         "ENV": "dsw",
         "MODEL_SIZE": "tiny",
@@ -57,20 +57,25 @@ def command(workspace: Workspace, output: Path, **changes: object) -> tuple[list
         "ACCELERATOR": "cpu",
         "CHECK": "false",  # saves four seconds a run; the refusals are tested with it
     }
-    script, extra = changes.pop("script", "run_mcore_llava.sh"), changes.pop("extra", [])
+    script = changes.pop("script", "run_mcore_llava.sh")
     for name, value in changes.items():
         (arguments if name in arguments else options)[name] = value
-    words = ["bash", str(ROOT / "examples/llava_mcore" / script), *map(str, arguments.values()), *extra]
+    words = ["bash", str(ROOT / "examples/llava_mcore" / script), *map(str, arguments.values())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in options.items()}}
     return words, environment
 
 
 def run(
-    workspace: Workspace, output: Path, expected_exit: int = 0, words: list[str] | None = None, **changes: object
+    workspace: Workspace,
+    output: Path,
+    expected_exit: int = 0,
+    words: list[str] | None = None,
+    limit_s: float = 300,
+    **changes: object,
 ) -> str:
-    """Run to the end, `words` behind the 23 arguments; returns what it printed."""
+    """Run to the end, for `limit_s` at most, `words` behind the 23 arguments; returns what it printed."""
     line, environment = command(workspace, output, **changes)
-    done = subprocess.run([*line, *(words or [])], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*line, *(words or [])], env=environment, capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == expected_exit, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
 

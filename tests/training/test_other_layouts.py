@@ -34,7 +34,7 @@ def test_a_run_goes_on_under_another_layout(
     before, after = CHANGES[change]
     # The first half ends by the iteration limit of Megatron's own, so that the schedule is that of the whole run.
     first = {**SETTINGS, **before}
-    assert len(losses(run(workspace, tmp_path / "out", extra=["--exit-interval", "8"], **first))) == 8
+    assert len(losses(run(workspace, tmp_path / "out", words=["--exit-interval", "8"], **first))) == 8
     rest = losses(run(workspace, tmp_path / "out", **SETTINGS, **after))
     assert sorted(rest) == list(range(9, ITERATIONS + 1))
     worst = max(abs(rest[step] / whole[step] - 1) for step in rest)
