@@ -23,8 +23,8 @@ def run_with(workspace: Workspace, output: Path, words: list[str], expected_exit
     done = subprocess.run([*line, *words], env=environment, capture_output=True, text=True, timeout=300)
     printed = done.stdout + done.stderr
     assert done.returncode == expected_exit, f"exit {done.returncode}\n{printed[-4000:]}"
-    if expected_exit:  # torchrun's own code is 1; its traceback is its own
-        assert printed.count("error: ") == 1 and "exitcode  : 2" in printed, printed[-4000:]
+    if expected_exit:
+        assert printed.count("error: ") == 1, printed[-4000:]
         assert "/megatron/training/" not in printed.partition("error: ")[2]
     return printed
 
