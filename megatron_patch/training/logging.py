@@ -94,7 +94,7 @@ class RunLog:
             if ends_interval:
                 kwargs["is_first_iteration"] = False
             result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-            self._iteration, self._loss = iteration, loss_dict.get(LOSS)
+            self._iteration, self._loss = iteration, loss_dict.get(LOSS, self._loss)
             self._watch.step_done()
             if ends_interval or self._first is None:
                 self._totals = ledger.totals(self._loader())

@@ -250,6 +250,18 @@ def test_every_layout_counts_records_once(layout: dict, told: Done, workspace: W
         assert done.answers(10) == told.answers(10)
 
 
+def test_work_of_a_packed_row_is_that_of_its_records(workspace: Workspace) -> None:
+    words = argv(workspace, micro_batch_size="1", num_workers="0")
+    settings = read_settings([*words, "--packing"])
+    loader = build_train_loader(settings.train_dataset_path, settings.data, 0, 1)
+    records = pairs = 0
+    for _, batch in zip(range(20), loader, strict=False):
+        lengths = batch["cu_seqlens"].diff().tolist()
+        records += len(lengths)
+        pairs += sum(length * (length + 1) // 2 for length in lengths)
+    assert records > 20 and (loader.work["records"], loader.work["pairs"]) == (records, pairs)
+
+
 def test_template_without_ending_ends_at_the_newline(workspace: Workspace) -> None:
     settings = read_settings(argv(workspace, conversation_template="plain"))
     plain = Questions(str(workspace.dataset), settings.data, 1)
