@@ -9,6 +9,7 @@ Nothing heavy is imported above: `listen()` is called before torch is, so that a
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,20 @@ def listen() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, lambda number, _: _received.append(number))
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+    os.register_at_fork(after_in_child=_obey_the_parent_alone)
+
+
+def _obey_the_parent_alone() -> None:
+    """In a loader worker: only its parent, which says so by SIGTERM at the end, ends it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def wait() -> None:
+        while True:
+            received = signal.sigwaitinfo(SIGNALS)
+            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
