@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_patch.data.loaders import build_train_loader
 from megatron_patch.data.questions import Questions
 from megatron_patch.data.source import Dataset
+from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.model.llava import Frozen
 from megatron_patch.training.progress import ProgressBar
@@ -225,6 +226,12 @@ def test_wandb_offline(told: Done) -> None:
     written = b"".join(path.read_bytes() for path in (told.output / "wandb").rglob("*.wandb"))
     for name in ("throughput/samples per second", "records/kept", "lm loss validation"):
         assert name.encode() in written
+
+
+@pytest.mark.skipif(HAVE_WANDB, reason="the package wandb is installed")
+def test_wandb_without_its_package_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="wandb is not installed; run `pip install wandb`, or set WANDB_MODE=disabled"):
+        read_settings(argv(workspace, wandb_project="llava"))
 
 
 def test_the_key_is_nowhere(told: Done, workspace: Workspace, tmp_path: Path) -> None:
