@@ -1,5 +1,7 @@
 """A signal or the time limit: one more iteration, a checkpoint, exit code 0, nothing lost.  A death: told at once."""
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -12,15 +14,17 @@ from megatron_patch.training.stopping import TimeLimit
 from tests.training.launching import Workspace, command, losses, run
 from tests.training.stored import assert_same_bits, tensors_of_run
 
-ITERATIONS = 30
+ITERATIONS = 60
 STEPS = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EVAL_ITERS": 0, "NUM_WORKERS": 2}
 
 
 def processes_of(output: Path) -> dict[int, str]:
     """Process ids and words of all processes that name `output`."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    found = (line.split(maxsplit=1) for line in listed.splitlines()[1:])
-    return {int(pid): words for pid, words in found if str(output) in words}
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
+    return {pid: words for pid, words in found.items() if str(output) in words}
 
 
 class Started:
@@ -69,7 +73,8 @@ def test_signal_saves_within_an_iteration(number, everywhere, workspace, whole: 
     started.wait_for(r"iteration +4/")
     seen = max(losses(started.printed))
     for process in processes_of(tmp_path / "out") if everywhere else [started.process.pid]:
-        subprocess.run(["kill", f"-{number.value}", str(process)], check=False)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
     assert started.end() == 0, started.printed[-4000:]
     stopped = re.search(rf"stopped after iteration (\d+) of {ITERATIONS}, for a signal asked for it", started.printed)
     assert stopped and int(stopped[1]) <= seen + 3, (seen, stopped)  # what runs on while the signal is sent included
