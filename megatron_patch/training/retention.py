@@ -142,7 +142,7 @@ class Keeper:
                 torch.distributed.barrier()
                 save(iteration, *args, **kwargs)
             except Exception as error:
-                if _disk_is_full(error):
+                if _disk_is_full(self.folder, error):
                     raise UserError(self._sentence(iteration)) from None
                 raise
             self.saved = iteration
@@ -220,8 +220,12 @@ def read_notes(folder: Path, iteration: int) -> dict[str, Any]:
     return json.loads(where.read_text()) if where.is_file() else {}
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """Does an error, or one behind it, say so?  Helpers of a save hand on the text alone."""
+def _disk_is_full(folder: Path, error: BaseException) -> bool:
+    """Does an error, or one behind it, say so?  Helpers of a save hide it: then, would a checkpoint like the last fit?"""
+    newest = tracked(folder)
+    files = (folder / folder_name(newest)).iterdir() if newest is not None else ()
+    if shutil.disk_usage(folder).free < sum(path.stat().st_size for path in files):
+        return True
     marks = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing")
     seen: BaseException | None = error
     while seen is not None:
