@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.training import get_args
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch import device
 from megatron_patch.checkpoint_files import TRACKER, checkpoint_format
@@ -141,7 +142,7 @@ class Keeper:
                     self._write_notes(iteration)
                 torch.distributed.barrier()
                 save(iteration, *args, **kwargs)
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # torch's own is no Exception
                 if _disk_is_full(self.folder, error):
                     raise UserError(self._sentence(iteration)) from None
                 raise
@@ -221,7 +222,7 @@ def read_notes(folder: Path, iteration: int) -> dict[str, Any]:
 
 
 def _disk_is_full(folder: Path, error: BaseException) -> bool:
-    """Does an error, or one behind it, say so?  Helpers of a save hide it: then, would a checkpoint like the last fit?"""
+    """Does an error, or one behind it, say so?  Helpers of a save hide it: then, would one like the last fit?"""
     newest = tracked(folder)
     files = (folder / folder_name(newest)).iterdir() if newest is not None else ()
     if shutil.disk_usage(folder).free < sum(path.stat().st_size for path in files):
