@@ -32,5 +32,7 @@ def main() -> None:
     train_llava()
 
 
+if __name__ == "__mp_main__":
+    device.install()  # in the process that writes asynchronous saves, which asks torch for its device, too
 if __name__ == "__main__":
     main()

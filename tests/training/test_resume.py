@@ -15,8 +15,9 @@ LAYOUTS = {
     "one process": {},
     "two loader workers": {"NUM_WORKERS": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+    "asynchronous saves": {"ASYNC_SAVE": "true"},
 }
-SLOW = {"two loader workers": pytest.mark.slow}  # the loader's own tests cover workers in seconds
+SLOW = {"two loader workers": pytest.mark.slow, "asynchronous saves": pytest.mark.slow}  # the loader's own tests cover workers in seconds
 
 
 def helpers_of_saves() -> set[int]:
