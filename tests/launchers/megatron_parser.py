@@ -50,6 +50,8 @@ CHECKED = (
     *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "use_pytorch_profiler", "nvtx_ranges"),
     *("trace_iterations", "trace_ranks", "sample_answers", "wandb_project", "wandb_exp_name"),
     *("image_conv_front", "projector_lr"),
+    *("on_bad_loss", "spike_factor", "keep_last", "keep_best", "stop_at", "deterministic_mode", "bad_batches_file"),
+    "skip_train_iteration_range",
 )
 
 

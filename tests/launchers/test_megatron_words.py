@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.launchers.launching import ROOT, STAGE_1, STAGE_2, Inputs, start
@@ -150,3 +151,21 @@ def test_words_of_options_pass_the_parser(inputs: Inputs):
     for (name, (_, _, expected)), args in zip(cases.items(), megatron_reads(commands, 8), strict=True):
         assert "error" not in args, f"{name}: {args}"
         assert {key: args[key] for key in expected} == expected, name
+
+
+def test_guards_and_deterministic_mode_arrive(inputs: Inputs):
+    options = {"ON_BAD_LOSS": "rollback", "MAX_ROLLBACKS": "2", "SPIKE_FACTOR": "3", "TIME_LIMIT": "60"}
+    options |= {"KEEP_LAST": "2", "KEEP_BEST": "true", "DETERMINISTIC": "true"}
+    words = [*inputs.training(TP="1", AC="sel"), "--skip-train-iteration-range", "100-110", "300"]
+    before = time.time()
+    result = start(STAGE_1, words, DRY_RUN="1", ACCELERATOR="cuda", NPROC_PER_NODE="8", **options)
+    lines = result.stdout.splitlines()
+    assert {"NCCL_ALGO=Ring", "CUBLAS_WORKSPACE_CONFIG=:4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"} <= set(lines)
+    assert lines[lines.index("--max-rollbacks") + 1] == "2"
+    (args,) = megatron_reads([lines], 8)
+    assert "error" not in args, args
+    values = {"on_bad_loss": "rollback", "spike_factor": 3.0, "keep_last": 2, "keep_best": True}
+    assert {name: args[name] for name in values} == values
+    assert args["skip_train_iteration_range"] == ["range(100, 111)", "range(300, 301)"]
+    assert 0 <= args["stop_at"] - before - 3600 + 1 < 60 and args["deterministic_mode"]
+    assert args["bad_batches_file"].endswith("/bad_batches.jsonl")
