@@ -64,7 +64,7 @@ def test_the_run_stops_and_goes_on_without_that_iteration(poisoned, skipped, tmp
     saved = (iteration - 1) // 2 * 2
     assert (tmp_path / "out/checkpoint/latest_checkpointed_iteration.txt").read_text() == str(saved)
     words = ["--skip-train-iteration-range", f"{iteration}-{iteration}", "400-410"]
-    printed = run(poisoned, tmp_path / "out", extra=words, **STEPS)
+    printed = run(poisoned, tmp_path / "out", words=words, **STEPS)
     assert f"iteration {iteration} is left out, as asked" in printed
     assert min(losses(printed)) == saved + 1
     assert_same_bits(tensors_of_run(tmp_path / "out", 6), tensors_of_run(output, 6))
@@ -93,7 +93,7 @@ def test_every_layout_decides_alike(layout: str, poisoned, skipped, tmp_path: Pa
     assert {line["iteration"] for line in written_down(tmp_path / "out")} == {iteration}
     assert all(RECORD in line["record_ids"] for line in written_down(tmp_path / "out"))
     words = ["--skip-train-iteration-range", str(iteration)]
-    run(poisoned, tmp_path / "left out", extra=words, **STEPS, **LAYOUTS[layout])
+    run(poisoned, tmp_path / "left out", words=words, **STEPS, **LAYOUTS[layout])
     assert_same_bits(tensors_of_run(tmp_path / "left out", 6), tensors_of_run(tmp_path / "out", 6))
 
 
