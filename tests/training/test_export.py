@@ -73,8 +73,8 @@ def test_transformers_finds_the_next_loss_and_tensorboard_has_it(workspace: Work
     assert found == pytest.approx(expected, rel=1e-5)
 
     events = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
-    wanted = {"lm loss", "learning-rate", "grad-norm", "samples per second"}
+    wanted = {"lm loss", "learning-rate", "grad-norm", "throughput/samples per second"}
     assert wanted <= set(events.Tags()["scalars"])
     recorded = {event.step: event.value for event in events.Scalars("lm loss")}
     assert recorded[ITERATIONS + 1] == pytest.approx(found, rel=1e-6)
-    assert all(event.value > 0 for event in events.Scalars("samples per second"))
+    assert all(event.value > 0 for event in events.Scalars("throughput/samples per second"))
