@@ -89,7 +89,7 @@ def test_rank_files_of_another_layout_are_refused(workspace, source, tmp_path):
     convert_to_megatron(
         source, None, made, model_size="tiny", precision="fp32", tensor_parallel=2, checkpoint_format="torch"
     )
-    printed = run_with(Workspace(made, workspace.dataset), tmp_path / "out", ["--ckpt-format", "torch"], 1)
+    printed = run_with(Workspace(made, workspace.dataset), tmp_path / "out", ["--ckpt-format", "torch"], 2)
     assert "TP 2 x PP 1, this run is TP 1 x PP 1" in printed
 
 
@@ -113,7 +113,7 @@ def test_weights_are_strict_and_extra_states_are_not(case, workspace, tmp_path):
             metadata.state_dict_metadata[key] = metadata.state_dict_metadata[like]
 
     edit_metadata(made / "release", change)
-    printed = run_with(Workspace(made, workspace.dataset), tmp_path / "out", [], int(case == "missing"), TP=2)
+    printed = run_with(Workspace(made, workspace.dataset), tmp_path / "out", [], 2 * (case == "missing"), TP=2)
     if case == "missing":
         assert f"missing (1): {key}" in printed and "unknown (0)" in printed
         assert not list((tmp_path / "out").rglob("iter_*"))
@@ -127,6 +127,6 @@ def test_stage_2_wants_a_trained_projector(workspace, tmp_path):
     value["projector"]["origin"] = "new"
     provenance.write_text(json.dumps(value))
     fresh = Workspace(made, workspace.dataset)
-    printed = run_with(fresh, tmp_path / "out", [], 1, script="run_sft_mcore_llava.sh")
+    printed = run_with(fresh, tmp_path / "out", [], 2, script="run_sft_mcore_llava.sh")
     assert "its projector is new" in printed and "--allow-fresh-projector" in printed
     run_with(fresh, tmp_path / "stage1", [])
