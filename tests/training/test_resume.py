@@ -18,6 +18,7 @@ LAYOUTS = {
     "asynchronous saves": {"ASYNC_SAVE": "true"},
 }
 SLOW = {
+    "one process": pytest.mark.slow,
     "two loader workers": pytest.mark.slow,  # the loader's own tests cover workers in seconds
     "asynchronous saves": pytest.mark.slow,
 }
