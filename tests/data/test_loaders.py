@@ -331,6 +331,18 @@ def test_an_epoch_over_a_real_kill_holds_every_record_once(
     assert len(set(seen[:TRAIN])) == TRAIN, f"killed after {killed_at}"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_ranks_then_one_then_two_hold_every_record_once(folder: str, settings: DataSettings, packing: bool) -> None:
+    chosen = changed(settings, micro_batch_size=1, packing=packing)
+    state, seen = None, []
+    for size, steps in ((2, 5), (1, 7), (2, 100)):
+        loaders = [build_train_loader(folder, chosen, rank, size, state=state) for rank in range(size)]
+        for _ in range(steps):
+            seen += [name for one in loaders for name in next(one)["record_ids"]]
+        state = loaders[0].save_state()
+    assert len(set(seen[:TRAIN])) == TRAIN
+
+
 def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataSettings) -> None:
     state = build_train_loader(folder, changed(settings, **PACKED), 0, 1).save_state()
     for changes in ({"decoder_seq_len": 256}, {"packing": False}, {"image_tokens": 5}, {"order": "single"}):
