@@ -135,7 +135,7 @@ train_stage2() {
     FREEZE_VISION_TOWER=false CONVERSATION_TEMPLATE=v1 NPROC_PER_NODE=2 NUM_WORKERS=0 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_sft_mcore_llava.sh \
         dsw tiny 64 64 1e-3 1e-5 16 128 fp32 2 1 1 false true false false 200 \
-        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 400 20 "$1"
+        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 600 20 "$1"
 }
 
 export_model() {
