@@ -67,6 +67,11 @@ def collate_packed(
     }
 
 
+def as_it_is(item: Any) -> Any:
+    """Collate function of loaders whose items are whole batches already; torch's own would convert arrays."""
+    return item
+
+
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 

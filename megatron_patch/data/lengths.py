@@ -13,12 +13,12 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from megatron_patch.data.batch import as_it_is
 from megatron_patch.data.encoder import RecordEncoder
 from megatron_patch.data.order import RecordLengths
 from megatron_patch.data.rejection import RecordError
@@ -56,12 +56,13 @@ def measure(dataset: Dataset, encoder: RecordEncoder) -> RecordLengths:
     from tqdm import tqdm
 
     cores = len(os.sched_getaffinity(0))
+    workers = cores if cores > 1 and len(dataset) > 4 * CHUNK_RECORDS else 0
     chunks = DataLoader(
         _Chunks(dataset, encoder),
         batch_size=None,
-        num_workers=cores if cores > 1 and len(dataset) > 4 * CHUNK_RECORDS else 0,
-        collate_fn=_unchanged,
-        multiprocessing_context="fork" if cores > 1 and len(dataset) > 4 * CHUNK_RECORDS else None,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        multiprocessing_context="fork" if workers else None,
     )
     with tqdm(total=len(dataset), unit=" records", desc="measuring lengths", mininterval=1.0) as bar:
         found = []
@@ -98,10 +99,6 @@ class _Chunks(TorchDataset):
             return len(self._encoder.encode_text(record).tokens), len(record.pictures)
         except (RecordError, OSError, ValueError, tarfile.TarError):
             return 0, 0
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 def _key(dataset: Dataset, settings: DataSettings) -> str:

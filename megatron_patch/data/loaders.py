@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_patch.data import state as data_state
-from megatron_patch.data.batch import collate, collate_packed
+from megatron_patch.data.batch import as_it_is, collate, collate_packed
 from megatron_patch.data.encoder import EncodedRecord, RecordEncoder
 from megatron_patch.data.label_check import check_labels
 from megatron_patch.data.lengths import record_lengths
@@ -200,11 +200,6 @@ class _Positions(Sampler[int]):
             position += self._stride
 
 
-def _unchanged(item: Any) -> Any:
-    """Collate function: batches arrive whole."""
-    return item
-
-
 class _Loader:
     """What train and valid loaders share: positions, workers, and the account of records taken."""
 
@@ -237,7 +232,7 @@ class _Loader:
                 batch_size=None,
                 sampler=positions,
                 num_workers=workers,
-                collate_fn=_unchanged,
+                collate_fn=as_it_is,
                 generator=generator,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="fork" if workers else None,

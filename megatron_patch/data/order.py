@@ -69,6 +69,10 @@ class _Epochs:
             self._epochs[epoch] = self.draw(epoch)
         return int(self._epochs[epoch][offset])
 
+    def __getitem__(self, position: int) -> tuple[int, ...]:
+        """Where entries are records."""
+        return (self.entry(position),)
+
 
 class ShuffledOrder(_Epochs):
     """Every record once per epoch, each epoch in another order.  `shard_counts`: records per shard, in folder order."""
@@ -81,9 +85,6 @@ class ShuffledOrder(_Epochs):
     def draw(self, epoch: int) -> np.ndarray:
         """The records of an epoch."""
         return np.concatenate(shuffled_windows(self._shard_counts, self._seed, epoch))
-
-    def __getitem__(self, position: int) -> tuple[int, ...]:
-        return (self.entry(position),)
 
 
 class StoredOrder:
@@ -133,9 +134,6 @@ class GroupedOrder(_Epochs):
                 steps += np.split(group, len(group) // self._step_records)
         random = np.random.RandomState([self._seed % 2**32, epoch, 1])
         return np.concatenate([*(steps[step] for step in random.permutation(len(steps))), *rest])
-
-    def __getitem__(self, position: int) -> tuple[int, ...]:
-        return (self.entry(position),)
 
 
 class PackedOrder(_Epochs):

@@ -4,7 +4,6 @@
 kept in fp32, whatever the weights are in: a step of bf16 is larger than what one iteration adds.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,8 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_patch.checkpoint_files import TRACKER
+from megatron_patch.training.resume import replace_text
+from megatron_patch.training.retention import folder_name
 
 AVERAGE_FOLDER = "average"  # below the folder of checkpoints
 
@@ -64,7 +65,7 @@ class MovingAverage:
     def save(self, checkpoints: Path, iteration: int) -> None:
         """Write the averages of `iteration`, finished before the checkpoint they belong to; all ranks call it."""
         folder = checkpoints / AVERAGE_FOLDER
-        where = folder / f"iter_{iteration:07}"
+        where = folder / folder_name(iteration)
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(where, ignore_errors=True)  # of a save that was killed
             where.mkdir(parents=True)
@@ -74,9 +75,7 @@ class MovingAverage:
         if torch.distributed.get_rank() == 0:
             if not (folder / "llava").is_symlink():
                 (folder / "llava").symlink_to(Path("..") / "llava")
-            unfinished = folder / f"{TRACKER}.new"
-            unfinished.write_text(str(iteration))
-            os.replace(unfinished, folder / TRACKER)
+            replace_text(folder / TRACKER, str(iteration))
             for older in folder.glob("iter_*"):
                 if older != where and not (checkpoints / older.name).is_dir():
                     shutil.rmtree(older)
@@ -84,7 +83,7 @@ class MovingAverage:
     def load(self, checkpoints: Path, iteration: int) -> bool:
         """Read the averages that belong to a checkpoint; False where there are none, for example on the first resume
         with EMA_DECAY: then they begin with the weights."""
-        where = checkpoints / AVERAGE_FOLDER / f"iter_{iteration:07}"
+        where = checkpoints / AVERAGE_FOLDER / folder_name(iteration)
         if not (where / "metadata.json").is_file():
             return False
         loaded = dist_checkpointing.load(self._sharded(), str(where))

@@ -17,10 +17,9 @@ from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.model.llava import Frozen
 from megatron_patch.training import ledger, summary
 from megatron_patch.training.progress import ProgressBar
+from megatron_patch.training.step import LOSS
 from megatron_patch.training.stopwatch import Stopwatch, as_clock
 from megatron_patch.training.throughput import Rates, Work, step_flop
-
-LOSS = "lm loss"  # as step.py names it
 
 
 def record_scalars(scalars: dict[str, float], iteration: int) -> None:

@@ -23,6 +23,7 @@ from megatron_patch import device
 from megatron_patch.checkpoint_files import TRACKER, checkpoint_format
 from megatron_patch.errors import UserError
 from megatron_patch.training.resume import DATA_FOLDER, replace_text
+from megatron_patch.training.step import LOSS
 
 BEST, BEST_FILE, NOTES = "best", "best.json", "notes.json"
 DELETED = "deleted_"  # a folder under this name is on its way out
@@ -194,7 +195,7 @@ class Keeper:
 
         def wrapped(*args: Any, **kwargs: Any) -> tuple:
             result = evaluate(*args, **kwargs)
-            found = (result[0] or {}).get("lm loss")
+            found = (result[0] or {}).get(LOSS)
             loss = torch.tensor([-math.inf if found is None else float(found)], device=device.current_device())
             torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
             value = loss.item()

@@ -13,6 +13,7 @@ from megatron_patch import device
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training import guards
 
+LOSS = "lm loss"  # its name in the log, TensorBoard and results of evaluations
 HEADER = 5  # B, S, N, picture side, entries of cu_seqlens (0: not packed)
 
 
@@ -63,7 +64,7 @@ def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tenso
     total, count = output[0].clone(), output[1].detach()
     sums = torch.stack([total.detach(), count])
     guards.note(record_ids, sums)
-    return total, count.to(torch.int), {"lm loss": sums}
+    return total, count.to(torch.int), {LOSS: sums}
 
 
 def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tuple[Tensor, Callable]:
