@@ -50,7 +50,7 @@ class _Logs:
         found = self.folder.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
         return max(found, key=lambda path: path.stat().st_mtime, default=self.folder)
 
-    def last_words(self, failure: Any) -> list[str]:
+    def stderr_tail(self, failure: Any) -> list[str]:
         log = self.of(failure)
         return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
 
@@ -63,14 +63,14 @@ def _cause(failures: dict[int, Any], logs: _Logs) -> tuple[int, Any]:
 
     def innocence(rank_and_failure: tuple[int, Any]) -> tuple[bool, bool, int]:
         rank, failure = rank_and_failure
-        survivor = any(mark in line for line in logs.last_words(failure) for mark in OF_SURVIVORS)
+        survivor = any(mark in line for line in logs.stderr_tail(failure) for mark in OF_SURVIVORS)
         return failure.exitcode == -signal.SIGTERM, failure.exitcode > 0 and survivor, rank
 
     return min(failures.items(), key=innocence)
 
 
 def _report(rank: int, failure: Any, logs: _Logs) -> None:
-    words = logs.last_words(failure)
+    words = logs.stderr_tail(failure)
     died = f"ended with exit code {failure.exitcode}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name

@@ -1,7 +1,7 @@
 """Whether a JPEG or PNG file is whole, told from its structure without decoding a pixel.
 
 SOUND promises that libjpeg or Pillow will not stop while decoding: every segment and table is followed to the end of
-the picture and checked as libjpeg-turbo checks it (jdmarker.c, jdhuff.c, jdphuff.c, jdmaster.c), every PNG chunk by its
+the image and checked as libjpeg-turbo checks it (jdmarker.c, jdhuff.c, jdphuff.c, jdmaster.c), every PNG chunk by its
 checksum.  What it cannot see: wrong bits between two markers of a JPEG, which libjpeg shows as wrong colours with no
 more than a warning, and a PNG whose writer cut the compressed pixels short under right checksums.
 Whatever is rare or unclear (arithmetic coding, 12 bits, animated PNG, stray bytes) is DOUBTFUL: decode it to know.
@@ -35,8 +35,8 @@ PNG_AFTER_PIXELS = (b"tEXt", b"tIME", b"IEND")  # chunks that Pillow takes behin
 class Structure(enum.Enum):
     """What the structure of a file tells."""
 
-    SOUND = "a whole picture"
-    TRUNCATED = "the bytes end before the picture does"
+    SOUND = "a whole image"
+    TRUNCATED = "the bytes end before the image does"
     DOUBTFUL = "unknown until it is decoded"
 
 
@@ -45,7 +45,7 @@ class _Doubtful(Exception):
 
 
 def examine(data: bytes) -> Structure:
-    """Follow the structure of a picture's bytes."""
+    """Follow the structure of an image's bytes."""
     return examine_with_size(data)[0]
 
 
@@ -89,7 +89,7 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 @functools.lru_cache(maxsize=1024)
 def _size_in_plain_header(header: bytes) -> tuple[int, int] | None:
-    """Width and height, if the file would be a whole picture were there nothing but its end behind these bytes."""
+    """Width and height, if the file would be a whole image were there nothing but its end behind these bytes."""
     jpeg = _Jpeg(header + bytes((0xFF, EOI)))
     try:
         jpeg.follow()

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_patch import device
 from megatron_patch.checkpoint_files import TRACKER, checkpoint_format
 from megatron_patch.errors import UserError
-from megatron_patch.training.resume import DATA_FOLDER, replace_text
-from megatron_patch.training.step import LOSS
+from megatron_patch.training.forward_step import LOSS
+from megatron_patch.training.loader_state import DATA_FOLDER, replace_text
 
 BEST, BEST_FILE, NOTES = "best", "best.json", "notes.json"
 DELETED = "deleted_"  # a folder under this name is on its way out

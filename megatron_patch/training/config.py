@@ -12,30 +12,30 @@ from typing import Any
 from megatron_patch import device
 from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
-from megatron_patch.data.blend import read_parts
-from megatron_patch.data.settings import DataSettings
+from megatron_patch.data.loading.blend import read_parts
+from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
 from megatron_patch.model_sizes import check_model_size
-from megatron_patch.training.offload import offload_words
+from megatron_patch.training.offload import offload_arguments
 
 LLAVA_FOLDER = "llava"
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
+class RunConfig:
     """Read once, checked once."""
 
     geometry: LlavaGeometry
     llava_folder: Path  # configs, tokenizer and processor that this run uses and saves with its checkpoints
     train_dataset_path: str
     valid_dataset_path: str | None  # None: nothing is evaluated
-    data: DataSettings
+    data: DataConfig
     pixel_std: tuple[float, float, float]
     words: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
-def own_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
     """Our own words, and those of Megatron's that settings follow from; the rest is passed over."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     # Megatron's words that decide where things lie and how batches look; its own parser sees them again later
@@ -92,8 +92,8 @@ def projector_is_fresh(checkpoint: Path) -> bool:
     return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
 
 
-def picture_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
-    """pixel_mean, pixel_std, center_crop and resample of RunSettings."""
+def image_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
+    """pixel_mean, pixel_std, center_crop and resample of RunConfig."""
     where = llava_folder / "preprocessor_config.json"
     if not where.is_file():
         raise UserError(f"{where}: no such file; it holds the pixel statistics of the vision tower, convert again")
@@ -126,7 +126,7 @@ def _check_transformer_engine(arguments: argparse.Namespace) -> None:
             )
 
 
-def decoder_words(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
+def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
     """The decoder's numbers as words for Megatron's parser.
 
     Raises:
@@ -164,13 +164,13 @@ def decoder_words(language: LanguageGeometry, decoder_seq_len: int) -> list[str]
     return [str(word) for word in words]
 
 
-def read_settings(argv: list[str]) -> RunSettings:
+def read_config(argv: list[str]) -> RunConfig:
     """Settings of a run from its command line (without the program's name).
 
     Raises:
         UserError: something is missing or does not fit; nothing has been created yet.
     """
-    arguments = own_arguments(argv)
+    arguments = parse_own_arguments(argv)
     folder = _llava_folder(arguments)
     geometry = read_geometry_of(folder)
     geometry.check_parallel(
@@ -202,7 +202,7 @@ def read_settings(argv: list[str]) -> RunSettings:
     tower = geometry.tower
     if arguments.image_tokens is not None and arguments.image_tokens != tower.image_tokens:
         raise UserError(
-            f"SEQ_LEN is {arguments.image_tokens}, the vision tower makes {tower.image_tokens} tokens of a picture "
+            f"SEQ_LEN is {arguments.image_tokens}, the vision tower makes {tower.image_tokens} tokens of an image "
             f"({tower.side_px} px in patches of {tower.patch_px}); pass {tower.image_tokens}"
         )
     for name, split in (("train_dataset_path", "train"), ("valid_dataset_path", "val")):
@@ -215,9 +215,9 @@ def read_settings(argv: list[str]) -> RunSettings:
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
     derived = [
-        *device.megatron_words(),
-        *decoder_words(geometry.language, arguments.seq_length),
-        *offload_words(
+        *device.megatron_arguments(),
+        *decoder_arguments(geometry.language, arguments.seq_length),
+        *offload_arguments(
             arguments.optimizer_offload_policy,
             geometry.language,
             arguments.tensor_model_parallel_size,
@@ -231,23 +231,23 @@ def read_settings(argv: list[str]) -> RunSettings:
     ]
     if arguments.init_from != "none":
         derived += ["--pretrained-checkpoint", arguments.init_from]
-    pictures = picture_settings(folder, tower.side_px)
-    pixel_std = pictures.pop("image_std")
-    return RunSettings(
+    images = image_settings(folder, tower.side_px)
+    pixel_std = images.pop("image_std")
+    return RunConfig(
         geometry,
         folder,
         arguments.train_dataset_path,
         arguments.valid_dataset_path if arguments.eval_iters else None,
-        _data_settings(arguments, geometry, folder, pictures),
+        _data_settings(arguments, geometry, folder, images),
         pixel_std,
         words=(*derived, *argv),
     )
 
 
 def _data_settings(
-    arguments: argparse.Namespace, geometry: LlavaGeometry, llava_folder: Path, pictures: dict[str, Any]
-) -> DataSettings:
-    """What the data room needs to know; `pictures`: image_mean, center_crop and resample."""
+    arguments: argparse.Namespace, geometry: LlavaGeometry, llava_folder: Path, images: dict[str, Any]
+) -> DataConfig:
+    """What the data room needs to know; `images`: image_mean, center_crop and resample."""
     template = arguments.conversation_template
     if template == "auto":
         tokenizer = llava_folder / "tokenizer.json"
@@ -256,7 +256,7 @@ def _data_settings(
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
-    return DataSettings(
+    return DataConfig(
         tokenizer_path=str(llava_folder),
         template=template,
         image_token_id=geometry.image_token_id,
@@ -279,7 +279,7 @@ def _data_settings(
         step_records=arguments.global_batch_size,
         mega_batch_mult=arguments.mega_batch_mult,
         packing=arguments.packing,
-        **pictures,
+        **images,
     )
 
 

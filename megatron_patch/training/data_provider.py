@@ -12,9 +12,9 @@ from megatron.core import mpu
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_patch.data.loaders import build_train_loader, build_valid_loader
-from megatron_patch.training.resume import read_saved_state
-from megatron_patch.training.words import RunSettings
+from megatron_patch.data.loading.loader import build_train_loader, build_valid_loader
+from megatron_patch.training.config import RunConfig
+from megatron_patch.training.loader_state import read_saved_state
 
 
 class TrainIterator:
@@ -52,11 +52,11 @@ class RepeatingIterator:
 
 
 def build_loaders(
-    settings: RunSettings, vp_stage: int | None = None
+    settings: RunConfig, vp_stage: int | None = None
 ) -> tuple[TrainIterator | None, RepeatingIterator | None, None]:
     """Training and validation iterators of a (virtual) stage of this process; none on stages that need no data.
 
-    First and last stage read the same records: the one the pictures and tokens, the other the labels.  Both decode, so
+    First and last stage read the same records: the one the images and tokens, the other the labels.  Both decode, so
     that a record skipped by one is skipped by both.  Stages between them read packed rows for where records begin.
     """
     args = get_args()

@@ -18,8 +18,8 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_patch.checkpoint_files import TRACKER
-from megatron_patch.training.resume import replace_text
-from megatron_patch.training.retention import folder_name
+from megatron_patch.training.checkpoint_retention import folder_name
+from megatron_patch.training.loader_state import replace_text
 
 AVERAGE_FOLDER = "average"  # below the folder of checkpoints
 
@@ -96,7 +96,7 @@ class MovingAverage:
         return True
 
 
-def keep_average(training: ModuleType, args: Any) -> None:
+def track_ema(training: ModuleType, args: Any) -> None:
     """Wrap loading, steps and saves of Megatron's training module; nothing without --ema-decay."""
     if not args.ema_decay:
         return

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.training import guards
+from megatron_patch.training import loss_spikes
 
 LOSS = "lm loss"  # its name in the log, TensorBoard and results of evaluations
-HEADER = 5  # B, S, N, picture side, entries of cu_seqlens (0: not packed)
+HEADER = 5  # B, S, N, image side, entries of cu_seqlens (0: not packed)
 
 
 def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]:
@@ -37,9 +37,9 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
         return tensor
 
     if batch is None:
-        size, length, pictures, side, entries = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        size, length, images, side, entries = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
         text = torch.empty(2, size, length, dtype=torch.int64, device=here)
-        pixels = torch.empty(pictures, 3, side, side, dtype=torch.uint8, device=here)
+        pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=here)
         cu_seqlens = torch.empty(entries, dtype=torch.int32, device=here)
     else:
         text = torch.stack([batch["tokens"], batch["labels"]]).to(here, non_blocking=True)
@@ -63,7 +63,7 @@ def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tenso
     # a clone, since the pipeline frees outputs and refuses views
     total, count = output[0].clone(), output[1].detach()
     sums = torch.stack([total.detach(), count])
-    guards.note(record_ids, sums)
+    loss_spikes.note(record_ids, sums)
     return total, count.to(torch.int), {LOSS: sums}
 
 

@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron_patch import device
 from megatron_patch.geometry import VOCABULARY_STEP, read_geometry_of
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.training.words import decoder_words
+from megatron_patch.training.config import decoder_arguments
 
 
 def build_model(
@@ -28,8 +28,8 @@ def build_model(
     """
     geometry = read_geometry_of(checkpoint / "llava")
     sys.argv[1:] = [
-        *device.megatron_words(),
-        *decoder_words(geometry.language, length),
+        *device.megatron_arguments(),
+        *decoder_arguments(geometry.language, length),
         *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
         *("--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.launch import ROLL_BACK
-from megatron_patch.training.resume import replace_text
+from megatron_patch.training.loader_state import replace_text
 
 MEDIAN_OF = 50  # losses of steps before this one
 FEWEST_LOSSES = 10  # before anything is called a leap

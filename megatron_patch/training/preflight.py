@@ -3,10 +3,10 @@
 import sys
 
 from megatron_patch.checkpoint_files import newest_iteration
-from megatron_patch.data.loaders import build_train_loader, build_valid_loader
+from megatron_patch.data.loading.loader import build_train_loader, build_valid_loader
 from megatron_patch.errors import UserError
-from megatron_patch.training.resume import read_saved_state
-from megatron_patch.training.words import has_checkpoint, own_arguments, read_settings
+from megatron_patch.training.config import has_checkpoint, parse_own_arguments, read_config
+from megatron_patch.training.loader_state import read_saved_state
 
 
 def check_llava(argv: list[str]) -> None:
@@ -17,8 +17,8 @@ def check_llava(argv: list[str]) -> None:
     so that no rank waits for another.  Exits with code 2 and one sentence when something does not fit.
     """
     try:
-        settings = read_settings(argv)
-        load = own_arguments(argv).load
+        settings = read_config(argv)
+        load = parse_own_arguments(argv).load
         state = None
         if has_checkpoint(load):
             newest = newest_iteration(load).name

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import UserError
-from megatron_patch.training.resume import DATA_FOLDER
-from megatron_patch.training.words import LLAVA_FOLDER, RunSettings, read_settings, refuse
+from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
+from megatron_patch.training.loader_state import DATA_FOLDER
 
 # Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
 WEIGHT_FILES = ("model*.safetensors", "*.index.json", "*.bin", "*.pt")
@@ -21,7 +21,7 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig.*")
 
 
-def _save_llava_folder(settings: RunSettings, save: str | None) -> None:
+def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
     """Copy configs and tokenizer beside the checkpoints to come, whole or not at all."""
     if save is None:
         return
@@ -38,7 +38,7 @@ def _save_llava_folder(settings: RunSettings, save: str | None) -> None:
 def train_llava() -> None:
     """Train as sys.argv says.  Exits with code 2 and one sentence when the words do not fit."""
     try:
-        settings = read_settings(sys.argv[1:])
+        settings = read_config(sys.argv[1:])
         patches.check_version()
     except UserError as error:
         refuse(error)
@@ -53,15 +53,14 @@ def train_llava() -> None:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import get_args
 
-    from megatron_patch.data.loaders import TrainLoader
+    from megatron_patch.data.loading.loader import TrainLoader
     from megatron_patch.model.llava import Frozen, LlavaModel
-    from megatron_patch.training.average import keep_average
-    from megatron_patch.training.careful import make_careful
-    from megatron_patch.training.loaders import build_loaders
+    from megatron_patch.training.callbacks import install_safeguards, reporting
+    from megatron_patch.training.data_provider import build_loaders
+    from megatron_patch.training.ema import track_ema
+    from megatron_patch.training.forward_step import forward_step
     from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
-    from megatron_patch.training.step import forward_step
     from megatron_patch.training.strict_load import strict
-    from megatron_patch.training.telling import telling
 
     def build_llava(
         pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
@@ -105,10 +104,10 @@ def train_llava() -> None:
     training.get_standard_config_overrides = with_modules(
         training.get_standard_config_overrides, lambda: read_rates(get_args())
     )
-    keep_average(training, args)
-    settle = make_careful(training, args)
+    track_ema(training, args)
+    settle = install_safeguards(training, args)
     try:
-        with telling(training, settings, args, frozen, train_loader) as hooks:
+        with reporting(training, settings, args, frozen, train_loader) as hooks:
             training.pretrain(
                 pretrain_cfg_container_from_args(args),
                 provide_loaders,

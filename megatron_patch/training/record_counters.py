@@ -6,7 +6,7 @@ import torch
 from megatron.core import mpu
 
 from megatron_patch import device
-from megatron_patch.data.loaders import WORK, TrainLoader
+from megatron_patch.data.loading.loader import WORK, TrainLoader
 from megatron_patch.data.rejection import REASONS
 from megatron_patch.training.throughput import Work
 

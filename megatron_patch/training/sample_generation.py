@@ -13,24 +13,24 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch import device
-from megatron_patch.data.questions import Question, Questions
-from megatron_patch.data.settings import DataSettings
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.prompts import Prompts, Question
 
 NEW_TOKENS = 32
 # Lengths are rounded up (a token never sees what follows it): sequence parallelism and fp8 kernels want multiples.
 LENGTH_STEP = 16
 
 
-class SampleAnswers:
+class SampleGeneration:
     """Megatron's hooks of an evaluation for what is no loss: `generate` on all ranks, `tell` on the last.
 
     Args:
         output: the run's own folder; answers/iter_0000010.jsonl is written there.
     """
 
-    def __init__(self, path: str, settings: DataSettings, count: int, tensor: int, output: Path | None) -> None:
+    def __init__(self, path: str, settings: DataConfig, count: int, tensor: int, output: Path | None) -> None:
         """path: the validation set; tensor: tensor-parallel size."""
-        self._questions = Questions(path, settings, count)
+        self._questions = Prompts(path, settings, count)
         self._step = LENGTH_STEP * tensor
         self._output = output
 
@@ -51,7 +51,7 @@ class SampleAnswers:
         return self._questions.text(answer)
 
     def tell(self, answers: list[str], iteration: int, writer: SummaryWriter) -> None:
-        """To TensorBoard (a picture and a text for each question) and answers/iter_0000010.jsonl."""
+        """To TensorBoard (an image and a text for each question) and answers/iter_0000010.jsonl."""
         lines = []
         for number, (question, answer) in enumerate(zip(self._questions.found, answers, strict=True), 1):
             told = {"record": question.record_id, "question": question.text, "reference": question.reference}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
-from megatron_patch.training.ledger import Totals, sentence
-from megatron_patch.training.stopwatch import Stopwatch, as_clock
+from megatron_patch.training.record_counters import Totals, sentence
 from megatron_patch.training.throughput import Rates
+from megatron_patch.training.timer import Timer, as_clock
 
 FILE = "summary.json"
 EXPORT = "toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh"
@@ -42,7 +42,7 @@ class Summary:
         iteration: int,
         train_iters: int,
         totals: Totals,
-        watch: Stopwatch,
+        watch: Timer,
         rates: Rates | None,
         loss: float | None,
         validation_loss: float | None,

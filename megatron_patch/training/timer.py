@@ -9,7 +9,7 @@ from collections.abc import Iterator
 RECENT = 200  # steps whose median stands for a step: one slow disk or evaluation does not move it
 
 
-class Stopwatch:
+class Timer:
     """Seconds, with the time of named side jobs taken out."""
 
     def __init__(self) -> None:

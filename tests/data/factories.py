@@ -1,4 +1,4 @@
-"""Makers of what the tests of this room need: tokenizers of two kinds, pictures, LLaVA-format folders."""
+"""Makers of what the tests of this room need: tokenizers of two kinds, images, LLaVA-format folders."""
 
 import dataclasses
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_patch.data import DataSettings
+from megatron_patch.data import DataConfig
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
 WORDS = (
@@ -52,8 +52,8 @@ def save_tokenizer(folder: Path, kind: str, bos: bool = True) -> str:
     return str(folder)
 
 
-def picture_bytes(seed: int, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
-    """An encoded picture of random colours."""
+def image_bytes(seed: int, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
+    """An encoded image of random colours."""
     random = np.random.default_rng(seed)
     buffer = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(buffer, kind)
@@ -61,7 +61,7 @@ def picture_bytes(seed: int, size: tuple[int, int] = (20, 16), kind: str = "PNG"
 
 
 def make_records(root: Path, count: int, prefix: str = "r") -> Path:
-    """DIR with images/ and data.json: captions, three turns for every third, no picture for every fifth."""
+    """DIR with images/ and data.json: captions, three turns for every third, no image for every fifth."""
     (root / "images").mkdir(parents=True)
     records = []
     for number in range(count):
@@ -77,12 +77,12 @@ def make_records(root: Path, count: int, prefix: str = "r") -> Path:
         record = {"id": f"{prefix}{number:04d}", "conversations": turns}
         if number % 5:
             record["image"] = f"{number}.png"
-            (root / "images" / record["image"]).write_bytes(picture_bytes(number))
+            (root / "images" / record["image"]).write_bytes(image_bytes(number))
         records.append(record)
     (root / "data.json").write_text(json.dumps(records))
     return root
 
 
-def changed(settings: DataSettings, **changes: object) -> DataSettings:
+def changed(settings: DataConfig, **changes: object) -> DataConfig:
     """Settings with some fields replaced."""
     return dataclasses.replace(settings, **changes)

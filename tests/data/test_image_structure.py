@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_patch.data.image import check_picture, open_picture
-from megatron_patch.data.picture_structure import Structure, examine, examine_with_size
+from megatron_patch.data.image import check_image, open_image
+from megatron_patch.data.image_structure import Structure, examine, examine_with_size
 from megatron_patch.data.rejection import RecordError
 
 
@@ -18,13 +18,13 @@ def photo(mode: str, width: int = 70, height: int = 50) -> Image.Image:
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     noise = np.random.default_rng(0).integers(0, 40, (height, width))
     values = np.stack([across, down, (across + noise) % 256], axis=-1).astype(np.uint8)
-    picture = Image.fromarray(values)
-    return picture.convert("L").convert(mode) if mode.startswith("I") else picture.convert(mode)
+    image = Image.fromarray(values)
+    return image.convert("L").convert(mode) if mode.startswith("I") else image.convert(mode)
 
 
-def encode(picture: Image.Image, kind: str, **options) -> bytes:
+def encode(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -64,7 +64,7 @@ def reason(judge: Callable[[bytes], object], data: bytes) -> str | None:
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_files_are_told_by_structure_alone(name: str) -> None:
     data = SOUND[name]
-    assert examine(data) is Structure.SOUND and reason(check_picture, data) is reason(open_picture, data) is None
+    assert examine(data) is Structure.SOUND and reason(check_image, data) is reason(open_image, data) is None
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -75,8 +75,8 @@ def test_cut_anywhere_the_check_and_the_decoder_agree(name: str) -> None:
     refused = 0
     for end in ends:
         assert examine(data[:end]) is Structure.TRUNCATED
-        answer = reason(check_picture, data[:end])
-        assert answer == reason(open_picture, data[:end]) and answer in ("picture truncated", None), end
+        answer = reason(check_image, data[:end])
+        assert answer == reason(open_image, data[:end]) and answer in ("image truncated", None), end
         refused += answer is not None
     assert refused >= 0.5 * len(ends)
 
@@ -115,7 +115,7 @@ def test_the_decoder_agrees_with_the_check_on_damaged_files(seed: int) -> None:
     for _ in range(1500):
         data = damage(files[random.integers(len(files))], random)
         told += examine(data) is Structure.SOUND
-        assert reason(check_picture, data) == reason(open_picture, data)
+        assert reason(check_image, data) == reason(open_image, data)
     assert told > 100  # otherwise this would compare the decoder with itself
 
 
@@ -138,7 +138,7 @@ def with_segment(marker: int, body: bytes) -> bytes:
     ids=["trailing bytes", "fill bytes", "cut thumbnail", "thumbnail", "photoshop"],
 )
 def test_what_cameras_and_servers_add_is_no_damage(data: bytes) -> None:
-    assert examine(data) is Structure.SOUND and reason(check_picture, data) is reason(open_picture, data) is None
+    assert examine(data) is Structure.SOUND and reason(check_image, data) is reason(open_image, data) is None
 
 
 def changed(name: str, old: bytes, new: bytes) -> bytes:
@@ -150,21 +150,21 @@ def changed(name: str, old: bytes, new: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "answer"),
     [
-        (changed("jpeg RGB baseline", b"\xff\xc4\x00\x1f\x00\x00", b"\xff\xc4\x00\x1f\x00\x03"), "picture unreadable"),
-        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x0c\x00\x32\x00\x46\x03"), "picture unreadable"),
-        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x08\x00\x00\x00\x46\x03"), "picture unreadable"),
-        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x08\xff\xdc\xff\xdc\x03"), "picture too large"),
-        (b"GIF89a", "picture unreadable"),
-        (encode(photo("RGB"), "WEBP")[:-50], "picture truncated"),
-        (encode(photo("RGB"), "BMP")[:-50], "picture truncated"),
-        (encode(photo("RGB"), "GIF")[:-500], "picture truncated"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
+        (changed("jpeg RGB baseline", b"\xff\xc4\x00\x1f\x00\x00", b"\xff\xc4\x00\x1f\x00\x03"), "image unreadable"),
+        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x0c\x00\x32\x00\x46\x03"), "image unreadable"),
+        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x08\x00\x00\x00\x46\x03"), "image unreadable"),
+        (changed("jpeg RGB baseline", b"\x08\x00\x32\x00\x46\x03", b"\x08\xff\xdc\xff\xdc\x03"), "image too large"),
+        (b"GIF89a", "image unreadable"),
+        (encode(photo("RGB"), "WEBP")[:-50], "image truncated"),
+        (encode(photo("RGB"), "BMP")[:-50], "image truncated"),
+        (encode(photo("RGB"), "GIF")[:-500], "image truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
     ],
     ids=["table", "twelve bits", "no rows", "huge", "gif", "webp", "bmp", "cut gif", "eps", "svg"],
 )
 def test_reasons_are_told_apart(data: bytes, answer: str) -> None:
-    assert reason(check_picture, data) == reason(open_picture, data) == answer
+    assert reason(check_image, data) == reason(open_image, data) == answer
 
 
 def test_the_one_gap_is_a_png_whose_writer_wrote_too_little() -> None:
@@ -177,14 +177,14 @@ def test_the_one_gap_is_a_png_whose_writer_wrote_too_little() -> None:
     random = np.random.default_rng(0)
     pixels = zlib.compress(b"".join(b"\0" + random.bytes(40) for _ in range(40)))[:800]
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    assert reason(check_picture, data) is None and reason(open_picture, data) == "picture truncated"
+    assert reason(check_image, data) is None and reason(open_image, data) == "image truncated"
 
 
-def test_several_pictures_in_one_file_are_decoded() -> None:
+def test_several_images_in_one_file_are_decoded() -> None:
     data = encode(photo("RGB"), "MPO", save_all=True, append_images=[photo("RGB")])
-    assert reason(check_picture, data) is None
+    assert reason(check_image, data) is None
     animated = encode(photo("RGB"), "PNG", save_all=True, append_images=[photo("RGB").rotate(90)])
-    assert examine(animated) is Structure.DOUBTFUL and reason(check_picture, animated) is None
+    assert examine(animated) is Structure.DOUBTFUL and reason(check_image, animated) is None
 
 
 def test_a_plain_header_is_judged_as_the_decoder_does() -> None:
@@ -198,9 +198,9 @@ def test_a_plain_header_is_judged_as_the_decoder_does() -> None:
             data[random.integers(2, sound.index(b"\xff\xda") + 14)] = random.integers(256)
             if examine_with_size(bytes(data))[1] is not None:
                 told += 1
-                assert reason(check_picture, bytes(data)) == reason(open_picture, bytes(data))
+                assert reason(check_image, bytes(data)) == reason(open_image, bytes(data))
     assert told > 150
     large = bytearray(JPEG)
     start = large.index(b"\xff\xc0") + 5
     large[start : start + 4] = (60_000).to_bytes(2, "big") * 2
-    assert reason(check_picture, bytes(large)) == reason(open_picture, bytes(large)) == "picture too large"
+    assert reason(check_image, bytes(large)) == reason(open_image, bytes(large)) == "image too large"

@@ -43,16 +43,16 @@ LAYOUTS = {
 
 
 def make_batch(config: dict, seed: int) -> dict[str, torch.Tensor]:
-    """Four records of different length: one picture, two pictures, text only, one picture; right-padded to 48."""
+    """Four records of different length: one image, two images, text only, one image; right-padded to 48."""
     generator = torch.Generator().manual_seed(seed)
-    pictures_of, lengths = (1, 2, 0, 1), (30, 48, 21, 26)
+    images_of, lengths = (1, 2, 0, 1), (30, 48, 21, 26)
     image_token_id, image_tokens = config["image_token_index"], config["image_seq_length"]
     tokens = torch.zeros(4, 48, dtype=torch.int64)
     labels = torch.full((4, 48), -100)
-    for row, (pictures, length) in enumerate(zip(pictures_of, lengths, strict=True)):
+    for row, (images, length) in enumerate(zip(images_of, lengths, strict=True)):
         tokens[row, :length] = torch.randint(3, 300, (length,), generator=generator)
-        for picture in range(pictures):
-            start = 2 + picture * (image_tokens + 3)
+        for image in range(images):
+            start = 2 + image * (image_tokens + 3)
             tokens[row, start : start + image_tokens] = image_token_id
         trained = torch.rand(length, generator=generator) < 0.4
         trained[0] = False
@@ -60,7 +60,7 @@ def make_batch(config: dict, seed: int) -> dict[str, torch.Tensor]:
         assert trained.any()
         labels[row, : length - 1] = torch.where(trained[1:], tokens[row, 1:length], -100)
     side = config["vision_config"]["image_size"]
-    pixels = torch.randint(0, 256, (sum(pictures_of), 3, side, side), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (sum(images_of), 3, side, side), dtype=torch.uint8, generator=generator)
     return {"tokens": tokens, "labels": labels, "pixels": pixels}
 
 

@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_patch.data.loaders import build_train_loader
-from megatron_patch.data.questions import Questions
-from megatron_patch.data.source import Dataset
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.loader import build_train_loader
+from megatron_patch.data.loading.prompts import Prompts
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.model.llava import Frozen
+from megatron_patch.training.config import read_config
 from megatron_patch.training.progress import ProgressBar
-from megatron_patch.training.stopwatch import Stopwatch, as_clock
 from megatron_patch.training.throughput import Work, step_flop
-from megatron_patch.training.words import read_settings
+from megatron_patch.training.timer import Timer, as_clock
 from tests.training.launching import Workspace, command, losses, run
-from tests.training.test_words import argv
+from tests.training.test_config import argv
 
 ITERATIONS, STEP_RECORDS, LOG_INTERVAL = 20, 8, 2
 SETTINGS = {"TRAIN_ITERS": ITERATIONS, "EVAL_INTERVAL": 10, "EVAL_ITERS": 1}
@@ -116,7 +116,7 @@ def two_ranks(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def counted(workspace: Workspace) -> Work:
     """What the run trains on, counted from batches of one record, which hold no padding."""
-    settings = read_settings(argv(workspace, micro_batch_size="1", num_workers="0"))
+    settings = read_config(argv(workspace, micro_batch_size="1", num_workers="0"))
     loader = build_train_loader(settings.train_dataset_path, settings.data, 0, 1)
     found = [0, 0, 0, 0]
     for _, batch in zip(range(ITERATIONS * STEP_RECORDS), loader, strict=False):
@@ -231,7 +231,7 @@ def test_wandb_offline(told: Done) -> None:
 @pytest.mark.skipif(HAVE_WANDB, reason="the package wandb is installed")
 def test_wandb_without_its_package_is_refused(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="wandb is not installed; run `pip install wandb`, or set WANDB_MODE=disabled"):
-        read_settings(argv(workspace, wandb_project="llava"))
+        read_config(argv(workspace, wandb_project="llava"))
 
 
 def test_the_key_is_nowhere(told: Done, workspace: Workspace, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_every_layout_counts_records_once(layout: dict, told: Done, workspace: W
 
 def test_work_of_a_packed_row_is_that_of_its_records(workspace: Workspace) -> None:
     words = argv(workspace, micro_batch_size="1", num_workers="0")
-    settings = read_settings([*words, "--packing"])
+    settings = read_config([*words, "--packing"])
     loader = build_train_loader(settings.train_dataset_path, settings.data, 0, 1)
     records = pairs = 0
     for _, batch in zip(range(20), loader, strict=False):
@@ -270,18 +270,18 @@ def test_work_of_a_packed_row_is_that_of_its_records(workspace: Workspace) -> No
 
 
 def test_template_without_ending_ends_at_the_newline(workspace: Workspace) -> None:
-    settings = read_settings(argv(workspace, conversation_template="plain"))
-    plain = Questions(str(workspace.dataset), settings.data, 1)
+    settings = read_config(argv(workspace, conversation_template="plain"))
+    plain = Prompts(str(workspace.dataset), settings.data, 1)
     tokenizer = plain._tokenizer
     newline, red = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "red"))
     assert not plain.is_complete(red) and not plain.is_complete(newline)
     assert plain.is_complete([*red, *newline]) and plain.text([*red, *newline, *red]) == "red"
-    mistral = Questions(str(workspace.dataset), read_settings(argv(workspace)).data, 1)
+    mistral = Prompts(str(workspace.dataset), read_config(argv(workspace)).data, 1)
     assert not mistral.is_complete([*red, *newline]) and mistral.is_complete([*red, tokenizer.eos_token_id])
 
 
 def test_stopwatch_takes_side_jobs_out() -> None:
-    watch = Stopwatch()
+    watch = Timer()
     assert watch.seconds_left(3) is None
     for slow in (False, True, False, False):
         if slow:

@@ -11,18 +11,18 @@ import pytest
 
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.conversion import convert_to_huggingface
-from megatron_patch.training import retention
+from megatron_patch.training import checkpoint_retention
 from tests.training.launching import Workspace, command, run
-from tests.training.stored import assert_same_bits, tensors_of_run
+from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 KILLS = 10
 
 
 def make(folder: Path, iteration: int, whole: bool = True) -> None:
     for parent in (folder, folder / "data"):
-        (parent / retention.folder_name(iteration)).mkdir(parents=True)
+        (parent / checkpoint_retention.folder_name(iteration)).mkdir(parents=True)
     if whole:
-        (folder / retention.folder_name(iteration) / ".metadata").touch()
+        (folder / checkpoint_retention.folder_name(iteration) / ".metadata").touch()
         (folder / TRACKER).write_text(str(iteration))
 
 
@@ -34,12 +34,12 @@ def test_the_last_the_best_and_the_unfinished_stay(tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 40):
         make(tmp_path, iteration)
     make(tmp_path, 50, whole=False)  # being written
-    assert retention.prune(tmp_path, 0, set()) == []
-    assert retention.prune(tmp_path, 2, {10}) == [20]
+    assert checkpoint_retention.prune(tmp_path, 0, set()) == []
+    assert checkpoint_retention.prune(tmp_path, 2, {10}) == [20]
     assert names(tmp_path) == names(tmp_path / "data") == [10, 30, 40, 50]
-    assert retention.prune(tmp_path, 1, set()) == [10, 30]
+    assert checkpoint_retention.prune(tmp_path, 1, set()) == [10, 30]
     (tmp_path / TRACKER).write_text("release")
-    assert retention.prune(tmp_path, 1, set()) == []
+    assert checkpoint_retention.prune(tmp_path, 1, set()) == []
 
 
 def test_leftovers_go_and_whole_ones_never(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_leftovers_go_and_whole_ones_never(tmp_path: Path) -> None:
     make(tmp_path, 30)
     (tmp_path / TRACKER).write_text("10")  # set back by hand: iteration 30 is whole
     make(tmp_path, 20, whole=False)
-    (tmp_path / f"{retention.DELETED}iter_0000005").mkdir()
-    assert retention.tidy(tmp_path) == ["iter_0000020"]
+    (tmp_path / f"{checkpoint_retention.DELETED}iter_0000005").mkdir()
+    assert checkpoint_retention.tidy(tmp_path) == ["iter_0000020"]
     assert names(tmp_path) == [10, 30] and not list(tmp_path.glob("deleted_*"))
 
 
@@ -56,9 +56,9 @@ def test_best_refers_to_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "llava").mkdir()
     for iteration, loss in ((10, 2.0), (20, 1.5)):
         make(tmp_path, iteration)
-        retention.record_best(tmp_path, iteration, loss)
-        assert newest_iteration(tmp_path / "best") == tmp_path / "best" / retention.folder_name(iteration)
-    assert retention.read_best(tmp_path) == (20, 1.5) and names(tmp_path / "best") == [20]
+        checkpoint_retention.record_best(tmp_path, iteration, loss)
+        assert newest_iteration(tmp_path / "best") == tmp_path / "best" / checkpoint_retention.folder_name(iteration)
+    assert checkpoint_retention.read_best(tmp_path) == (20, 1.5) and names(tmp_path / "best") == [20]
     shutil.copytree(tmp_path, tmp_path / "moved", symlinks=True)
     assert newest_iteration(tmp_path / "moved/best").resolve() == tmp_path / "moved/iter_0000020"
 
@@ -122,11 +122,11 @@ def test_killed_ten_times_the_weights_are_the_same(workspace: Workspace, tmp_pat
     generator, folder = random.Random(11), tmp_path / "killed/checkpoint"
     during_saves = 0
     for kill in range(KILLS):
-        before = retention.tracked(folder) or 0
+        before = checkpoint_retention.tracked(folder) or 0
         with (tmp_path / f"printed{kill}").open("w") as stream:
             process = subprocess.Popen(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)
             wanted = before + 3 * generator.randint(1, 4)
-            while (retention.tracked(folder) or 0) < wanted:
+            while (checkpoint_retention.tracked(folder) or 0) < wanted:
                 assert process.poll() is None, (tmp_path / f"printed{kill}").read_text()[-3000:]
                 time.sleep(0.005)
             if kill % 2:
@@ -145,4 +145,4 @@ def test_killed_ten_times_the_weights_are_the_same(workspace: Workspace, tmp_pat
 
 def unfinished(folder: Path) -> list[int]:
     """Iterations beyond the tracker's: being written."""
-    return [iteration for iteration in names(folder) if iteration > (retention.tracked(folder) or 0)]
+    return [iteration for iteration in names(folder) if iteration > (checkpoint_retention.tracked(folder) or 0)]

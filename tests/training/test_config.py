@@ -9,8 +9,8 @@ import pytest
 
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, read_geometry_of
-from megatron_patch.training.offload import offload_fraction, offload_words
-from megatron_patch.training.words import decoder_words, read_settings
+from megatron_patch.training.config import decoder_arguments, read_config
+from megatron_patch.training.offload import offload_arguments, offload_fraction
 from tests.training.launching import Workspace, run
 
 
@@ -32,7 +32,7 @@ def language(workspace: Workspace) -> LanguageGeometry:
 
 
 def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
-    settings = read_settings(argv(workspace))
+    settings = read_config(argv(workspace))
     assert settings.data.template == "mistral"
     assert settings.data.image_mean == (0.48145466, 0.4578275, 0.40821073)
     words = list(settings.words)
@@ -59,14 +59,14 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
     with pytest.raises(UserError, match=message):
-        read_settings(argv(workspace, **changes))
+        read_config(argv(workspace, **changes))
 
 
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
     windowed = dataclasses.replace(language(workspace), sliding_window=64)
-    assert decoder_words(windowed, 64)
+    assert decoder_arguments(windowed, 64)
     with pytest.raises(UserError, match="sliding window of 64"):
-        decoder_words(windowed, 65)
+        decoder_arguments(windowed, 65)
 
 
 def test_a_refusal_of_the_entry_is_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
@@ -91,4 +91,4 @@ def test_offload_fraction_grows_as_memory_shrinks() -> None:
 
 
 def test_no_offload_needs_no_words(workspace: Workspace) -> None:
-    assert offload_words("false", language(workspace), 1, 1, 1, 1) == []
+    assert offload_arguments("false", language(workspace), 1, 1, 1, 1) == []

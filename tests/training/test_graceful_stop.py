@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.training.stopping import TimeLimit
+from megatron_patch.training.graceful_stop import TimeLimit
 from tests.training.launching import Workspace, command, losses, run
-from tests.training.stored import assert_same_bits, tensors_of_run
+from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 ITERATIONS = 60
 STEPS = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EVAL_ITERS": 0, "NUM_WORKERS": 2}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_patch.training.guards import LossHistory
+from megatron_patch.training.loss_spikes import LossHistory
 from tests.training.launching import Workspace, losses, run
 from tests.training.poison import RECORD, poisoned_workspace
-from tests.training.stored import assert_same_bits, tensors_of_run
+from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 STEPS = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 2, "EVAL_ITERS": 0}
 LAYOUTS = {

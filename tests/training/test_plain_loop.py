@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.data import DataSettings, build_train_loader
+from megatron_patch.data import DataConfig, build_train_loader
 from megatron_patch.geometry import IGNORE_LABEL
-from megatron_patch.training.words import read_settings
+from megatron_patch.training.config import read_config
 from tests import tiny_models
 from tests.training.launching import Workspace, command, losses, run
 
@@ -25,12 +25,12 @@ MICRO_BATCH, MICRO_BATCHES = 2, 4
 SETTINGS = {"TRAIN_ITERS": STEPS, "LR_WARMUP_ITERS": WARMUP, "WEIGHT_DECAY": 0.1, "CLIP_GRAD": 0.5}
 
 
-def settings_of(workspace: Workspace, output: Path) -> DataSettings:
+def settings_of(workspace: Workspace, output: Path) -> DataConfig:
     """What the trainer gives its loader."""
     words, environment = command(workspace, output, **SETTINGS, DRY_RUN=1)
     printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     start = next(number for number, word in enumerate(printed) if word.endswith("pretrain_llava.py"))
-    return read_settings(printed[start + 1 :]).data
+    return read_config(printed[start + 1 :]).data
 
 
 def learning_rate(step: int) -> float:
@@ -44,7 +44,7 @@ def learning_rate(step: int) -> float:
     return MIN_LR + (LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (before - WARMUP) / (STEPS - WARMUP)))
 
 
-def plain_loop(folder: Path, workspace: Workspace, settings: DataSettings) -> list[float]:
+def plain_loop(folder: Path, workspace: Workspace, settings: DataConfig) -> list[float]:
     """Mean loss over the labels of each step."""
     from transformers import LlavaForConditionalGeneration
 

@@ -3,7 +3,7 @@
     python -m examples.llava_mcore.quickstart.make_models OUT --texts DIGITS.json ...
 
 OUT/llm/   LlamaForCausalLM with a byte-level BPE tokenizer learnt from the texts
-OUT/clip/  CLIPVisionModel of 28x28 pictures in 16 patches, with its preprocessor_config.json
+OUT/clip/  CLIPVisionModel of 28x28 images in 16 patches, with its preprocessor_config.json
 
 The tokenizer has no <image> token, like that of every real LLM: the checkpoint converter adds it.
 """
@@ -115,7 +115,7 @@ def texts_of(files: list[Path]) -> Iterator[str]:
         for record in json.loads(file.read_text()):
             for turn in record["conversations"]:
                 text = turn["value"].replace("<image>", "").strip()
-                # With and without a space before: an answer follows "ASSISTANT: ", a caption follows the picture.
+                # With and without a space before: an answer follows "ASSISTANT: ", a caption follows the image.
                 yield from (text, f" {text}")
 
 

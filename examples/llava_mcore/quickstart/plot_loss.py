@@ -47,7 +47,7 @@ def plot(out: Path, runs: list[tuple[str, Path]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("out", type=Path, help="image to write")
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a run's name and its TensorBoard folder")
     words = parser.parse_args()
     runs = []

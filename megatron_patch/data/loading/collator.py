@@ -1,4 +1,4 @@
-"""Rows -> one micro-batch.  B: rows, S: tokens, N: pictures of all rows."""
+"""Rows -> one micro-batch.  B: rows, S: tokens, N: images of all rows."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch.data.encoder import EncodedRecord
-from megatron_patch.data.settings import DataSettings
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.task_encoder import EncodedRecord
 from megatron_patch.geometry import IGNORE_LABEL
 
 
 def collate(
-    rows: Sequence[EncodedRecord | None], settings: DataSettings, pad_token_id: int, with_pixels: bool
+    rows: Sequence[EncodedRecord | None], config: DataConfig, pad_token_id: int, with_pixels: bool
 ) -> dict[str, Any]:
     """Rows (None: a record that was left out, whose place stays as an empty row) -> batch.
 
@@ -22,7 +22,7 @@ def collate(
     rows ("" for an empty one).  S is the longest row, rounded up to a multiple of length_multiple.
     """
     longest = max((len(row.tokens) for row in rows if row is not None), default=1)
-    tokens, labels = _empty(len(rows), _round_up(longest, settings.length_multiple), pad_token_id)
+    tokens, labels = _empty(len(rows), _round_up(longest, config.length_multiple), pad_token_id)
     spans = []
     for number, row in enumerate(rows):
         if row is not None:
@@ -32,14 +32,14 @@ def collate(
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
-        "pixels": _pixels(rows, settings) if with_pixels else None,
+        "pixels": _pixels(rows, config) if with_pixels else None,
         "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
         "record_ids": ["" if row is None else row.record_id for row in rows],
     }
 
 
 def collate_packed(
-    records: Sequence[EncodedRecord | None], settings: DataSettings, pad_token_id: int, with_pixels: bool
+    records: Sequence[EncodedRecord | None], config: DataConfig, pad_token_id: int, with_pixels: bool
 ) -> dict[str, Any]:
     """Records (None: left out) behind each other in a single row -> batch as in collate(), B = 1, and cu_seqlens.
 
@@ -48,8 +48,8 @@ def collate_packed(
     record_ids are those of all records in the row.
     """
     kept = [record for record in records if record is not None]
-    lengths = [_round_up(len(record.tokens), settings.record_multiple) for record in kept] or [settings.record_multiple]
-    lengths[-1] += -sum(lengths) % settings.length_multiple
+    lengths = [_round_up(len(record.tokens), config.record_multiple) for record in kept] or [config.record_multiple]
+    lengths[-1] += -sum(lengths) % config.length_multiple
     bounds = [0, *itertools.accumulate(lengths)]
     tokens, labels = _empty(1, bounds[-1], pad_token_id)
     spans = []
@@ -60,7 +60,7 @@ def collate_packed(
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
-        "pixels": _pixels(kept, settings) if with_pixels else None,
+        "pixels": _pixels(kept, config) if with_pixels else None,
         "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
         "record_ids": [record.record_id for record in kept],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
@@ -82,9 +82,9 @@ def _empty(rows: int, length: int, pad_token_id: int) -> tuple[np.ndarray, np.nd
     return np.full(shape, pad_token_id, dtype=np.int64), np.full(shape, IGNORE_LABEL, dtype=np.int64)
 
 
-def _pixels(rows: Sequence[EncodedRecord | None], settings: DataSettings) -> torch.Tensor:
-    """Pictures of all rows, uint8 [N, 3, side_px, side_px]."""
-    none = np.empty((0, 3, settings.side_px, settings.side_px), dtype=np.uint8)
+def _pixels(rows: Sequence[EncodedRecord | None], config: DataConfig) -> torch.Tensor:
+    """Images of all rows, uint8 [N, 3, side_px, side_px]."""
+    none = np.empty((0, 3, config.side_px, config.side_px), dtype=np.uint8)
     return torch.from_numpy(
         np.concatenate([none, *(row.pixels for row in rows if row is not None and row.pixels is not None)])
     )

@@ -9,14 +9,14 @@ ORDERS = ("cyclic", "single", "modality")
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Settings of the train and valid loaders; equal settings and paths give equal batches on every machine."""
+class DataConfig:
+    """Settings of the train and valid loaders; equal config and paths give equal batches on every machine."""
 
     tokenizer_path: str  # folder that AutoTokenizer reads, `llava/` of a checkpoint
     template: str  # a name of conversation.TEMPLATES or a template file; `auto` is resolved by the caller
     image_token_id: int  # id of the `<image>` placeholder
-    image_tokens: int  # placeholders per picture: the vision tower's patch count
-    side_px: int  # pictures become side_px x side_px
+    image_tokens: int  # placeholders per image: the vision tower's patch count
+    side_px: int  # images become side_px x side_px
     image_mean: tuple[float, float, float]  # in 0..1, the colour of the padding
     # crop: as the tower's processor does; pad: to a square with the mean colour first; stretch: squeezed to the square
     image_aspect_ratio: str
@@ -30,12 +30,12 @@ class DataSettings:
     )
     resample: int = 3  # Pillow's number of the filter: 2 bilinear, 3 bicubic
     max_skipped_share: float = 0.01  # a run stops when more of its records than this had to be skipped
-    image_conv_front: bool = False  # pictures come before the whole conversation (NeMo's sep_image_conv_front)
-    image_start_end: bool = False  # each picture stands between <im_start> and <im_end> (LLaVA's use_im_start_end)
-    apply_exif_orientation: bool = True  # False: pictures as they lie in the file, as LLaVA's original code
-    tile_columns: int = 1  # with tile_rows: every picture becomes columns x rows tiles and a thumbnail
+    image_conv_front: bool = False  # images come before the whole conversation (NeMo's sep_image_conv_front)
+    image_start_end: bool = False  # each image stands between <im_start> and <im_end> (LLaVA's use_im_start_end)
+    apply_exif_orientation: bool = True  # False: images as they lie in the file, as LLaVA's original code
+    tile_columns: int = 1  # with tile_rows: every image becomes columns x rows tiles and a thumbnail
     tile_rows: int = 1
-    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and pictures apart, like lengths together
+    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
     order: str = "cyclic"
     step_records: int = 0  # with order=modality: records of an optimizer step
     mega_batch_mult: int = 50  # with order=modality: steps that are sorted by length together
@@ -43,7 +43,7 @@ class DataSettings:
     record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work, all at once."""
+        """Refuse config that cannot work, all at once."""
         problems = [
             f"{name} is {getattr(self, name)}, wanted at least {least}"
             for name, least in (
@@ -73,20 +73,20 @@ class DataSettings:
             problems.append(
                 f"decoder_seq_len {self.decoder_seq_len} (in multiples of {self.length_multiple}: "
                 f"{self.longest_record}) leaves no room for text beside the {self.tokens_per_mark} tokens of one "
-                "picture; raise DECODER_SEQ_LEN"
+                "image; raise DECODER_SEQ_LEN"
             )
         if problems:
-            raise UserError("data settings: " + "; ".join(problems))
+            raise UserError("data config: " + "; ".join(problems))
 
     @property
     def tiles(self) -> int:
-        """Pictures that the tower sees for one of the record's: the tiles and the thumbnail, or the picture alone."""
+        """Images that the tower sees for one of the record's: the tiles and the thumbnail, or the image alone."""
         tiles = self.tile_columns * self.tile_rows
         return tiles if tiles == 1 else tiles + 1
 
     @property
     def tokens_per_mark(self) -> int:
-        """Placeholders that stand for one picture of a record."""
+        """Placeholders that stand for one image of a record."""
         return self.image_tokens * self.tiles
 
     @property

@@ -18,8 +18,8 @@ from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-from megatron_patch.data.blend import is_blend, read_parts
-from megatron_patch.data.samples import is_picture_part
+from megatron_patch.data.loading.blend import is_blend, read_parts
+from megatron_patch.data.record import is_image_part
 from megatron_patch.errors import UserError
 
 OPEN_SHARDS = 64
@@ -80,20 +80,20 @@ class EnergonFolder:
         return f"{self._shards[shard].name}[{index - self._starts[shard]}]"
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        return self._read(index, with_pictures=True)
+        return self._read(index, with_images=True)
 
     def read_text(self, index: int) -> dict[str, Any] | None:
-        """Like folder[index], with b"" in place of each picture, whose bytes are not read."""
-        return self._read(index, with_pictures=False)
+        """Like folder[index], with b"" in place of each image, whose bytes are not read."""
+        return self._read(index, with_images=False)
 
-    def _read(self, index: int, with_pictures: bool) -> dict[str, Any] | None:
+    def _read(self, index: int, with_images: bool) -> dict[str, Any] | None:
         number = self._shard_of(index)
         shard = self._open.pop(number, None) or _Shard(Path(self.path) / self._shards[number].name)
         self._open[number] = shard  # the most recently used one comes last
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         name = self._shards[number].name
-        parts = shard.read(index - self._starts[number], with_pictures)
+        parts = shard.read(index - self._starts[number], with_images)
         if f"{name}/{parts['__key__']}" in self._excludes:
             return None
         return {**parts, "__shard__": name, **({"__field_map__": self._field_map} if self._field_map else {})}
@@ -119,12 +119,12 @@ class _Shard:
         self._offsets = np.fromfile(f"{tar}.idx", dtype="<u8")
         self._file = tar.open("rb", buffering=0)
 
-    def read(self, number: int, with_pictures: bool) -> dict[str, Any]:
+    def read(self, number: int, with_images: bool) -> dict[str, Any]:
         """Parts of a sample and its `__key__`.  Raises OSError, ValueError or TarError for a damaged shard."""
         if number + 1 >= len(self._offsets):
             raise ValueError(f"sample {number} is not in the index of {len(self._offsets) - 1} samples")
         start, end = int(self._offsets[number]), int(self._offsets[number + 1])
-        if with_pictures:
+        if with_images:
             sample: BinaryIO = io.BytesIO(os.pread(self._file.fileno(), end - start, start))
         else:
             sample = io.BufferedReader(_Window(self._file.fileno(), start, end), buffer_size=tarfile.BLOCKSIZE)
@@ -141,7 +141,7 @@ class _Shard:
                 key, part = match.groups()
                 if parts.setdefault("__key__", key) != key:
                     raise ValueError(f"one sample holds the keys {parts['__key__']} and {key}")
-                wanted = with_pictures or not is_picture_part(part)
+                wanted = with_images or not is_image_part(part)
                 parts[part] = archive.extractfile(member).read() if wanted else b""
         if not parts:
             raise ValueError("the sample has no files")

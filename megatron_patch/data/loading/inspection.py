@@ -1,4 +1,4 @@
-"""What training makes of records, for people: marked text, pictures after preprocessing, figures of a folder."""
+"""What training makes of records, for people: marked text, images after preprocessing, figures of a folder."""
 
 import base64
 import html
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_patch.data.encoder import EncodedRecord, EncodedText, RecordEncoder
-from megatron_patch.data.label_check import WITHOUT_LABELS
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.label_check import WITHOUT_LABELS
+from megatron_patch.data.loading.task_encoder import EncodedRecord, EncodedText, TaskEncoder
+from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import REASONS, RecordError
-from megatron_patch.data.samples import cook
-from megatron_patch.data.source import Dataset
 from megatron_patch.geometry import IGNORE_LABEL
 
 COLOURS = {"trained": "#157a2e", "other": "#444444", "image": "#1a5fb4"}
@@ -40,7 +40,7 @@ def unshifted_labels(encoded: EncodedText) -> np.ndarray:
 
 
 def image_spans(encoded: EncodedText, image_tokens: int) -> list[tuple[int, int]]:
-    """[start, end) of each picture's placeholders; tiles are pictures of their own."""
+    """[start, end) of each image's placeholders; tiles are images of their own."""
     return [(start, start + image_tokens) for start in encoded.image_starts]
 
 
@@ -68,7 +68,7 @@ def find_runs(encoded: EncodedText, tokenizer: Any, image_tokens: int) -> list[R
 
 
 def visible(text: str) -> str:
-    """Control characters as their Unicode pictures, so that a record's text cannot steer a terminal."""
+    """Control characters as their Unicode images, so that a record's text cannot steer a terminal."""
     return "".join(
         chr(0x2400 + ord(letter)) if ord(letter) < 32 and letter != "\n" else "␡" if letter == "\x7f" else letter
         for letter in text
@@ -76,7 +76,7 @@ def visible(text: str) -> str:
 
 
 def to_terminal(runs: Sequence[Run], colours: bool) -> str:
-    """Trained text green, pictures blue; without colours trained parts stand between ⟦ and ⟧."""
+    """Trained text green, images blue; without colours trained parts stand between ⟦ and ⟧."""
     if colours:
         return "".join(f"{ANSI[run.kind]}{_shown(run)}" for run in runs) + ANSI["other"]
     return "".join(f"⟦{_shown(run)}⟧" if run.kind == "trained" else _shown(run) for run in runs)
@@ -91,7 +91,7 @@ def describe(encoded: EncodedText, image_tokens: int) -> str:
     trained = int((encoded.labels != IGNORE_LABEL).sum())
     spans = ", ".join(f"{start}..{end}" for start, end in image_spans(encoded, image_tokens)) or "none"
     cut = ", cut at the end" if encoded.truncated else ""
-    return f"{encoded.record_id}: {len(encoded.tokens)} tokens{cut}, {trained} trained, pictures at {spans}"
+    return f"{encoded.record_id}: {len(encoded.tokens)} tokens{cut}, {trained} trained, images at {spans}"
 
 
 # ------------------------------------------------------------------------------------------------ a whole folder
@@ -104,7 +104,7 @@ class Figures:
     lengths: list[int] = field(default_factory=list)  # tokens per record, image placeholders included
     trained: int = 0
     truncated: int = 0
-    pictures: Counter[int] = field(default_factory=Counter)  # pictures per record -> records
+    images: Counter[int] = field(default_factory=Counter)  # images per record -> records
     rejected: Counter[str] = field(default_factory=Counter)  # reason -> records
     examples: dict[str, str] = field(default_factory=dict)  # reason -> the first such record, and the particulars
 
@@ -134,21 +134,21 @@ class Figures:
             told = ", ".join(f"{share}% up to {self.percentile(share)}" for share in PERCENTILES)
             lines.append(f"tokens per record: {told}; {tokens} in all, {self.trained / tokens:.1%} of them trained")
             lines.append(f"cut at the end: {self.truncated} ({self.truncated / self.records:.1%})")
-            told = ", ".join(f"{count} with {number}" for number, count in sorted(self.pictures.items()))
-            lines.append(f"pictures per record: {told}")
+            told = ", ".join(f"{count} with {number}" for number, count in sorted(self.images.items()))
+            lines.append(f"images per record: {told}")
         return lines
 
 
-def measure(dataset: Dataset, encoder: RecordEncoder, indices: Iterable[int], with_pictures: bool) -> Figures:
-    """Encode records as training does and count.  with_pictures False: pictures are neither read nor checked."""
+def measure(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[int], with_images: bool) -> Figures:
+    """Encode records as training does and count.  with_images False: images are neither read nor checked."""
     figures = Figures()
     for index in indices:
         try:
-            parts = dataset[index] if with_pictures else dataset.read_text(index)
+            parts = dataset[index] if with_images else dataset.read_text(index)
             if parts is None:
                 raise RecordError("excluded", "named in the folder's split.yaml")
             record = cook(parts)
-            encoded = encoder.encode_record(record) if with_pictures else encoder.encode_text(record)
+            encoded = encoder.encode_record(record) if with_images else encoder.encode_text(record)
         except RecordError as error:
             figures.rejected[error.reason] += 1
             figures.examples.setdefault(error.reason, f"{dataset.name(index)}: {visible(error.detail)}")
@@ -160,7 +160,7 @@ def measure(dataset: Dataset, encoder: RecordEncoder, indices: Iterable[int], wi
         figures.lengths.append(len(encoded.tokens))
         figures.trained += int((encoded.labels != IGNORE_LABEL).sum())
         figures.truncated += encoded.truncated
-        figures.pictures[len(record.pictures)] += 1
+        figures.images[len(record.images)] += 1
     return figures
 
 
@@ -197,7 +197,7 @@ class Shown:
     problem: str = ""
 
 
-def show(dataset: Dataset, encoder: RecordEncoder, index: int, tokenizer: Any, image_tokens: int) -> Shown:
+def show(dataset: Dataset, encoder: TaskEncoder, index: int, tokenizer: Any, image_tokens: int) -> Shown:
     """One record of a folder."""
     try:
         parts = dataset[index]
@@ -209,15 +209,15 @@ def show(dataset: Dataset, encoder: RecordEncoder, index: int, tokenizer: Any, i
     return Shown(dataset.name(index), encoded, find_runs(encoded, tokenizer, image_tokens))
 
 
-def to_picture(pixels: np.ndarray) -> Image.Image:
-    """uint8 [3, side, side] -> RGB picture."""
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 [3, side, side] -> RGB image."""
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def as_png(picture: Image.Image) -> bytes:
+def as_png(image: Image.Image) -> bytes:
     """Encoded bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -227,7 +227,7 @@ def _embedded(png: bytes, name: str) -> str:
 
 
 def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: bytes | None, tokens: int) -> str:
-    """One HTML file with everything in it.  tokens: placeholders per picture."""
+    """One HTML file with everything in it.  tokens: placeholders per image."""
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>"
         "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -237,46 +237,46 @@ def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: 
         + "".join(f".{kind}{{color:{colour}}}" for kind, colour in COLOURS.items())
         + f".trained{{background:#d9f2df}}</style><h1>{html.escape(title)}</h1>"
         "<p>The text as the model sees it; <span class=trained>what it is trained on</span>; "
-        "<span class=image>pictures</span>, beside it as they are after preprocessing.</p>"
+        "<span class=image>images</span>, beside it as they are after preprocessing.</p>"
     ]
     if figures is not None:
         parts.append(f"<pre>{html.escape(chr(10).join(figures.lines()))}</pre>")
     if chart is not None:
         parts.append(_embedded(chart, "tokens per record"))
     for record in shown:
-        pictures = "".join(
-            _embedded(as_png(to_picture(pixels)), f"picture {number}") for number, pixels in enumerate(_pixels(record))
+        images = "".join(
+            _embedded(as_png(to_image(pixels)), f"image {number}") for number, pixels in enumerate(_pixels(record))
         )
         words = "".join(f"<span class={run.kind}>{html.escape(_shown(run))}</span>" for run in record.runs)
         told = describe(record.encoded, tokens) if record.encoded else record.problem
         kind = "" if record.encoded else " class=problem"
         parts.append(
-            f"<article><div>{pictures}</div><div><b>{html.escape(record.place)}</b>"
+            f"<article><div>{images}</div><div><b>{html.escape(record.place)}</b>"
             f"<div{kind}>{html.escape(told)}</div><pre>{words}</pre></div></article>"
         )
     return "".join(parts)
 
 
 def _pixels(record: Shown) -> Sequence[np.ndarray]:
-    """The pictures of a record, none where it has none."""
+    """The images of a record, none where it has none."""
     return () if record.encoded is None or record.encoded.pixels is None else list(record.encoded.pixels)
 
 
-SHEET_WIDTH, PICTURE_SIDE, MARGIN, LINE = 1200, 160, 12, 18
+SHEET_WIDTH, IMAGE_SIDE, MARGIN, LINE = 1200, 160, 12, 18
 SHEET_LINES = 9  # per record; the page has the rest
 
 
 def to_sheet(shown: Sequence[Shown], image_tokens: int) -> Image.Image:
-    """Contact sheet: per record its first picture after preprocessing beside the beginning of its coloured text."""
+    """Contact sheet: per record its first image after preprocessing beside the beginning of its coloured text."""
     font = ImageFont.load_default(size=14)
-    height = max(PICTURE_SIDE, LINE * (SHEET_LINES + 1)) + 2 * MARGIN
+    height = max(IMAGE_SIDE, LINE * (SHEET_LINES + 1)) + 2 * MARGIN
     sheet = Image.new("RGB", (SHEET_WIDTH, max(height * len(shown), 1)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, record in enumerate(shown):
         top = number * height + MARGIN
         for pixels in _pixels(record)[:1]:
-            sheet.paste(to_picture(pixels).resize((PICTURE_SIDE, PICTURE_SIDE)), (MARGIN, top))
-        left = PICTURE_SIDE + 2 * MARGIN
+            sheet.paste(to_image(pixels).resize((IMAGE_SIDE, IMAGE_SIDE)), (MARGIN, top))
+        left = IMAGE_SIDE + 2 * MARGIN
         told = describe(record.encoded, image_tokens) if record.encoded else f"{record.place}: {record.problem}"
         runs = [Run("image", 0, 0, told + "\n"), *(run._replace(text=_shown(run)) for run in record.runs)]
         _write(draw, runs, left, top, font)

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_patch.data.encoder import EncodedText, RecordEncoder
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.task_encoder import EncodedText, TaskEncoder
+from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import cook
-from megatron_patch.data.source import Dataset
 from megatron_patch.errors import UserError
 
 SAMPLE_RECORDS = 500
 WITHOUT_LABELS = ("no trained token", "too long")  # reasons that template, tokenizer or length are to blame for
 
 
-def check_labels(dataset: Dataset, encoder: RecordEncoder, tolerated_share: float) -> None:
-    """Look at records spread over the whole dataset, without their pictures.
+def check_labels(dataset: Dataset, encoder: TaskEncoder, tolerated_share: float) -> None:
+    """Look at records spread over the whole dataset, without their images.
 
     Raises:
         UserError: more than `tolerated_share` of them carry no label, or the ending of an answer is a label in none, so
@@ -49,7 +49,7 @@ def check_labels(dataset: Dataset, encoder: RecordEncoder, tolerated_share: floa
         )
 
 
-def _sample(dataset: Dataset, encoder: RecordEncoder) -> Iterator[EncodedText | RecordError]:
+def _sample(dataset: Dataset, encoder: TaskEncoder) -> Iterator[EncodedText | RecordError]:
     """Records at equal distances, encoded or refused."""
     count = min(SAMPLE_RECORDS, len(dataset))
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():

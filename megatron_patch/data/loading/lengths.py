@@ -1,6 +1,6 @@
 """Length in tokens of every record of a dataset, measured once and kept beside its folder.
 
-Packing and grouping need all lengths before the first batch; pictures are not read for it.
+Packing and grouping need all lengths before the first batch; images are not read for it.
 """
 
 import contextlib
@@ -18,40 +18,40 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from megatron_patch.data.batch import as_it_is
-from megatron_patch.data.encoder import RecordEncoder
-from megatron_patch.data.order import RecordLengths
+from megatron_patch.data.loading.collator import as_it_is
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.sampler import RecordLengths
+from megatron_patch.data.loading.task_encoder import TaskEncoder
+from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import cook
-from megatron_patch.data.settings import DataSettings
-from megatron_patch.data.source import Dataset
 
 logger = logging.getLogger(__name__)
 
 CHUNK_RECORDS = 256
-# The settings on which a record's length depends, besides the tokenizer's files.
+# The config on which a record's length depends, besides the tokenizer's files.
 OF_SETTINGS = ("template", "image_tokens", "tiles", "image_conv_front", "image_start_end", "longest_record")
 
 
-def record_lengths(dataset: Dataset, encoder: RecordEncoder, settings: DataSettings) -> RecordLengths:
+def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -> RecordLengths:
     """Lengths of all records, from the file that an earlier run left, else measured in several processes.
 
     Several ranks that ask at the same time wait for the one that measures.
     """
-    file = _folder(dataset) / f"llava_lengths_{_key(dataset, settings)}.npz"
+    file = _folder(dataset) / f"llava_lengths_{_key(dataset, config)}.npz"
     with _locked(file.with_suffix(".lock")):
         if file.is_file():
             with contextlib.suppress(Exception), np.load(file) as saved:  # a damaged file is measured again
                 if len(saved["tokens"]) == len(dataset):
-                    return RecordLengths(saved["tokens"], saved["pictures"])
+                    return RecordLengths(saved["tokens"], saved["images"])
         lengths = measure(dataset, encoder)
         unfinished = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(unfinished, tokens=lengths.tokens, pictures=lengths.pictures)
+        np.savez(unfinished, tokens=lengths.tokens, images=lengths.images)
         unfinished.rename(file)
     return lengths
 
 
-def measure(dataset: Dataset, encoder: RecordEncoder) -> RecordLengths:
+def measure(dataset: Dataset, encoder: TaskEncoder) -> RecordLengths:
     """Lengths of all records as training would see them; 0 where it would skip one for what its text is."""
     from tqdm import tqdm
 
@@ -69,14 +69,14 @@ def measure(dataset: Dataset, encoder: RecordEncoder) -> RecordLengths:
         for chunk in chunks:
             found.append(chunk)
             bar.update(chunk.shape[1])
-    tokens, pictures = np.concatenate(found, axis=1)
-    return RecordLengths(tokens, pictures)
+    tokens, images = np.concatenate(found, axis=1)
+    return RecordLengths(tokens, images)
 
 
 class _Chunks(TorchDataset):
-    """`chunks[number]` -> int32 [2, records]: tokens and pictures of CHUNK_RECORDS records."""
+    """`chunks[number]` -> int32 [2, records]: tokens and images of CHUNK_RECORDS records."""
 
-    def __init__(self, dataset: Dataset, encoder: RecordEncoder) -> None:
+    def __init__(self, dataset: Dataset, encoder: TaskEncoder) -> None:
         self._dataset, self._encoder = dataset, encoder
 
     def __len__(self) -> int:
@@ -90,25 +90,25 @@ class _Chunks(TorchDataset):
         return np.array([self._length(index) for index in indices], dtype=np.int32).T
 
     def _length(self, index: int) -> tuple[int, int]:
-        """(tokens, pictures) of a record; (0, 0) if it cannot be used."""
+        """(tokens, images) of a record; (0, 0) if it cannot be used."""
         try:
             parts = self._dataset.read_text(index)
             if parts is None:
                 return 0, 0
             record = cook(parts)
-            return len(self._encoder.encode_text(record).tokens), len(record.pictures)
+            return len(self._encoder.encode_text(record).tokens), len(record.images)
         except (RecordError, OSError, ValueError, tarfile.TarError):
             return 0, 0
 
 
-def _key(dataset: Dataset, settings: DataSettings) -> str:
+def _key(dataset: Dataset, config: DataConfig) -> str:
     """Changes with anything that a length depends on."""
     told = hashlib.sha256(
-        json.dumps([dataset.fingerprint, {name: getattr(settings, name) for name in OF_SETTINGS}]).encode()
+        json.dumps([dataset.fingerprint, {name: getattr(config, name) for name in OF_SETTINGS}]).encode()
     )
-    if Path(settings.template).is_file():
-        told.update(Path(settings.template).read_bytes())
-    for file in sorted(Path(settings.tokenizer_path).iterdir()):
+    if Path(config.template).is_file():
+        told.update(Path(config.template).read_bytes())
+    for file in sorted(Path(config.tokenizer_path).iterdir()):
         if file.is_file() and ("token" in file.name or file.suffix == ".model"):
             told.update(file.name.encode() + file.read_bytes())
     return told.hexdigest()[:16]

@@ -19,15 +19,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_patch.data import state as data_state
-from megatron_patch.data.batch import as_it_is, collate, collate_packed
-from megatron_patch.data.encoder import EncodedRecord, RecordEncoder
-from megatron_patch.data.label_check import check_labels
-from megatron_patch.data.lengths import record_lengths
-from megatron_patch.data.order import BlendOrder, GroupedOrder, Order, PackedOrder, ShuffledOrder, StoredOrder
+from megatron_patch.data.loading import state as data_state
+from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
+from megatron_patch.data.loading.label_check import check_labels
+from megatron_patch.data.loading.lengths import record_lengths
+from megatron_patch.data.loading.sampler import (
+    BlendSampler,
+    GroupedSampler,
+    PackedSampler,
+    RecordSampler,
+    SequentialSampler,
+    ShuffledSampler,
+)
+from megatron_patch.data.loading.task_encoder import EncodedRecord, TaskEncoder
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.settings import DataSettings
-from megatron_patch.data.source import Dataset as EnergonDataset
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
 
@@ -37,8 +44,8 @@ ALWAYS_TOLERATED = 10  # skipped records below this never stop a run, however fe
 NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
 
 # What a step has to do, for the figures of throughput: records, their tokens without padding, the trained ones,
-# pictures (tiles are pictures of their own), and the pairs of tokens of which one sees the other.
-WORK = ("records", "tokens", "labels", "pictures", "pairs")
+# images (tiles are images of their own), and the pairs of tokens of which one sees the other.
+WORK = ("records", "tokens", "labels", "images", "pairs")
 
 Batch = dict[str, Any]
 Skipped = tuple[str, str, str]  # record, reason, detail
@@ -46,7 +53,7 @@ Skipped = tuple[str, str, str]  # record, reason, detail
 
 def build_train_loader(
     path: str,
-    settings: DataSettings,
+    config: DataConfig,
     data_parallel_rank: int,
     data_parallel_size: int,
     with_pixels: bool = True,
@@ -55,15 +62,15 @@ def build_train_loader(
 ) -> "TrainLoader":
     """Endless loader over the train split, from its start or from a saved state.
 
-    Raises UserError: settings, data or state do not fit, or training on a first sample could not teach what it should.
+    Raises UserError: config, data or state do not fit, or training on a first sample could not teach what it should.
     """
     dataset = EnergonDataset(path, "train")
-    encoder = RecordEncoder(settings, with_pixels)
-    check_labels(dataset, encoder, settings.max_skipped_share)
-    order, meaning = _train_order(dataset, encoder, settings)
+    encoder = TaskEncoder(config, with_pixels)
+    check_labels(dataset, encoder, config.max_skipped_share)
+    order, meaning = _train_order(dataset, encoder, config)
     loader = TrainLoader(
-        _Batches(dataset, order, encoder, settings, with_pixels, settings.packing),
-        settings,
+        _Batches(dataset, order, encoder, config, with_pixels, config.packing),
+        config,
         data_parallel_rank,
         data_parallel_size,
         meaning,
@@ -76,7 +83,7 @@ def build_train_loader(
 
 
 def build_valid_loader(
-    path: str, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int, with_pixels: bool = True
+    path: str, config: DataConfig, data_parallel_rank: int, data_parallel_size: int, with_pixels: bool = True
 ) -> "ValidLoader":
     """Loader over the val split, never packed, whose every iter() starts at the first record again.
 
@@ -84,49 +91,49 @@ def build_valid_loader(
     """
     dataset = EnergonDataset(path, "val")
     batches = _Batches(
-        dataset, _stored(dataset, settings), RecordEncoder(settings, with_pixels), settings, with_pixels, packed=False
+        dataset, _stored(dataset, config), TaskEncoder(config, with_pixels), config, with_pixels, packed=False
     )
-    return ValidLoader(batches, settings, data_parallel_rank, data_parallel_size)
+    return ValidLoader(batches, config, data_parallel_rank, data_parallel_size)
 
 
-def _train_order(dataset: EnergonDataset, encoder: RecordEncoder, settings: DataSettings) -> tuple[Order, str]:
+def _train_order(dataset: EnergonDataset, encoder: TaskEncoder, config: DataConfig) -> tuple[RecordSampler, str]:
     """The order of training, and words that change whenever its positions come to mean other records."""
-    kind, seed = settings.order, settings.seed
+    kind, seed = config.order, config.seed
     if kind == "modality" and dataset.weights is not None:
         raise UserError(
             f"{dataset.path}: folders with weights cannot be grouped by modality, for a step would mix them; "
             "use blend_epochized with repetitions, or the order cyclic"
         )
-    if not settings.packing and kind != "modality":
-        return _blended(dataset, seed, lambda _, counts: _plain(counts, settings)), kind
-    lengths = record_lengths(dataset, encoder, settings)
+    if not config.packing and kind != "modality":
+        return _blended(dataset, seed, lambda _, counts: _plain(counts, config)), kind
+    lengths = record_lengths(dataset, encoder, config)
     if kind == "modality":
-        step, mult = settings.step_records, settings.mega_batch_mult
+        step, mult = config.step_records, config.mega_batch_mult
         meaning = f"modality, {step} records a step, {mult} steps together, lengths {lengths.fingerprint}"
-        return GroupedOrder(dataset.shard_counts, seed, lengths, step, mult), meaning
+        return GroupedSampler(dataset.shard_counts, seed, lengths, step, mult), meaning
 
-    def packed(start: int, counts: Sequence[int]) -> PackedOrder:
+    def packed(start: int, counts: Sequence[int]) -> PackedSampler:
         own = lengths.part(start, start + sum(counts))
-        return PackedOrder(counts, seed, own, settings.longest_record, shuffle=kind == "cyclic")
+        return PackedSampler(counts, seed, own, config.longest_record, shuffle=kind == "cyclic")
 
-    meaning = f"{kind}, packed into {settings.longest_record} tokens, lengths {lengths.fingerprint}"
+    meaning = f"{kind}, packed into {config.longest_record} tokens, lengths {lengths.fingerprint}"
     return _blended(dataset, seed, packed), meaning
 
 
-def _plain(shard_counts: Sequence[int], settings: DataSettings) -> Order:
-    return ShuffledOrder(shard_counts, settings.seed) if settings.order == "cyclic" else StoredOrder(shard_counts)
+def _plain(shard_counts: Sequence[int], config: DataConfig) -> RecordSampler:
+    return ShuffledSampler(shard_counts, config.seed) if config.order == "cyclic" else SequentialSampler(shard_counts)
 
 
-def _stored(dataset: EnergonDataset, settings: DataSettings) -> Order:
-    return _blended(dataset, settings.seed, lambda _, counts: StoredOrder(counts))
+def _stored(dataset: EnergonDataset, config: DataConfig) -> RecordSampler:
+    return _blended(dataset, config.seed, lambda _, counts: SequentialSampler(counts))
 
 
-def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[int]], Order]) -> Order:
+def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[int]], RecordSampler]) -> RecordSampler:
     """One order over all folders, or with weights one for each, blended; build(first record, records per shard)."""
     if dataset.weights is None:
         return build(0, dataset.shard_counts)
     orders = [build(start, folder.shard_counts) for start, folder in zip(dataset.starts, dataset.folders, strict=False)]
-    return BlendOrder(orders, dataset.starts, dataset.weights, seed)
+    return BlendSampler(orders, dataset.starts, dataset.weights, seed)
 
 
 class _Batches(Dataset):
@@ -135,21 +142,21 @@ class _Batches(Dataset):
     def __init__(
         self,
         dataset: EnergonDataset,
-        order: Order,
-        encoder: RecordEncoder,
-        settings: DataSettings,
+        order: RecordSampler,
+        encoder: TaskEncoder,
+        config: DataConfig,
         with_pixels: bool,
         packed: bool,
     ) -> None:
         self.dataset, self.order = dataset, order
-        self._encoder, self._settings, self._with_pixels = encoder, settings, with_pixels
+        self._encoder, self._config, self._with_pixels = encoder, config, with_pixels
         self._collate = collate_packed if packed else collate
 
     def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
         rows: list[EncodedRecord | None] = []
         counts = {"kept": 0, "truncated": 0}
         skipped: list[Skipped] = []
-        places = range(position, position + self._settings.micro_batch_size)
+        places = range(position, position + self._config.micro_batch_size)
         for index in (index for place in places for index in self.order[place]):
             try:
                 row = self._encode(index)
@@ -162,7 +169,7 @@ class _Batches(Dataset):
             rows.append(row)
         counts |= _work([row for row in rows if row is not None])
         pad_token_id = self._encoder.conversation.pad_token_id
-        return self._collate(rows, self._settings, pad_token_id, self._with_pixels), counts, skipped
+        return self._collate(rows, self._config, pad_token_id, self._with_pixels), counts, skipped
 
     def _encode(self, index: int) -> EncodedRecord:
         try:
@@ -181,7 +188,7 @@ def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
         "records": len(rows),
         "tokens": sum(lengths),
         "labels": sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows),
-        "pictures": sum(len(row.image_starts) for row in rows),
+        "images": sum(len(row.image_starts) for row in rows),
         "pairs": sum(length * (length + 1) // 2 for length in lengths),
     }
 
@@ -203,15 +210,13 @@ class _Positions(Sampler[int]):
 class _Loader:
     """What train and valid loaders share: positions, workers, and the account of records taken."""
 
-    def __init__(
-        self, batches: _Batches, settings: DataSettings, data_parallel_rank: int, data_parallel_size: int
-    ) -> None:
+    def __init__(self, batches: _Batches, config: DataConfig, data_parallel_rank: int, data_parallel_size: int) -> None:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise UserError(f"data-parallel rank {data_parallel_rank} is not within 0..{data_parallel_size - 1}")
         self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
         self.work: dict[str, int] = dict.fromkeys(WORK, 0)  # of the batches taken since this process started
         self._batches = batches
-        self._settings = settings
+        self._config = config
         self._rank = data_parallel_rank
         self._size = data_parallel_size
 
@@ -222,10 +227,10 @@ class _Loader:
 
     def _iterate(self, position: int) -> Iterator[tuple[Batch, dict[str, int], list[Skipped]]]:
         """Micro-batches of this rank from a position of the sequence on."""
-        batch_size, workers = self._settings.micro_batch_size, self._settings.num_workers
+        batch_size, workers = self._config.micro_batch_size, self._config.num_workers
         positions = _Positions(position + self._rank * batch_size, self._size * batch_size)
         # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
-        generator = torch.Generator().manual_seed(self._settings.seed)
+        generator = torch.Generator().manual_seed(self._config.seed)
         return iter(
             DataLoader(
                 self._batches,
@@ -253,11 +258,11 @@ class _Loader:
             if self.counts["skipped"] <= NAMED_IN_LOG:
                 logger.warning("%s: record %s skipped: %s: %s", self._batches.dataset.path, record, reason, detail)
         seen = self.counts["kept"] + self.counts["skipped"]
-        limit = max(ALWAYS_TOLERATED, self._settings.max_skipped_share * seen)
+        limit = max(ALWAYS_TOLERATED, self._config.max_skipped_share * seen)
         if self.counts["skipped"] > limit:
             reasons = "; ".join(f"{name[9:]} {count}" for name, count in self.counts.items() if name[:9] == "skipped: ")
             record, reason, detail = skipped[-1]
-            share = f"{self._settings.max_skipped_share:.0%}"
+            share = f"{self._config.max_skipped_share:.0%}"
             raise UserError(
                 f"{self._batches.dataset.path}: {self.counts['skipped']} of {seen} records had to be skipped "
                 f"({reasons}), the last one {record}: {reason}: {detail}; tolerated are {share}; "
@@ -271,12 +276,12 @@ class TrainLoader(_Loader):
     def __init__(
         self,
         batches: _Batches,
-        settings: DataSettings,
+        config: DataConfig,
         data_parallel_rank: int,
         data_parallel_size: int,
         meaning: str,
     ) -> None:
-        super().__init__(batches, settings, data_parallel_rank, data_parallel_size)
+        super().__init__(batches, config, data_parallel_rank, data_parallel_size)
         self._meaning = meaning
         self._position = 0  # where the next micro-batch of rank 0 starts, the same number on every rank
         self._iterator: Iterator[tuple[Batch, dict[str, int], list[Skipped]]] | None = None
@@ -289,7 +294,7 @@ class TrainLoader(_Loader):
             self._iterator = self._iterate(self._position)
         batch, counts, skipped = next(self._iterator)
         self._account(counts, skipped)
-        self._position += self._size * self._settings.micro_batch_size
+        self._position += self._size * self._config.micro_batch_size
         return batch
 
     @property
@@ -318,7 +323,7 @@ class TrainLoader(_Loader):
             self.counts = dict(state["counts"])
 
     def _expected_data(self) -> dict[str, Any]:
-        return data_state.describe(self._batches.dataset.fingerprint, self.records, self._settings.seed, self._meaning)
+        return data_state.describe(self._batches.dataset.fingerprint, self.records, self._config.seed, self._meaning)
 
     def _topology(self) -> dict[str, int]:
         return {"data_parallel_rank": self._rank, "data_parallel_size": self._size}

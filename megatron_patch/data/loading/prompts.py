@@ -5,34 +5,34 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_patch.data.conversation import Exchange
-from megatron_patch.data.encoder import RecordEncoder
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.task_encoder import TaskEncoder
+from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import cook
-from megatron_patch.data.settings import DataSettings
-from megatron_patch.data.source import Dataset
 from megatron_patch.data.templates import IMAGE_MARK
 from megatron_patch.tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first question of a record.  S: tokens of the prompt, N: pictures."""
+    """The first question of a record.  S: tokens of the prompt, N: images."""
 
     record_id: str
-    text: str  # without picture marks
+    text: str  # without image marks
     reference: str
     tokens: np.ndarray  # int64 [S], up to where the answer begins
     pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
 
 
-class Questions:
+class Prompts:
     """The first usable records of the val split, in stored order, and how answers to them are read."""
 
-    def __init__(self, path: str, settings: DataSettings, count: int) -> None:
+    def __init__(self, path: str, config: DataConfig, count: int) -> None:
         """count: questions wanted; a smaller dataset gives fewer."""
-        self._tokenizer = load_tokenizer(settings.tokenizer_path)
-        self._encoder = RecordEncoder(settings, with_pixels=True, tokenizer=self._tokenizer)
-        self._tiles = settings.tiles
+        self._tokenizer = load_tokenizer(config.tokenizer_path)
+        self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=self._tokenizer)
+        self._tiles = config.tiles
         dataset = Dataset(path, "val")
         self.found: list[Question] = []
         for index in range(len(dataset)):
@@ -49,11 +49,11 @@ class Questions:
     def _question(self, parts: dict) -> Question:
         record = cook(parts)
         first = record.exchanges[0]
-        pictures = first.question.count(IMAGE_MARK) * self._tiles
+        images = first.question.count(IMAGE_MARK) * self._tiles
         pixels = self._encoder.encode_record(record).pixels
         asked = self._encoder.conversation.encode([Exchange(first.question, None)], record.system)
         text = first.question.replace(IMAGE_MARK, "").strip()
-        return Question(record.record_id, text, first.answer or "", np.asarray(asked.ids), pixels[:pictures])
+        return Question(record.record_id, text, first.answer or "", np.asarray(asked.ids), pixels[:images])
 
     @property
     def pad_token_id(self) -> int:

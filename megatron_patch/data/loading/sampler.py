@@ -1,6 +1,6 @@
 """Which records stand at which position of the endless training sequence.
 
-The sequence is a function of the folders, the settings and the seed alone.  Data-parallel ranks and workers take turns
+The sequence is a function of the folders, the config and the seed alone.  Data-parallel ranks and workers take turns
 along it, so that every layout trains on the same records in each step, and the next position is the whole state.
 A position holds one record, or with packing the records of one row.
 """
@@ -28,19 +28,19 @@ class RecordLengths:
     """What packing and grouping must know of every record.  N: records."""
 
     tokens: np.ndarray  # int32 [N], as trained; 0 for a record that cannot be
-    pictures: np.ndarray  # int32 [N]
+    images: np.ndarray  # int32 [N]
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any length."""
-        return hashlib.sha256(self.tokens.tobytes() + self.pictures.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.tokens.tobytes() + self.images.tobytes()).hexdigest()[:16]
 
     def part(self, start: int, stop: int) -> "RecordLengths":
         """Those of a range of records."""
-        return RecordLengths(self.tokens[start:stop], self.pictures[start:stop])
+        return RecordLengths(self.tokens[start:stop], self.images[start:stop])
 
 
-class Order(Protocol):
+class RecordSampler(Protocol):
     """An endless sequence of groups of records that stay together."""
 
     positions: int  # per epoch, in which every record stands exactly once
@@ -74,7 +74,7 @@ class _Epochs:
         return (self.entry(position),)
 
 
-class ShuffledOrder(_Epochs):
+class ShuffledSampler(_Epochs):
     """Every record once per epoch, each epoch in another order.  `shard_counts`: records per shard, in folder order."""
 
     def __init__(self, shard_counts: Sequence[int], seed: int) -> None:
@@ -87,7 +87,7 @@ class ShuffledOrder(_Epochs):
         return np.concatenate(shuffled_windows(self._shard_counts, self._seed, epoch))
 
 
-class StoredOrder:
+class SequentialSampler:
     """Records as they lie in the folder, again and again."""
 
     def __init__(self, shard_counts: Sequence[int]) -> None:
@@ -97,8 +97,8 @@ class StoredOrder:
         return (position % self.positions,)
 
 
-class GroupedOrder(_Epochs):
-    """Records with pictures and records of text alone in steps of their own, each step of records of like length.
+class GroupedSampler(_Epochs):
+    """Records with images and records of text alone in steps of their own, each step of records of like length.
 
     LLaVA's group_by_modality_length, without the number of ranks in it: of each modality, `mega_batch_mult` steps are
     sorted by length and cut into steps, and the steps are shuffled.  What does not fill a step comes last, mixed.
@@ -113,7 +113,7 @@ class GroupedOrder(_Epochs):
         mega_batch_mult: int,
     ) -> None:
         super().__init__(sum(shard_counts))
-        self._shuffled = ShuffledOrder(shard_counts, seed)
+        self._shuffled = ShuffledSampler(shard_counts, seed)
         self._seed = seed
         self._lengths = lengths
         self._step_records = step_records
@@ -122,10 +122,10 @@ class GroupedOrder(_Epochs):
     def draw(self, epoch: int) -> np.ndarray:
         """The records of an epoch."""
         records = self._shuffled.draw(epoch)
-        with_pictures = self._lengths.pictures[records] > 0
+        with_images = self._lengths.images[records] > 0
         steps: list[np.ndarray] = []
         rest: list[np.ndarray] = []
-        for modality in (records[with_pictures], records[~with_pictures]):
+        for modality in (records[with_images], records[~with_images]):
             whole = len(modality) // self._step_records * self._step_records
             rest.append(modality[whole:])
             for start in range(0, whole, self._group_records):
@@ -136,7 +136,7 @@ class GroupedOrder(_Epochs):
         return np.concatenate([*(steps[step] for step in random.permutation(len(steps))), *rest])
 
 
-class PackedOrder(_Epochs):
+class PackedSampler(_Epochs):
     """Rows of records that together fill `capacity` tokens; the rows stay the same, their order changes each epoch.
 
     shuffle: records are packed in windows of shards and rows shuffled; else as they lie in the folder, in stored order.
@@ -176,13 +176,15 @@ class PackedOrder(_Epochs):
         return self._rows[self.entry(position)]
 
 
-class BlendOrder:
+class BlendSampler:
     """Positions dealt to several orders by weight: in every block of positions each has its share, at random places.
 
     An order that is through begins its next epoch.  `starts`: index of each order's first record.
     """
 
-    def __init__(self, orders: Sequence[Order], starts: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, orders: Sequence[RecordSampler], starts: Sequence[int], weights: Sequence[float], seed: int
+    ) -> None:
         self.positions = sum(order.positions for order in orders)
         self._orders, self._starts, self._seed = list(orders), list(starts), seed
         exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLEND_BLOCK

@@ -10,7 +10,7 @@ def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class Repeats:
+class Deduplicator:
     """Remembers 64-bit hashes in sorted runs, the next at most half as long as the one before it."""
 
     def __init__(self) -> None:

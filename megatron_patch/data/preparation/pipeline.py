@@ -1,9 +1,9 @@
-"""The converters' core: records and their pictures -> checked, counted, written as an energon folder.
+"""The converters' core: records and their images -> checked, counted, written as an energon folder.
 
 Every record is in the shards or in the ledger's rejections with its reason: records in = written + rejected.
 
 One process streams the records, checks their texts, recognises repetitions and deals them to splits and shards; workers
-read and check the pictures and write whole shards.  What is in a shard never depends on who writes it or when, so any
+read and check the images and write whole shards.  What is in a shard never depends on who writes it or when, so any
 number of workers gives the same bytes, and an interrupted conversion goes on with the shards that are missing.
 """
 
@@ -20,19 +20,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_patch.data import shards
-from megatron_patch.data.journal import LEDGER, Workspace, digest_of
-from megatron_patch.data.json_stream import stream_records
-from megatron_patch.data.ledger import SPLITS, Ledger, Rejection, RejectionFile
+from megatron_patch.data.preparation import shard_writer
+from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
+from megatron_patch.data.preparation.json_stream import stream_records
+from megatron_patch.data.preparation.report import SPLITS, PreparationReport, Rejection, RejectionFile
+from megatron_patch.data.preparation.sources import LlavaSource, Source
+from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
+from megatron_patch.data.preparation.workers import Done, Job, LengthLimit, Sample, ShardBuilder, Workers, result_of
+from megatron_patch.data.preparation.workspace import LEDGER, Workspace, digest_of
+from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.reopen import reopen, reopen_with_energon
-from megatron_patch.data.repeats import Repeats, hash_of
-from megatron_patch.data.samples import read_exchanges
-from megatron_patch.data.shard_jobs import Done, Job, LengthLimit, Sample, ShardMaker, Workers, result_of
-from megatron_patch.data.sources import LlavaSource, Source
 from megatron_patch.errors import UserError
 
-__all__ = ["SPLITS", "Ledger", "LengthLimit", "Options", "convert", "convert_source", "stream_records"]
+__all__ = ["SPLITS", "LengthLimit", "Options", "PreparationReport", "convert", "prepare", "stream_records"]
 
 MAX_REJECTED_SHARE = 0.01
 LEAST_SHARDS = 10  # per split, where that leaves at least LEAST_SAMPLES_PER_SHARD in each
@@ -56,7 +56,7 @@ class Options:
     reject_duplicate_ids: bool = False  # also where their contents differ
     length_limit: LengthLimit | None = None
     reopen_with_energon: bool = False  # read a few records of each split back with energon's own loader as well
-    workers: int | None = None  # processes that read pictures and write shards; 0: none but this one; None: the cores
+    workers: int | None = None  # processes that read images and write shards; 0: none but this one; None: the cores
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -113,18 +113,18 @@ def convert(
     overwrite: bool = False,
     keep_going: bool = False,
     workers: int | None = None,
-) -> Ledger:
-    """LLaVA-format JSON and its pictures -> energon folder; see convert_source."""
+) -> PreparationReport:
+    """LLaVA-format JSON and its images -> energon folder; see prepare."""
     options = Options(ratio, samples_per_shard, overwrite, keep_going=keep_going, workers=workers)
-    return convert_source(LlavaSource(source, image_roots), output, options)
+    return prepare(LlavaSource(source, image_roots), output, options)
 
 
-def convert_source(
+def prepare(
     source: Source,
     output: Path,
     options: Options,
     progress: Callable[[int], Progress] = lambda total: _Silent(),
-) -> Ledger:
+) -> PreparationReport:
     """Records of any source -> energon folder `output`, which grows as `<output>.partial` and is renamed at the end.
 
     progress: makes a progress bar for about so many records.
@@ -139,7 +139,7 @@ def convert_source(
     try:
         workspace = Workspace(output, began_with, options.resume, options.overwrite)
         try:
-            ledger = _Conversion(source, options, workspace, expected, began).run(progress)
+            ledger = _Preparation(source, options, workspace, expected, began).run(progress)
         except UserError:
             # Refused: without a trace, unless there was one before.
             workspace.leave() if workspace.resumed else workspace.remove()
@@ -174,24 +174,24 @@ class _Prepared:
 
 
 def _prepare(source: Source, number: int, item: Any) -> _Prepared:
-    """Check the text of a record; its pictures are read later.  Raises RecordError.
+    """Check the text of a record; its images are read later.  Raises RecordError.
 
     `number` is the record's place in the source, used as its id when it has none.
     """
     record = source.read(item)
-    read_exchanges(record.conversations, len(record.pictures))
+    read_exchanges(record.conversations, len(record.images))
     rest: dict[str, Any] = {"conversations": record.conversations}
-    if record.image is not None:
-        rest["image"] = record.image
+    if record.image_names is not None:
+        rest["image"] = record.image_names
     if record.system is not None:
         rest["system"] = record.system
     body = _encode_json(rest)[1:].encode("utf-8", "surrogatepass")
     record_id = number if record.record_id is None else record.record_id
     head = b'{"id": ' + _encode_json(str(record_id)).encode("utf-8", "surrogatepass") + b", "
     if record.record_id is None:
-        return _Prepared(Sample(number, head + body, tuple(record.pictures), hash_of(body)), None)
+        return _Prepared(Sample(number, head + body, tuple(record.images), hash_of(body)), None)
     data = head + body
-    return _Prepared(Sample(number, data, tuple(record.pictures), hash_of(data)), hash_of(head))
+    return _Prepared(Sample(number, data, tuple(record.images), hash_of(data)), hash_of(head))
 
 
 class SplitChooser:
@@ -243,13 +243,13 @@ class _Dealer:
                 yield self._job(split)
 
     def _job(self, split: str) -> Job:
-        job = Job(split, shards.shard_name(split, self._shards[split]), self._samples[split])
+        job = Job(split, shard_writer.shard_name(split, self._shards[split]), self._samples[split])
         self._samples[split], self._text_bytes[split] = [], 0
         self._shards[split] += 1
         return job
 
 
-class _Conversion:
+class _Preparation:
     """One run over a source."""
 
     def __init__(self, source: Source, options: Options, workspace: Workspace, expected: int, began: float) -> None:
@@ -259,13 +259,13 @@ class _Conversion:
         self._expected = expected
         self._began = began
         self._accounted = 0  # records, as far as the progress bar knows
-        self._ledger = Ledger(Path(source.name).name)
+        self._ledger = PreparationReport(Path(source.name).name)
         self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # split -> shard -> samples
         self._rejections = RejectionFile(workspace.folder / "rejected.jsonl")
-        self._ids = Repeats()
-        self._contents = Repeats()
+        self._ids = Deduplicator()
+        self._contents = Deduplicator()
 
-    def run(self, progress: Callable[[int], Progress]) -> Ledger:
+    def run(self, progress: Callable[[int], Progress]) -> PreparationReport:
         """Write shards, rejections, ledger and `.nv-meta`, and read them back.  Raises UserError and OSError."""
         folder = self._workspace.folder
         try:
@@ -278,12 +278,12 @@ class _Conversion:
         if self._ledger.records_in == 0:
             raise UserError(f"{self._source.name}: holds no records")
         self._fill_train()
-        shards.write_meta(folder, self._counts)
+        shard_writer.write_meta(folder, self._counts)
         ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
-        shards.write_durably(folder / LEDGER, ledger.encode())
+        shard_writer.write_durably(folder / LEDGER, ledger.encode())
         with ThreadPoolExecutor(8) as threads:  # waiting together takes the disk little longer than waiting once
-            list(threads.map(shards.sync, folder.iterdir()))
-        shards.sync(folder)
+            list(threads.map(shard_writer.sync, folder.iterdir()))
+        shard_writer.sync(folder)
         written = time.monotonic()
         self._ledger.seconds = written - self._began
         filled = [split for split in SPLITS if self._ledger.written[split]]
@@ -297,7 +297,7 @@ class _Conversion:
 
     def _write_shards(self, progress: Callable[[int], Progress]) -> None:
         options = self._options
-        maker = ShardMaker(self._source, self._workspace.folder, options.length_limit)
+        maker = ShardBuilder(self._source, self._workspace.folder, options.length_limit)
         # One more than the cores: there is always one that waits for the disk.
         count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
         waiting: deque[tuple[str, str, str, Future[Done] | Done]] = deque()
@@ -361,7 +361,7 @@ class _Conversion:
                 error = RecordError("duplicate id", "of an earlier record with other content")
                 self._reject(Rejection.of(sample.number, json.loads(sample.data), error))
             else:
-                yield Sample(sample.number, sample.data, sample.pictures, sample.content, repeats_id=True)
+                yield Sample(sample.number, sample.data, sample.images, sample.content, repeats_id=True)
 
     def _enter(self, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
         """Enter a job into the account; returns how many more records are accounted for."""
@@ -406,13 +406,13 @@ class _Conversion:
         raise UserError(f"{self._source.name}: every one of its {total} records is rejected ({reasons}):{examples}")
 
     def _fill_train(self) -> None:
-        """When pictures turned out bad until nothing was left to train on, another split becomes train."""
+        """When images turned out bad until nothing was left to train on, another split becomes train."""
         filled = next((split for split in SPLITS if self._counts[split]), "train")
         if self._counts["train"] or filled == "train":
             return
         folder = self._workspace.folder
         for number, (name, count) in enumerate(self._counts[filled].items()):
-            new_name = shards.shard_name("train", number)
+            new_name = shard_writer.shard_name("train", number)
             (folder / f"{name}.idx").rename(folder / f"{new_name}.idx")
             (folder / name).rename(folder / new_name)
             self._counts["train"][new_name] = count

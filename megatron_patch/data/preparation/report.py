@@ -22,7 +22,7 @@ class Rejection:
 
     record: int  # its place in the source
     id: Any
-    file: Any  # name or names of its pictures
+    file: Any  # name or names of its images
     reason: str
     detail: str
 
@@ -40,7 +40,7 @@ class Rejection:
 
 
 @dataclass
-class Ledger:
+class PreparationReport:
     """The counts of a conversion."""
 
     source: str = ""

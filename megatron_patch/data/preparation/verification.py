@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_patch.data.image import check_picture
-from megatron_patch.data.shards import END_OF_ARCHIVE
+from megatron_patch.data.image import check_image
+from megatron_patch.data.preparation.shard_writer import END_OF_ARCHIVE
 
 BATCH = 4  # samples of each split that are read back
 
@@ -47,10 +47,10 @@ def _read_sample(shard: Path, number: int) -> None:
     with tarfile.open(fileobj=io.BytesIO(sample), mode="r:") as archive:
         parts = {member.name: archive.extractfile(member).read() for member in archive}
     assert len({name.split(".")[0] for name in parts}) == 1, (shard, list(parts))
-    *pictures, (name, content) = parts.items()
+    *images, (name, content) = parts.items()
     assert name.endswith(".json") and json.loads(content)["conversations"], (shard, name)
-    for _, picture in pictures:
-        check_picture(picture)
+    for _, image in images:
+        check_image(image)
 
 
 def reopen_with_energon(folder: Path, splits: Sequence[str]) -> dict[str, int]:

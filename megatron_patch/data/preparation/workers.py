@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_patch.data.conversation import IMAGE_MARK, ConversationEncoder
-from megatron_patch.data.image import check_picture
-from megatron_patch.data.ledger import Rejection
+from megatron_patch.data.image import check_image
+from megatron_patch.data.preparation.report import Rejection
+from megatron_patch.data.preparation.shard_writer import Shard
+from megatron_patch.data.preparation.sources import Source
+from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import read_exchanges
-from megatron_patch.data.shards import Shard
-from megatron_patch.data.sources import Source
 from megatron_patch.errors import UserError
 from megatron_patch.tokenizer_files import load_tokenizer
 
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
     number: int  # its place in the source
     data: bytes  # the JSON part
-    pictures: Sequence[Any]  # what Source.picture takes
+    images: Sequence[Any]  # what Source.read_image takes
     content: int  # hash of the record
     repeats_id: bool = False
 
@@ -70,8 +70,8 @@ class LengthLimit:
         return ConversationEncoder(tokenizer, self.template, image_token_id, self.image_tokens)
 
 
-class ShardMaker:
-    """Does jobs: reads and checks pictures, writes shards."""
+class ShardBuilder:
+    """Does jobs: reads and checks images, writes shards."""
 
     def __init__(self, source: Source, folder: Path, limit: LengthLimit | None) -> None:
         self._source = source
@@ -80,7 +80,7 @@ class ShardMaker:
         self._encoder: ConversationEncoder | None = None
 
     def make(self, job: Job) -> Done:
-        """Write one shard of the samples whose pictures are good.  Raises OSError when it cannot be written."""
+        """Write one shard of the samples whose images are good.  Raises OSError when it cannot be written."""
         rejected: list[Rejection] = []
         text_only = repeated_ids = 0
         shard = Shard(self._folder, job.name)
@@ -92,7 +92,7 @@ class ShardMaker:
                     rejected.append(Rejection.of(sample.number, json.loads(sample.data), error))
                     continue
                 shard.add(sample.number, parts)
-                text_only += not sample.pictures
+                text_only += not sample.images
                 repeated_ids += sample.repeats_id
             if not shard.samples:
                 shard.abandon()
@@ -104,12 +104,12 @@ class ShardMaker:
         return Done(shard.samples, text_only, repeated_ids, size, rejected)
 
     def _parts(self, sample: Sample) -> dict[str, bytes]:
-        """Parts of a sample, pictures first.  Raises RecordError."""
+        """Parts of a sample, images first.  Raises RecordError."""
         parts = {}
-        for place, reference in enumerate(sample.pictures):
-            data = self._source.picture(reference)
+        for place, reference in enumerate(sample.images):
+            data = self._source.image(reference)
             try:
-                check_picture(data)
+                check_image(data)
             except RecordError as error:
                 name = reference if isinstance(reference, str) else _image_names(sample)[place]
                 raise RecordError(error.reason, f"{name}: {error.detail}") from error
@@ -124,7 +124,7 @@ class ShardMaker:
         if self._encoder is None:
             self._encoder = self._limit.encoder()
         content = json.loads(sample.data)
-        exchanges = read_exchanges(content["conversations"], len(sample.pictures))
+        exchanges = read_exchanges(content["conversations"], len(sample.images))
         encoded = self._encoder.encode(exchanges, content.get("system"))
         if len(encoded.ids) > self._limit.max_tokens:
             raise RecordError("too long", f"{len(encoded.ids)} tokens, wanted at most {self._limit.max_tokens}")
@@ -140,7 +140,7 @@ def _image_names(sample: Sample) -> list[str]:
 class Workers:
     """So many processes that make shards; none: this one does it.  A context manager."""
 
-    def __init__(self, workers: int, maker: ShardMaker) -> None:
+    def __init__(self, workers: int, maker: ShardBuilder) -> None:
         self.at_once = max(1, 2 * workers)  # jobs that may wait or be at work
         self._maker = maker
         self._pool = (
@@ -189,10 +189,10 @@ def died() -> UserError:
     )
 
 
-_maker: ShardMaker  # of this worker process
+_maker: ShardBuilder  # of this worker process
 
 
-def _start(maker: ShardMaker, parent: int) -> None:
+def _start(maker: ShardBuilder, parent: int) -> None:
     """Prepare a worker: an interrupt is the parent's business, and nobody works on when the parent was killed."""
     global _maker
     _maker = maker

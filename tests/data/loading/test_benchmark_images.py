@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "toolkits/multimodal_data_preprocessing/benchmark_pictures.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "toolkits/multimodal_data_preprocessing/benchmark_pictures.py"
 
 
 def test_the_benchmark_measures_equal_pixels() -> None:

@@ -9,10 +9,10 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-from megatron_patch.data import DataSettings, build_train_loader
-from megatron_patch.data.source import EnergonFolder
+from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.errors import UserError
-from tests.data.making import changed
+from tests.data.factories import changed
 
 
 def test_samples_equal_those_of_energons_reader(folder: str) -> None:
@@ -27,7 +27,7 @@ def test_samples_equal_those_of_energons_reader(folder: str) -> None:
         assert ours[int(index)] == wanted
 
 
-def test_texts_are_read_without_the_pictures(folder: str) -> None:
+def test_texts_are_read_without_the_images(folder: str) -> None:
     energon_folder = EnergonFolder(folder, "train")
     for index in range(0, len(energon_folder), 7):
         whole, text = energon_folder[index], energon_folder.read_text(index)
@@ -36,7 +36,7 @@ def test_texts_are_read_without_the_pictures(folder: str) -> None:
         assert text.get("jpg", b"") == b""
 
 
-def test_excluded_samples_are_left_out_and_counted(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+def test_excluded_samples_are_left_out_and_counted(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "wds")
     split = tmp_path / "wds/.nv-meta/split.yaml"
     parts = EnergonFolder(folder, "train")
@@ -47,7 +47,7 @@ def test_excluded_samples_are_left_out_and_counted(folder: str, settings: DataSe
     assert seen.count("") == 2 and loader.counts == {"kept": 91, "truncated": 0, "skipped": 0, "excluded": 2}
 
 
-def test_damaged_shards_are_named_not_silent(folder: str, settings: DataSettings, tmp_path: Path, caplog) -> None:
+def test_damaged_shards_are_named_not_silent(folder: str, settings: DataConfig, tmp_path: Path, caplog) -> None:
     shutil.copytree(folder, tmp_path / "wds")
     shard = tmp_path / "wds/train-000003.tar"
     data = bytearray(shard.read_bytes())
@@ -61,7 +61,7 @@ def test_damaged_shards_are_named_not_silent(folder: str, settings: DataSettings
     assert "train-000003.tar[9] skipped: malformed: shard: ValueError: the file ends" in caplog.text
 
 
-def test_more_damage_than_tolerated_stops_the_run(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+def test_more_damage_than_tolerated_stops_the_run(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "wds")
     for number in (1, 2):
         (tmp_path / f"wds/train-00000{number}.tar").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""inspect_dataset.py shows what training makes of records: golden ids and labels, pictures, figures, refusals."""
+"""inspect_dataset.py shows what training makes of records: golden ids and labels, images, figures, refusals."""
 
 import argparse
 import io
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_patch.data.inspection import Figures, to_terminal, unshifted_labels, visible
-from megatron_patch.data.loaders import build_valid_loader
+from megatron_patch.data.loading.inspection import Figures, to_terminal, unshifted_labels, visible
+from megatron_patch.data.loading.loader import build_valid_loader
 from megatron_patch.tokenizer_files import load_tokenizer
+from tests.data.factories import changed, image_bytes
 from tests.data.golden.derive import FOLDER as GOLDEN
-from tests.data.making import changed, picture_bytes
 from tests.data.test_conversation import human
 from toolkits.multimodal_data_preprocessing import inspect_dataset
 
@@ -47,7 +47,7 @@ def numbers(words: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece_bpe", "sentencepiece_unigram", "qwen", "llama_3"])
-@pytest.mark.parametrize("conversation", ["no picture, one turn", "two pictures, three turns"])
+@pytest.mark.parametrize("conversation", ["no image, one turn", "two images, three turns"])
 def test_a_record_is_printed_as_golden_json(tmp_path, monkeypatch, capsys, kind, conversation) -> None:
     golden = json.loads((GOLDEN / "v1.json").read_text())["conversations"][conversation]
     turns = [text for turn in golden["turns"] for text in turn]
@@ -65,11 +65,11 @@ def test_a_record_is_printed_as_golden_json(tmp_path, monkeypatch, capsys, kind,
     assert all(found["token_ids"][start:end] == [image, image] for start, end in found["image_spans"])
 
 
-def test_a_bare_sentencepiece_model_gets_the_next_id_for_pictures(tmp_path, monkeypatch, capsys) -> None:
+def test_a_bare_sentencepiece_model_gets_the_next_id_for_images(tmp_path, monkeypatch, capsys) -> None:
     """The same ids as with the full tokenizer, but for the placeholder, which is len(tokenizer) or what is said."""
     model = GOLDEN / "tokenizers" / "sentencepiece_unigram" / "tokenizer.model"
     (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
-    golden = json.loads((GOLDEN / "v1.json").read_text())["conversations"]["one picture, one turn"]
+    golden = json.loads((GOLDEN / "v1.json").read_text())["conversations"]["one image, one turn"]
     record = tmp_path / "R.json"
     record.write_text(json.dumps([{"conversations": human(*golden["turns"][0]), "image": "not/there.jpg"}]))
     words = ("--record", record, "--template", "v1", "--tokenizer", tmp_path, "--image-tokens", 576, "--json")
@@ -89,7 +89,7 @@ def test_a_record_is_shown_with_its_trained_text_marked(tmp_path, monkeypatch, c
     words = ("--record", record, "--template", "chatml", "--tokenizer", QWEN, "--image-tokens", 3)
     code, out, _ = run(monkeypatch, capsys, *words, "--image-conv-front")
     shown = out.splitlines()
-    assert code == 0 and re.fullmatch(r"a: \d+ tokens, \d+ trained, pictures at (\d+)\.\.(\d+)", shown[0])
+    assert code == 0 and re.fullmatch(r"a: \d+ tokens, \d+ trained, images at (\d+)\.\.(\d+)", shown[0])
     assert shown[1:4] == ["<|im_start|>system", "HEY<|im_end|>", "<|im_start|>user"]
     assert shown[4].endswith("<|im_end|>") and shown[4].startswith("[<image> ")
     assert "⟦a ␛[31mseven<|im_end|>⟧" in shown  # a record's text cannot steer the terminal
@@ -113,9 +113,9 @@ MODEL = ("--template", "v1", "--image-tokens", "2", "--tokenizer", QWEN)
         (["--record", "R.json", *MODEL, "--template", "v9"], "template is 'v9'; wanted one of plain, v0, v1"),
         (["--record", "R.json", *MODEL, "--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--record", "R.json", *MODEL, "--tokenizer", "."], "no tokenizer that transformers can load"),
-        (["--record", "R.json", *MODEL, "--image-root", "."], "picture missing: 1.jpg"),
+        (["--record", "R.json", *MODEL, "--image-root", "."], "image missing: 1.jpg"),
         (["--record", "R.json", *MODEL, "--max-length", "2"], "leaves no room for text"),
-        (["--record", "R.json", *MODEL, "--max-length", "9"], "too long: a picture ends beyond token 9"),
+        (["--record", "R.json", *MODEL, "--max-length", "9"], "too long: an image ends beyond token 9"),
         (["--record", "R.json", *MODEL, "--template", "nvgpt", "--image-start-end"], "'<im_start>', which image_start"),
         (["--record", "R.json", "--checkpoint", "."], "no llava/ folder in it"),
         (["nowhere", *MODEL], "wanted an energon folder"),
@@ -154,7 +154,7 @@ def test_a_folder_is_shown_as_the_loader_gives_it(folder, settings, tmp_path, mo
     loader = build_valid_loader(folder, changed(settings, micro_batch_size=1), 0, 1)
     rows = list(itertools.islice(loader, 10))  # the whole split, in its order
     wanted = [int((row["labels"] != -100).sum()) for row in rows]
-    told = [tuple(map(int, found)) for found in re.findall(r": (\d+) tokens, (\d+) trained, pictures at", out)]
+    told = [tuple(map(int, found)) for found in re.findall(r": (\d+) tokens, (\d+) trained, images at", out)]
     assert len(told) == 10 and [trained for _, trained in told] == wanted
     total, trained = sum(length for length, _ in told), sum(trained for _, trained in told)
     assert f"{total} in all, {trained / total:.1%} of them trained" in out
@@ -162,26 +162,24 @@ def test_a_folder_is_shown_as_the_loader_gives_it(folder, settings, tmp_path, mo
     for name in ("records.png", "lengths.png"):
         assert Image.open(tmp_path / name).format == "PNG"
     page = (tmp_path / "report.html").read_text()
-    pictures = sum(row["pixels"].shape[0] for row in rows)
-    assert page.count('alt="picture ') == pictures and page.count("<article>") == 10
+    images = sum(row["pixels"].shape[0] for row in rows)
+    assert page.count('alt="image ') == images and page.count("<article>") == 10
     assert page.count("<span class=trained> ") == len(re.findall("⟦", out))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "records.png", "report.html"]
     assert re.search(r"^next: train with DECODER_SEQ_LEN=1024 ", out, re.M)
 
 
-def test_the_page_holds_the_pictures_after_preprocessing(folder, settings, tmp_path, monkeypatch, capsys) -> None:
+def test_the_page_holds_the_images_after_preprocessing(folder, settings, tmp_path, monkeypatch, capsys) -> None:
     import base64
 
     words = ("--template", "v1", "--tokenizer", settings.tokenizer_path, "--image-tokens", 4, "--side-px", 14)
     code, _, err = run(monkeypatch, capsys, folder, *words, "--records", "1", "--output", tmp_path)
     assert code == 0, err
-    from megatron_patch.data.image import open_picture, picture_to_pixels
+    from megatron_patch.data.image import image_to_pixels, open_image
 
-    (found,) = re.findall(
-        r'alt="picture 0" src="data:image/png;base64,([^"]+)"', (tmp_path / "report.html").read_text()
-    )
+    (found,) = re.findall(r'alt="image 0" src="data:image/png;base64,([^"]+)"', (tmp_path / "report.html").read_text())
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found)))).transpose(2, 0, 1)
-    wanted = picture_to_pixels(open_picture(picture_bytes(1)), 14, "crop", settings.image_mean)
+    wanted = image_to_pixels(open_image(image_bytes(1)), 14, "crop", settings.image_mean)
     np.testing.assert_array_equal(pixels, wanted)
 
 
@@ -221,7 +219,7 @@ def test_a_checkpoint_says_everything_by_itself(folder, tmp_path, monkeypatch, c
     code, out, err = run(monkeypatch, capsys, folder, *words, "--skip-pictures")
     assert code == 0, err
     assert "template v1, 93 records" in out
-    start, end = map(int, re.search(r"pictures at (\d+)\.\.(\d+)", out).groups())
+    start, end = map(int, re.search(r"images at (\d+)\.\.(\d+)", out).groups())
     assert end - start == 16  # the tiny tower's (28 / 7) ** 2
 
 
@@ -247,8 +245,8 @@ def test_the_last_sentence_says_what_to_do(settings, figures, max_length, advice
 
 
 def test_terminal_text_and_labels() -> None:
-    from megatron_patch.data.encoder import EncodedText
-    from megatron_patch.data.inspection import Run
+    from megatron_patch.data.loading.inspection import Run
+    from megatron_patch.data.loading.task_encoder import EncodedText
 
     encoded = EncodedText("a", np.arange(5), np.array([-100, 2, 3, -100, -100]), [], False)
     assert unshifted_labels(encoded).tolist() == [-100, -100, 2, 3, -100]

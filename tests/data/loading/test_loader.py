@@ -12,13 +12,13 @@ import pytest
 import torch
 from megatron.energon import traverse_metadataset
 
-from megatron_patch.data import DataSettings, build_train_loader, build_valid_loader
-from megatron_patch.data.blend import read_parts
-from megatron_patch.data.loaders import TrainLoader
-from megatron_patch.data.records import convert
+from megatron_patch.data import DataConfig, build_train_loader, build_valid_loader
+from megatron_patch.data.loading.blend import read_parts
+from megatron_patch.data.loading.loader import TrainLoader
+from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
-from tests.data.making import changed, make_records
+from tests.data.factories import changed, make_records
 
 TRAIN, VALID = 93, 10
 
@@ -42,7 +42,7 @@ def assert_equal_batches(left: list[dict], right: list[dict]) -> None:
             assert torch.equal(one[name], other[name]), name
 
 
-def test_shapes_and_types_of_a_batch(folder: str, settings: DataSettings) -> None:
+def test_shapes_and_types_of_a_batch(folder: str, settings: DataConfig) -> None:
     loader = build_train_loader(folder, settings, 0, 1)
     for batch in take(loader, 30):
         rows, length = batch["tokens"].shape
@@ -50,10 +50,10 @@ def test_shapes_and_types_of_a_batch(folder: str, settings: DataSettings) -> Non
         assert length <= settings.decoder_seq_len
         assert batch["tokens"].dtype == batch["labels"].dtype == torch.int64
         placeholders = batch["tokens"] == settings.image_token_id
-        pictures = len(batch["image_spans"])
-        assert int(placeholders.sum()) == pictures * settings.image_tokens
+        images = len(batch["image_spans"])
+        assert int(placeholders.sum()) == images * settings.image_tokens
         assert batch["pixels"].dtype == torch.uint8
-        assert tuple(batch["pixels"].shape) == (pictures, 3, settings.side_px, settings.side_px)
+        assert tuple(batch["pixels"].shape) == (images, 3, settings.side_px, settings.side_px)
         for row, start in batch["image_spans"].tolist():
             assert placeholders[row, start : start + settings.image_tokens].all()
         # No position predicts a placeholder or padding, and the loss never sits on them.
@@ -69,7 +69,7 @@ def test_shapes_and_types_of_a_batch(folder: str, settings: DataSettings) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_gives_every_record_once_and_the_next_in_another_order(
-    folder: str, settings: DataSettings, workers: int
+    folder: str, settings: DataConfig, workers: int
 ) -> None:
     one = changed(settings, micro_batch_size=1, num_workers=workers)
     seen = [batch["record_ids"][0] for batch in take(build_train_loader(folder, one, 0, 1), 2 * TRAIN)]
@@ -80,7 +80,7 @@ def test_an_epoch_gives_every_record_once_and_the_next_in_another_order(
 
 @pytest.mark.parametrize(("size", "workers"), [(2, 0), (2, 1), (4, 2)])
 def test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches(
-    folder: str, settings: DataSettings, size: int, workers: int
+    folder: str, settings: DataConfig, size: int, workers: int
 ) -> None:
     steps = 12
     alone = take(build_train_loader(folder, changed(settings, num_workers=2), 0, 1), steps * size)
@@ -91,7 +91,7 @@ def test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [1, 13, 60])
-def test_resume_is_exact(folder: str, settings: DataSettings, workers: int, taken: int, tmp_path: Path) -> None:
+def test_resume_is_exact(folder: str, settings: DataConfig, workers: int, taken: int, tmp_path: Path) -> None:
     layout = changed(settings, num_workers=workers)
     loader = build_train_loader(folder, layout, 1, 2)
     take(loader, taken)
@@ -104,7 +104,7 @@ def test_resume_is_exact(folder: str, settings: DataSettings, workers: int, take
 
 @pytest.mark.parametrize(("before", "after"), [((1, 0), (2, 2)), ((2, 2), (1, 0)), ((2, 1), (3, 0))])
 def test_resume_with_other_ranks_workers_and_batch_size_loses_and_repeats_nothing(
-    folder: str, settings: DataSettings, before: tuple[int, int], after: tuple[int, int]
+    folder: str, settings: DataConfig, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     def run(layout: tuple[int, int], batch_size: int, state: dict | None, records: int) -> tuple[list[str], dict]:
         size, workers = layout
@@ -122,7 +122,7 @@ def test_resume_with_other_ranks_workers_and_batch_size_loses_and_repeats_nothin
     assert len(set(first + rest[: TRAIN - 36])) == TRAIN
 
 
-def test_state_holds_plain_types_only(folder: str, settings: DataSettings) -> None:
+def test_state_holds_plain_types_only(folder: str, settings: DataConfig) -> None:
     loader = build_train_loader(folder, settings, 0, 1)
     take(loader, 3)
     buffer = io.BytesIO()
@@ -132,7 +132,7 @@ def test_state_holds_plain_types_only(folder: str, settings: DataSettings) -> No
     assert loader.save_state()["position"] == 6
 
 
-def test_other_data_or_seed_is_refused_by_name(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+def test_other_data_or_seed_is_refused_by_name(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     loader = build_train_loader(folder, settings, 0, 1)
     state = loader.save_state()
     with pytest.raises(UserError, match="seed: saved 7, now 8"):
@@ -149,7 +149,7 @@ def test_other_data_or_seed_is_refused_by_name(folder: str, settings: DataSettin
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_evaluation_sees_the_same_records(folder: str, settings: DataSettings, workers: int) -> None:
+def test_every_evaluation_sees_the_same_records(folder: str, settings: DataConfig, workers: int) -> None:
     loader = build_valid_loader(folder, changed(settings, num_workers=workers), 0, 1)
     runs = []
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_every_evaluation_sees_the_same_records(folder: str, settings: DataSetti
     assert flat([next(one) for _ in range(4) for one in two]) == seen
 
 
-def test_without_pixels_everything_else_is_the_same(folder: str, settings: DataSettings) -> None:
+def test_without_pixels_everything_else_is_the_same(folder: str, settings: DataConfig) -> None:
     full = take(build_train_loader(folder, settings, 0, 1), 10)
     texts = take(build_train_loader(folder, settings, 0, 1, with_pixels=False), 10)
     assert all(batch["pixels"] is None for batch in texts)
@@ -170,14 +170,14 @@ def test_without_pixels_everything_else_is_the_same(folder: str, settings: DataS
         assert torch.equal(one["tokens"], other["tokens"]) and torch.equal(one["labels"], other["labels"])
 
 
-def test_the_global_random_state_is_left_alone(folder: str, settings: DataSettings) -> None:
+def test_the_global_random_state_is_left_alone(folder: str, settings: DataConfig) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     take(build_train_loader(folder, changed(settings, num_workers=1), 0, 1), 2)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: str, settings: DataSettings) -> None:
+def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: str, settings: DataConfig) -> None:
     lengths = [
         int((batch["tokens"] != 0).sum())
         for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), TRAIN)
@@ -194,7 +194,7 @@ def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: 
         build_train_loader(folder, changed(settings, decoder_seq_len=40), 0, 1)
 
 
-def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: DataSettings) -> None:
+def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: DataConfig) -> None:
     lengths = [
         int((batch["tokens"] != 0).sum())
         for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), TRAIN)
@@ -215,12 +215,12 @@ def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: 
         ({"micro_batch_size": 0}, "micro_batch_size is 0, wanted at least 1"),
     ],
 )
-def test_wrong_settings_are_refused(folder: str, settings: DataSettings, changes: dict, words: str) -> None:
+def test_wrong_settings_are_refused(folder: str, settings: DataConfig, changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_train_loader(folder, changed(settings, **changes), 0, 1)
 
 
-def test_wrong_folders_are_refused(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+def test_wrong_folders_are_refused(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent: absent; wanted an energon folder"):
         build_train_loader(str(tmp_path / "absent"), settings, 0, 1)
     with pytest.raises(UserError, match=r"no \.nv-meta folder"):
@@ -237,7 +237,7 @@ def test_wrong_folders_are_refused(folder: str, settings: DataSettings, tmp_path
 PACKED = {"packing": True, "decoder_seq_len": 512, "micro_batch_size": 1}
 
 
-def test_packed_rows_hold_the_records_of_unpacked_ones(folder: str, settings: DataSettings) -> None:
+def test_packed_rows_hold_the_records_of_unpacked_ones(folder: str, settings: DataConfig) -> None:
     alone = {
         batch["record_ids"][0]: batch
         for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), TRAIN)
@@ -269,7 +269,7 @@ def test_packed_rows_hold_the_records_of_unpacked_ones(folder: str, settings: Da
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
 def test_an_epoch_over_a_kill_and_another_number_of_ranks_holds_every_record_once(
-    folder: str, settings: DataSettings, workers: int, packing: bool, before: int, after: int
+    folder: str, settings: DataConfig, workers: int, packing: bool, before: int, after: int
 ) -> None:
     """The trainer's own way: states saved with a checkpoint, everything taken after it thrown away by the kill."""
     chosen = changed(settings, micro_batch_size=1, num_workers=workers, packing=packing)
@@ -286,7 +286,7 @@ def test_an_epoch_over_a_kill_and_another_number_of_ranks_holds_every_record_onc
     assert len(set(seen[:TRAIN])) == TRAIN
 
 
-def run_ranks(folder: str, settings: DataSettings, size: int, account: Path, seconds_per_batch: float) -> None:
+def run_ranks(folder: str, settings: DataConfig, size: int, account: Path, seconds_per_batch: float) -> None:
     """Take batches with `size` ranks to the end of the epoch; every third step what was taken and the state are saved.
 
     Like training with checkpoints: both are written in one file, beside and renamed.
@@ -309,7 +309,7 @@ def run_ranks(folder: str, settings: DataSettings, size: int, account: Path, sec
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_an_epoch_over_a_real_kill_holds_every_record_once(
-    folder: str, settings: DataSettings, workers: int, packing: bool, before: int, after: int, tmp_path: Path
+    folder: str, settings: DataConfig, workers: int, packing: bool, before: int, after: int, tmp_path: Path
 ) -> None:
     chosen = changed(settings, micro_batch_size=1, num_workers=workers, packing=packing)
     account = tmp_path / "account.pt"
@@ -332,7 +332,7 @@ def test_an_epoch_over_a_real_kill_holds_every_record_once(
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_two_ranks_then_one_then_two_hold_every_record_once(folder: str, settings: DataSettings, packing: bool) -> None:
+def test_two_ranks_then_one_then_two_hold_every_record_once(folder: str, settings: DataConfig, packing: bool) -> None:
     chosen = changed(settings, micro_batch_size=1, packing=packing)
     state, seen = None, []
     for size, steps in ((2, 5), (1, 7), (2, 100)):
@@ -343,14 +343,14 @@ def test_two_ranks_then_one_then_two_hold_every_record_once(folder: str, setting
     assert len(set(seen[:TRAIN])) == TRAIN
 
 
-def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataSettings) -> None:
+def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataConfig) -> None:
     state = build_train_loader(folder, changed(settings, **PACKED), 0, 1).save_state()
     for changes in ({"decoder_seq_len": 256}, {"packing": False}, {"image_tokens": 5}, {"order": "single"}):
         with pytest.raises(UserError, match="order of the records: saved cyclic, packed into 512 tokens"):
             build_train_loader(folder, changed(settings, **{**PACKED, **changes}), 0, 1, state=state)
 
 
-def test_lengths_are_measured_once(folder: str, settings: DataSettings, tmp_path: Path, capfd) -> None:
+def test_lengths_are_measured_once(folder: str, settings: DataConfig, tmp_path: Path, capfd) -> None:
     copy = tmp_path / "wds"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("llava_lengths_*"))
     build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
@@ -363,19 +363,19 @@ def test_lengths_are_measured_once(folder: str, settings: DataSettings, tmp_path
     assert "measuring lengths: 100%" in capfd.readouterr().err
 
 
-def test_steps_of_one_modality(folder: str, settings: DataSettings) -> None:
-    """A fifth of the records have no picture: their steps hold none at all."""
+def test_steps_of_one_modality(folder: str, settings: DataConfig) -> None:
+    """A fifth of the records have no image: their steps hold none at all."""
     chosen = changed(settings, order="modality", step_records=4, mega_batch_mult=3, micro_batch_size=4)
-    pictures = [
+    images = [
         {int((batch["image_spans"][:, 0] == row).sum()) for row in range(4)}
         for batch in take(build_train_loader(folder, chosen, 0, 1), TRAIN // 4 - 1)
     ]
-    assert sum(kinds == {0} for kinds in pictures) >= 3
-    assert sum(len(kinds) > 1 for kinds in pictures) <= 1
+    assert sum(kinds == {0} for kinds in images) >= 3
+    assert sum(len(kinds) > 1 for kinds in images) <= 1
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_blend_of_folders(folder: str, settings: DataSettings, tmp_path: Path, packing: bool) -> None:
+def test_a_blend_of_folders(folder: str, settings: DataConfig, tmp_path: Path, packing: bool) -> None:
     root = make_records(tmp_path / "other", 40, prefix="other")
     convert(root / "data.json", [root / "images"], root / "wds")
     blend = tmp_path / "blend.yaml"
@@ -398,7 +398,7 @@ def test_a_blend_of_folders(folder: str, settings: DataSettings, tmp_path: Path,
         build_train_loader(str(blend), changed(chosen, packing=False, order="modality", step_records=4), 0, 1)
 
 
-def test_repetitions_count_for_an_epoch(folder: str, settings: DataSettings, tmp_path: Path) -> None:
+def test_repetitions_count_for_an_epoch(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     blend = tmp_path / "twice.yaml"
     blend.write_text(f"splits: {{train: {{blend_epochized: [{{path: {folder}, repetitions: 2}}]}}}}\n")
     loader = build_train_loader(str(blend), changed(settings, micro_batch_size=1), 0, 1)
@@ -422,13 +422,13 @@ def test_repetitions_count_for_an_epoch(folder: str, settings: DataSettings, tmp
         ("splits: {{{", "cannot be read as YAML"),
     ],
 )
-def test_wrong_blends_are_refused(settings: DataSettings, tmp_path: Path, text: str, words: str) -> None:
+def test_wrong_blends_are_refused(settings: DataConfig, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "blend.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         build_train_loader(str(tmp_path / "blend.yaml"), settings, 0, 1)
 
 
-def test_tiles_are_pictures_of_their_own(folder: str, settings: DataSettings) -> None:
+def test_tiles_are_images_of_their_own(folder: str, settings: DataConfig) -> None:
     plain = {
         name: batch
         for batch in take(build_train_loader(folder, changed(settings, micro_batch_size=1), 0, 1), 40)
@@ -437,10 +437,10 @@ def test_tiles_are_pictures_of_their_own(folder: str, settings: DataSettings) ->
     tiled = build_train_loader(folder, changed(settings, micro_batch_size=1, tile_columns=2, tile_rows=1), 0, 1)
     for batch in take(tiled, 40):
         whole = plain[batch["record_ids"][0]]
-        pictures = len(whole["pixels"])
-        assert batch["pixels"].shape[0] == 3 * pictures == len(batch["image_spans"])
+        images = len(whole["pixels"])
+        assert batch["pixels"].shape[0] == 3 * images == len(batch["image_spans"])
         placeholders = int((batch["tokens"] == settings.image_token_id).sum())
-        assert placeholders == 3 * settings.image_tokens * pictures
-        assert torch.equal(batch["pixels"][2::3], whole["pixels"]), "the thumbnail is the picture untiled"
+        assert placeholders == 3 * settings.image_tokens * images
+        assert torch.equal(batch["pixels"][2::3], whole["pixels"]), "the thumbnail is the image untiled"
         starts = batch["image_spans"][:, 1]
-        assert torch.equal(starts[1:3] - starts[0:2], torch.full((2,), settings.image_tokens)) or pictures == 0
+        assert torch.equal(starts[1:3] - starts[0:2], torch.full((2,), settings.image_tokens)) or images == 0

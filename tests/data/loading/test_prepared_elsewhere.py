@@ -10,10 +10,10 @@ import webdataset
 from megatron.energon import DefaultTaskEncoder, SampleDecoder, WorkerConfig, get_loader, get_train_dataset
 from megatron.energon.flavors import VQASample
 
-from megatron_patch.data import DataSettings, build_train_loader
-from megatron_patch.data.samples import cook
-from megatron_patch.data.source import EnergonFolder
-from tests.data.making import changed, picture_bytes
+from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.record import cook
+from tests.data.factories import changed, image_bytes
 
 RECORDS = 24
 TURNS = "json[0][value]", "json[1][value]"
@@ -29,13 +29,13 @@ def turns(number: int) -> list[dict]:
 
 LAYOUTS = {
     # name: (parts of sample n, fields of context and answers in the dataset.yaml that `energon prepare` asks for)
-    "the list of turns": (lambda n: {"jpg": picture_bytes(n, kind="JPEG"), "json": turns(n)}, TURNS),
+    "the list of turns": (lambda n: {"jpg": image_bytes(n, kind="JPEG"), "json": turns(n)}, TURNS),
     "question and answer": (
-        lambda n: {"jpg": picture_bytes(n, kind="JPEG"), "json": {"question": f"what is in {n}?"}, "txt": f"it is {n}"},
+        lambda n: {"jpg": image_bytes(n, kind="JPEG"), "json": {"question": f"what is in {n}?"}, "txt": f"it is {n}"},
         ("json[question]", "txt"),
     ),
     "fields of other names": (
-        lambda n: {"png": picture_bytes(n), "json": {"q": f"what is in {n}?", "a": [f"it is {n}", "or not"]}},
+        lambda n: {"png": image_bytes(n), "json": {"q": f"what is in {n}?", "a": [f"it is {n}", "or not"]}},
         ("json[q]", "json[a]"),
     ),
 }
@@ -102,14 +102,14 @@ def as_energon_reads(folder: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_prepared_elsewhere_trains_as_it_is(
-    layout: str, settings: DataSettings, prepared: dict[str, Path]
+    layout: str, settings: DataConfig, prepared: dict[str, Path]
 ) -> None:
     folder = prepared[layout]
     ours = {}
     source = EnergonFolder(str(folder), "train")
     for index in range(len(source)):
         record = cook(source[index])
-        assert len(record.pictures) == 1
+        assert len(record.images) == 1
         (exchange,), key = record.exchanges, record.record_id.split("/")[-1]
         ours[key] = (exchange.question.removeprefix("<image>\n"), exchange.answer)
     judge = as_energon_reads(folder)
@@ -122,7 +122,7 @@ def test_a_folder_prepared_elsewhere_trains_as_it_is(
 
 
 def test_a_field_that_is_not_there_is_named(
-    settings: DataSettings, prepared: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: DataConfig, prepared: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(prepared["fields of other names"], tmp_path / "wds")
     where = folder / ".nv-meta" / "dataset.yaml"

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_patch.data.records import Options, convert, convert_source
-from megatron_patch.data.repeats import Repeats
-from megatron_patch.data.sources import LlavaSource
+from megatron_patch.data.preparation.deduplication import Deduplicator
+from megatron_patch.data.preparation.pipeline import Options, convert, prepare
+from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
-from tests.data.making import make_records, picture_bytes, save_tokenizer
+from tests.data.factories import image_bytes, make_records, save_tokenizer
 from tests.data.torture import make_torture, turns
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONVERTER = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
 
 
@@ -76,18 +76,18 @@ def samples_of(folder: Path, split: str) -> dict[str, dict]:
 
 # --- Nothing lost, merged or mislabelled
 
-PICTURES = [picture_bytes(seed, kind=kind) for seed, kind in enumerate(("PNG", "JPEG", "GIF"))]
-BROKEN = [b"", PICTURES[1][:200], b"<html>"]
+IMAGES = [image_bytes(seed, kind=kind) for seed, kind in enumerate(("PNG", "JPEG", "GIF"))]
+BROKEN = [b"", IMAGES[1][:200], b"<html>"]
 
 good_records = st.fixed_dictionaries(
-    {"text": st.text(st.characters(exclude_categories=["Cs"]), max_size=20), "picture": st.sampled_from([0, 1, 2])},
+    {"text": st.text(st.characters(exclude_categories=["Cs"]), max_size=20), "image": st.sampled_from([0, 1, 2])},
     optional={"id": st.sampled_from(["a", "a.b", "A", "ü/1", "", 7])},
 )
 record_plans = st.lists(
     st.one_of(
         good_records.map(lambda plan: ("good", plan)),
         good_records.map(lambda plan: ("text only", plan)),
-        st.sampled_from([0, 1, 2]).map(lambda which: ("broken picture", which)),
+        st.sampled_from([0, 1, 2]).map(lambda which: ("broken image", which)),
         st.sampled_from(["missing", "no answer", "no record"]).map(lambda kind: (kind, None)),
         st.integers(0, 5).map(lambda which: ("again", which)),
     ),
@@ -96,24 +96,24 @@ record_plans = st.lists(
 
 
 def write_plan(root: Path, plans: list) -> tuple[list, dict[int, tuple]]:
-    """Write source and pictures; returns the records, and {place: (record, picture or None)} of what must be kept."""
+    """Write source and images; returns the records, and {place: (record, image or None)} of what must be kept."""
     (root / "images").mkdir()
-    for number, data in enumerate([*PICTURES, *BROKEN]):
+    for number, data in enumerate([*IMAGES, *BROKEN]):
         (root / f"images/{number}.x.y.jpg").write_bytes(data)
     records: list = []
     kept: dict[int, tuple] = {}
     seen = set()
     for place, (kind, plan) in enumerate(plans):
-        picture = None
+        image = None
         if kind in ("good", "text only"):
             mark = "<image>\n" if kind == "good" else ""
             record = {"conversations": turns(f"{mark}q", f"a {plan['text']}")}
             record |= {"id": plan["id"]} if "id" in plan else {}
             if kind == "good":
-                picture = plan["picture"]
-                record["image"] = f"{picture}.x.y.jpg"
-        elif kind == "broken picture":
-            record = {"image": f"{len(PICTURES) + plan}.x.y.jpg", "conversations": turns("<image>", f"a{place}")}
+                image = plan["image"]
+                record["image"] = f"{image}.x.y.jpg"
+        elif kind == "broken image":
+            record = {"image": f"{len(IMAGES) + plan}.x.y.jpg", "conversations": turns("<image>", f"a{place}")}
         elif kind == "again" and records:
             record = records[plan % len(records)]
         else:
@@ -122,10 +122,10 @@ def write_plan(root: Path, plans: list) -> tuple[list, dict[int, tuple]]:
             )
         records.append(record)
         content = json.dumps([str(record.get("id")), record.get("conversations"), record.get("image")])
-        image = record.get("image")
-        fine = "conversations" in record and (image is None or image[0] in "012")
+        name = record.get("image")
+        fine = "conversations" in record and (name is None or name[0] in "012")
         if fine and content not in seen:
-            kept[place] = (record, None if image is None else PICTURES[int(image[0])])
+            kept[place] = (record, None if name is None else IMAGES[int(name[0])])
         seen.add(content)
     (root / "data.json").write_text(json.dumps(records, ensure_ascii=place % 2 == 0 if plans else True))
     return records, kept
@@ -146,10 +146,10 @@ def test_no_record_is_lost_merged_or_mislabelled(plans, ratio, samples_per_shard
         source = LlavaSource(root / "data.json", [root / "images"])
         if not kept:
             with pytest.raises(UserError, match=r"holds no records|every one of its"):
-                convert_source(source, root / "wds", options)
+                prepare(source, root / "wds", options)
             assert not list(root.glob("wds*"))
             return
-        ledger = convert_source(source, root / "wds", options)
+        ledger = prepare(source, root / "wds", options)
         assert ledger.records_in == len(records) == len(kept) + ledger.rejected.total()
         rejected = [json.loads(line)["record"] for line in (root / "wds/rejected.jsonl").read_text().splitlines()]
         assert sorted([*rejected, *kept]) == list(range(len(records)))
@@ -160,12 +160,12 @@ def test_no_record_is_lost_merged_or_mislabelled(plans, ratio, samples_per_shard
             assert len(samples) == count and not found.keys() & samples.keys()
             found |= samples
         assert sorted(found) == [f"{place:08d}" for place in kept]
-        for place, (record, picture) in kept.items():
+        for place, (record, image) in kept.items():
             parts = found[f"{place:08d}"]
             content = json.loads(parts["json"])
             assert content["conversations"] == record["conversations"]
             assert content["id"] == str(record.get("id", place))
-            assert parts.get("jpg") == picture and len(parts) == (1 if picture is None else 2)
+            assert parts.get("jpg") == image and len(parts) == (1 if image is None else 2)
 
 
 @pytest.mark.parametrize("records", [1, 2, 3])
@@ -188,7 +188,7 @@ def test_train_is_never_empty(tmp_path, records: int) -> None:
 @given(blocks=st.lists(st.lists(st.integers(0, 30), max_size=40), max_size=12))
 def test_repeats_are_those_of_a_set(blocks) -> None:
     seen: set[int] = set()
-    repeats = Repeats()
+    repeats = Deduplicator()
     for block in blocks:
         expected = []
         for value in block:
@@ -198,7 +198,7 @@ def test_repeats_are_those_of_a_set(blocks) -> None:
 
 
 def test_repeats_take_eight_bytes_each() -> None:
-    repeats = Repeats()
+    repeats = Deduplicator()
     values = np.random.default_rng(0).integers(0, 2**64, 200_000, dtype=np.uint64)
     for start in range(0, len(values), 500):
         repeats.add(values[start : start + 500])
@@ -210,10 +210,10 @@ def test_duplicate_ids_are_kept_or_rejected(tmp_path) -> None:
     records += [{"conversations": turns("q", "x")}, {"conversations": turns("q", "x")}]
     (tmp_path / "data.json").write_text(json.dumps(records))
     source = LlavaSource(tmp_path / "data.json", [])
-    keep = convert_source(source, tmp_path / "keep", Options(keep_going=True, workers=0))
+    keep = prepare(source, tmp_path / "keep", Options(keep_going=True, workers=0))
     assert keep.rejected == {"duplicate": 2} and keep.repeated_ids == 1
     options = Options(keep_going=True, reject_duplicate_ids=True, workers=0)
-    assert convert_source(source, tmp_path / "reject", options).rejected == {"duplicate": 2, "duplicate id": 1}
+    assert prepare(source, tmp_path / "reject", options).rejected == {"duplicate": 2, "duplicate id": 1}
 
 
 # --- The same bytes, whoever writes them and however often they are interrupted
@@ -230,7 +230,7 @@ def odd(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 
 def convert_odd(root: Path, output: Path, **changes: object) -> None:
     options = Options(**{"ratio": (3, 1, 1), "samples_per_shard": 4, "keep_going": True} | changes)
-    convert_source(LlavaSource(root / "data.json", [root / "images"]), output, options)
+    prepare(LlavaSource(root / "data.json", [root / "images"]), output, options)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -264,7 +264,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(odd, tmp_path, seed: int)
 @pytest.fixture
 def interrupted(odd, tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A copy of the source and the output of its conversion, which ended when the third shard was to be entered."""
-    from megatron_patch.data.journal import Workspace
+    from megatron_patch.data.preparation.workspace import Workspace
 
     root = tmp_path / "in"
     shutil.copytree(odd[0], root, ignore=shutil.ignore_patterns("once"))
@@ -328,10 +328,10 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(odd, interrupted) -
 
 
 def test_two_conversions_into_one_folder_are_refused(interrupted, monkeypatch) -> None:
-    from megatron_patch.data import journal
+    from megatron_patch.data.preparation import workspace
 
     root, output = interrupted
-    monkeypatch.setattr(journal, "SECONDS_FOR_WORKERS_TO_END", 0.2)
+    monkeypatch.setattr(workspace, "SECONDS_FOR_WORKERS_TO_END", 0.2)
     import fcntl
 
     with (output.with_name("wds.partial") / "journal.jsonl").open() as file:
@@ -348,12 +348,12 @@ def test_a_foreign_folder_is_not_removed(tmp_path) -> None:
     (root / "wds.partial/mine.txt").write_text("x")
     for words in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(UserError, match="is no interrupted conversion, so it is not removed"):
-            convert_source(LlavaSource(root / "data.json", [root / "images"]), root / "wds", Options(**words))
+            prepare(LlavaSource(root / "data.json", [root / "images"]), root / "wds", Options(**words))
     assert (root / "wds.partial/mine.txt").read_text() == "x"
 
 
 def test_a_full_disk_is_a_sentence_and_can_be_resumed(odd, tmp_path, monkeypatch) -> None:
-    from megatron_patch.data.shards import Shard
+    from megatron_patch.data.preparation.shard_writer import Shard
 
     root, expected = odd
 
@@ -371,11 +371,11 @@ def test_a_full_disk_is_a_sentence_and_can_be_resumed(odd, tmp_path, monkeypatch
 
 
 def test_a_killed_worker_is_a_sentence_and_can_be_resumed(odd, tmp_path, monkeypatch) -> None:
-    from megatron_patch.data.shard_jobs import ShardMaker
+    from megatron_patch.data.preparation.workers import ShardBuilder
 
     root, expected = odd
     with monkeypatch.context() as patch:
-        patch.setattr(ShardMaker, "make", lambda self, job: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(ShardBuilder, "make", lambda self, job: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(UserError, match=r"worker process was killed.*give --resume"):
             convert_odd(root, tmp_path / "wds", workers=2)
     convert_odd(root, tmp_path / "wds", resume=True)
@@ -390,21 +390,21 @@ def test_one_percent_is_allowed_and_a_record_more_is_not(tmp_path) -> None:
     bad = [{"id": f"bad {number}", "conversations": turns("q")} for number in range(3)]
     (tmp_path / "data.json").write_text(json.dumps(good + bad[:2]))
     source = LlavaSource(tmp_path / "data.json", [])
-    assert convert_source(source, tmp_path / "fine", Options(workers=0)).rejected == {"no answer": 2}
+    assert prepare(source, tmp_path / "fine", Options(workers=0)).rejected == {"no answer": 2}
     for records in (good[:197] + bad, bad + good[:197]):
         (tmp_path / "data.json").write_text(json.dumps(records))
         with pytest.raises(UserError, match=r"3 of the first \d+ records are rejected \(no answer 3\), more than 1% "):
-            convert_source(source, tmp_path / "stopped", Options(workers=0))
+            prepare(source, tmp_path / "stopped", Options(workers=0))
         assert not list(tmp_path.glob("stopped*"))
     options = Options(workers=0, max_rejected_share=0.015)
-    assert convert_source(source, tmp_path / "wider", options).rejected == {"no answer": 3}
+    assert prepare(source, tmp_path / "wider", options).rejected == {"no answer": 3}
 
 
 def test_too_many_rejections_stop_early(tmp_path) -> None:
     records = [{"id": number, "conversations": turns("q")} for number in range(5000)]
     (tmp_path / "data.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match=r"51 of the first 51 records are rejected"):
-        convert_source(LlavaSource(tmp_path / "data.json", []), tmp_path / "wds", Options(workers=0))
+        prepare(LlavaSource(tmp_path / "data.json", []), tmp_path / "wds", Options(workers=0))
 
 
 def test_records_that_are_too_long_are_rejected(tmp_path) -> None:
@@ -492,6 +492,6 @@ def test_more_than_one_percent_rejected_stops_unless_told_to_go_on(tmp_path) -> 
     (root / "images/1.png").unlink()
     stopped = run(root)
     assert stopped.returncode == 2 and not (root / "wds").exists() and not list(root.glob("wds*"))
-    assert "(picture missing 1), more than 1% of all" in stopped.stderr and "id r0001" in stopped.stderr
+    assert "(image missing 1), more than 1% of all" in stopped.stderr and "id r0001" in stopped.stderr
     done = run(root, "--keep-going")
-    assert done.returncode == 0 and "49 written" in done.stdout and "rejected: picture missing: 1" in done.stdout
+    assert done.returncode == 0 and "49 written" in done.stdout and "rejected: image missing: 1" in done.stdout

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.data.preparation.verification import reopen
 from megatron_patch.data.rejection import REASONS
-from megatron_patch.data.reopen import reopen
-from tests.data.making import make_records, picture_bytes
+from tests.data.factories import image_bytes, make_records
 from tests.data.torture import turns
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "toolkits/multimodal_data_preprocessing"
 README = (FOLDER / "README.md").read_text()
 
@@ -26,33 +26,33 @@ def make_sources(root: Path) -> None:
     """The data that the commands speak of."""
     make_records(root / "LLaVA-Pretrain", 30)
     (root / "LLaVA-Pretrain/data.json").rename(root / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json")
-    shutil.copytree(root / "LLaVA-Pretrain/images", root / "pictures")
+    shutil.copytree(root / "LLaVA-Pretrain/images", root / "images")
     cc3m = make_records(root / "LLaVA-CC3M-Pretrain-595K", 30)
-    for picture in (cc3m / "images").iterdir():  # beside the JSON
-        picture.rename(cc3m / picture.name)
+    for image in (cc3m / "images").iterdir():  # beside the JSON
+        image.rename(cc3m / image.name)
     (cc3m / "images").rmdir()
     (cc3m / "data.json").rename(cc3m / "chat.json")
     (cc3m / "metadata.json").write_text("[]")
     (root / "LLaVA-Instruct").mkdir()
     shutil.copy(cc3m / "chat.json", root / "LLaVA-Instruct/llava_v1_5_mix665k.json")
-    (root / "more_pictures").mkdir()
-    (root / "pictures/7.png").rename(root / "more_pictures/7.png")
+    (root / "more_images").mkdir()
+    (root / "images/7.png").rename(root / "more_images/7.png")
     (root / "questions").mkdir()
     for number in range(12):
-        for suffix, data in (("jpg", picture_bytes(number)), ("txt", b"a"), ("json", b'{"question": "q"}')):
+        for suffix, data in (("jpg", image_bytes(number)), ("txt", b"a"), ("json", b'{"question": "q"}')):
             (root / f"questions/{number}.{suffix}").write_bytes(data)
     for number in range(2):
         with tarfile.open(root / f"part-00{number}.tar", "w") as archive:
             for path in sorted((root / "questions").glob(f"*{number}.*")):
                 archive.add(path, path.name)
     (root / "chats/images").mkdir(parents=True)
-    (root / "chats/images/a.png").write_bytes(picture_bytes(0))
+    (root / "chats/images/a.png").write_bytes(image_bytes(0))
     chat = [{"from": "system", "value": "s"}, *turns("<image>", "a")]
     (root / "chats/sharegpt.jsonl").write_text(json.dumps({"conversations": chat, "image": "a.png"}) + "\n")
     from datasets import Dataset, DatasetDict
 
-    picture = {"bytes": picture_bytes(1), "path": None}
-    rows = {"image": [picture] * 12, "question": [f"q{row}" for row in range(12)], "answer": ["a"] * 12}
+    image = {"bytes": image_bytes(1), "path": None}
+    rows = {"image": [image] * 12, "question": [f"q{row}" for row in range(12)], "answer": ["a"] * 12}
     table = Dataset.from_dict(rows)
     DatasetDict({"train": table, "test": table}).save_to_disk(str(root / "vqa-dataset"))
     named = table.rename_columns({"image": "photo", "question": "alt_text"}).remove_columns("answer")
@@ -119,8 +119,8 @@ def test_the_benchmark_measures_all_three_and_leaves_nothing(benchmark, tmp_path
     conversion = lines[4].split()
     assert 0 < float(conversion[1]) < float(conversion[4]) and 10 < float(conversion[5]) < 500
     assert not (tmp_path / "work/output").exists()
-    pictures = [path.stat().st_size for path in (tmp_path / "work/source/images").rglob("*.jpg")]
-    assert len(pictures) == 40 and 25_000 < sum(pictures) / 40 < 45_000
+    images = [path.stat().st_size for path in (tmp_path / "work/source/images").rglob("*.jpg")]
+    assert len(images) == 40 and 25_000 < sum(images) / 40 < 45_000
 
 
 def test_memory_does_not_grow_with_the_text(benchmark, tmp_path) -> None:

@@ -14,26 +14,27 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_patch.data import DataSettings, build_train_loader, json_stream
-from megatron_patch.data.records import SplitChooser, stream_records
+from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.preparation import json_stream
+from megatron_patch.data.preparation.pipeline import SplitChooser, stream_records
+from megatron_patch.data.preparation.shard_writer import tar_header
+from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.reopen import reopen, reopen_with_energon
-from megatron_patch.data.shards import tar_header
 from megatron_patch.errors import UserError
-from tests.data.making import picture_bytes
+from tests.data.factories import image_bytes
 from tests.data.torture import turns
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONVERTER = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
 
 
-def test_two_older_layouts_train(settings: DataSettings, tmp_path) -> None:
+def test_two_older_layouts_train(settings: DataConfig, tmp_path) -> None:
     """json as a list of turns (Pai-Megatron-Patch), and json {question} + txt + jpg."""
-    from megatron_patch.data.shards import ShardWriter, write_meta
+    from megatron_patch.data.preparation.shard_writer import ShardWriter, write_meta
 
     writer = ShardWriter(tmp_path, "train", 10)
-    writer.write(0, {"jpg": picture_bytes(1), "json": json.dumps(turns("<image>\nwhat?", "a digit")).encode()})
-    writer.write(1, {"jpg": picture_bytes(2), "json": b'{"question": "what?"}', "txt": b"a digit"})
+    writer.write(0, {"jpg": image_bytes(1), "json": json.dumps(turns("<image>\nwhat?", "a digit")).encode()})
+    writer.write(1, {"jpg": image_bytes(2), "json": b'{"question": "what?"}', "txt": b"a digit"})
     writer.close()
     write_meta(tmp_path, {"train": writer.counts})
     batch = next(build_train_loader(str(tmp_path), settings, 0, 1))
@@ -78,7 +79,7 @@ def test_shards_and_splits(folder: str) -> None:
     assert not list(Path(folder).parent.glob("wds.*"))
 
 
-@pytest.mark.parametrize("damage", ["shard", "index", "picture", "counts"])
+@pytest.mark.parametrize("damage", ["shard", "index", "image", "counts"])
 def test_reopening_sees_damage(folder: str, tmp_path, damage: str) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "wds"))
     assert reopen(copy) == {"train": 93, "val": 10}
@@ -88,7 +89,7 @@ def test_reopening_sees_damage(folder: str, tmp_path, damage: str) -> None:
     elif damage == "index":
         index = np.fromfile(f"{shard}.idx", dtype="<u8")
         index[:-1].tofile(f"{shard}.idx")
-    elif damage == "picture":
+    elif damage == "image":
         shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x89PIG"))
     else:
         (copy / "train-000000.tar").rename(copy / "train-000099.tar")
@@ -115,7 +116,7 @@ json_values = st.recursive(
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(records=st.lists(json_values, max_size=8), indent=st.sampled_from([None, 1]), piece=st.integers(1, 40))
 def test_streamed_json_equals_json_load(tmp_path_factory, records, indent, piece) -> None:
-    from megatron_patch.data import json_stream as module
+    from megatron_patch.data.preparation import json_stream as module
 
     path = tmp_path_factory.mktemp("json") / "data.json"
     path.write_text(json.dumps(records, indent=indent))

@@ -10,30 +10,37 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.data.records import Options, convert_source
-from megatron_patch.data.samples import cook
-from megatron_patch.data.source import EnergonFolder
-from megatron_patch.data.sources import ChatSource, Columns, HfDatasetSource, LlavaSource, QuestionAnswerSource, Source
+from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.preparation.pipeline import Options, prepare
+from megatron_patch.data.preparation.sources import (
+    ChatSource,
+    Columns,
+    HfDatasetSource,
+    LlavaSource,
+    QuestionAnswerSource,
+    Source,
+)
+from megatron_patch.data.record import cook
 from megatron_patch.errors import UserError
-from tests.data.making import picture_bytes
+from tests.data.factories import image_bytes
 from tests.data.torture import turns
 
-PICTURES = {f"{number}.{kind.lower()}": picture_bytes(number, kind=kind) for number, kind in enumerate(["PNG", "JPEG"])}
+IMAGES = {f"{number}.{kind.lower()}": image_bytes(number, kind=kind) for number, kind in enumerate(["PNG", "JPEG"])}
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """A folder with PICTURES."""
+    """A folder with IMAGES."""
     folder = tmp_path / "images"
     folder.mkdir()
-    for name, data in PICTURES.items():
+    for name, data in IMAGES.items():
         (folder / name).write_bytes(data)
     return folder
 
 
 def converted(source: Source, output: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, str]]]:
     """Parts of the samples, `json` decoded, in their order, and {record: (reason, detail)} of the rejections."""
-    convert_source(source, output, Options((1,), keep_going=True, workers=0))
+    prepare(source, output, Options((1,), keep_going=True, workers=0))
     folder = EnergonFolder(str(output), "train")
     samples = [folder[number] for number in range(len(folder))]
     for sample in samples:
@@ -53,9 +60,9 @@ def texts(sample: dict[str, Any]) -> list[str]:
 
 
 def test_instruction_data_with_several_image_roots(images, tmp_path) -> None:
-    """mix665k: pictures in several folders, text-only records, ids that repeat, JSON lines."""
+    """mix665k: images in several folders, text-only records, ids that repeat, JSON lines."""
     (tmp_path / "vg").mkdir()
-    (tmp_path / "vg/9.jpg").write_bytes(PICTURES["1.jpeg"])
+    (tmp_path / "vg/9.jpg").write_bytes(IMAGES["1.jpeg"])
     records = [
         {"id": "x", "image": "0.png", "conversations": turns("<image>\nq", "a", "r", "b")},
         {"id": "x", "image": "vg/9.jpg", "conversations": turns("<image>\nq", "a")},
@@ -66,24 +73,24 @@ def test_instruction_data_with_several_image_roots(images, tmp_path) -> None:
     samples, rejected = converted(LlavaSource(tmp_path / "mix.jsonl", [images, tmp_path]), tmp_path / "wds")
     assert rejected == {} and [sample["json"]["id"] for sample in samples] == ["x", "x", "t", "two"]
     assert [sample["json"]["conversations"] for sample in samples] == [record["conversations"] for record in records]
-    assert samples[1]["jpg"] == PICTURES["1.jpeg"] and "jpg" not in samples[2]
-    assert (samples[3]["jpg"], samples[3]["1.jpg"]) == tuple(PICTURES.values())
+    assert samples[1]["jpg"] == IMAGES["1.jpeg"] and "jpg" not in samples[2]
+    assert (samples[3]["jpg"], samples[3]["1.jpg"]) == tuple(IMAGES.values())
 
 
 def test_the_first_image_root_counts(images, tmp_path) -> None:
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/0.png").write_bytes(PICTURES["1.jpeg"])
+    (tmp_path / "other/0.png").write_bytes(IMAGES["1.jpeg"])
     (tmp_path / "data.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>", "a")}]))
     samples, _ = converted(LlavaSource(tmp_path / "data.json", [tmp_path / "other", images]), tmp_path / "wds")
-    assert samples[0]["jpg"] == PICTURES["1.jpeg"]
+    assert samples[0]["jpg"] == IMAGES["1.jpeg"]
 
 
-def test_a_pipe_named_like_a_picture_does_not_stop_the_conversion(images, tmp_path) -> None:
+def test_a_pipe_named_like_a_image_does_not_stop_the_conversion(images, tmp_path) -> None:
     os.mkfifo(images / "pipe.jpg")
     records = [{"image": name, "conversations": turns("<image>", name)} for name in ("pipe.jpg", "0.png")]
     (tmp_path / "data.json").write_text(json.dumps(records))
     samples, rejected = converted(LlavaSource(tmp_path / "data.json", [images]), tmp_path / "wds")
-    assert len(samples) == 1 and rejected[0][0] == "picture missing"
+    assert len(samples) == 1 and rejected[0][0] == "image missing"
 
 
 # --- Chats
@@ -96,7 +103,7 @@ def chat(*messages: tuple[str, Any], **more: Any) -> dict[str, Any]:
 
 PART = {"type": "image"}
 CHATS: list[tuple[dict[str, Any], list[str] | str, str | None, int]] = [
-    # record, texts or reason, system, pictures
+    # record, texts or reason, system, images
     (chat(("user", "q"), ("assistant", "a")), ["q", "a"], None, 0),
     (chat(("system", "s"), ("user", "q"), ("assistant", "a")), ["q", "a"], "s", 0),
     (chat(("system", ""), ("user", "q"), ("assistant", "a2")), ["q", "a2"], "", 0),
@@ -145,7 +152,7 @@ CHATS: list[tuple[dict[str, Any], list[str] | str, str | None, int]] = [
     (chat(("user", "q"), ("assistant", "a"), images=["0.png"]), "image marks", None, 0),
     (chat(("user", [PART]), ("assistant", "a")), "image marks", None, 0),
     (chat(("user", [{**PART, "image": "0.png"}]), ("assistant", "a"), images=["0.png"]), "image marks", None, 0),
-    (chat(("user", "<image>"), ("assistant", "a"), images=["http://x/y.jpg"]), "picture missing", None, 0),
+    (chat(("user", "<image>"), ("assistant", "a"), images=["http://x/y.jpg"]), "image missing", None, 0),
     (chat(("user", "<image>"), ("assistant", "a"), images=[3]), "malformed", None, 0),
     ({"conversations": [{"from": "system", "value": "s"}, *turns("q", "a")], "system": "t"}, "roles", None, 0),
     ({"messages": "text"}, "malformed", None, 0),
@@ -162,45 +169,45 @@ def test_chats(images, tmp_path, lines: bool) -> None:
     assert source.count() == len(CHATS) - 1  # the last one has no conversation at all
     samples, rejected = converted(source, tmp_path / "wds")
     found = {int(sample["__key__"]): sample for sample in samples}
-    for number, (_, expected, system, pictures) in enumerate(CHATS):
+    for number, (_, expected, system, images) in enumerate(CHATS):
         if isinstance(expected, str):
             assert rejected[number][0] == expected, (number, rejected.get(number))
             continue
         assert texts(found[number]) == expected
         assert cook(found[number] | {"json": json.dumps(found[number]["json"])}).system == system
-        assert sum(part.endswith("jpg") for part in found[number]) == pictures
+        assert sum(part.endswith("jpg") for part in found[number]) == images
     assert len(found) + len(rejected) == len(CHATS)
 
 
-# --- Questions and answers
+# --- Prompts and answers
 
 
 def make_questions(write: Callable[[str, bytes], None]) -> None:
     """Samples, some of them incomplete."""
-    for key, picture in (("00", "0.png"), ("dir/01", "1.jpeg"), ("a.b", "0.png"), ("a", "1.jpeg")):
-        write(f"{key}.jpg", PICTURES[picture])
+    for key, image in (("00", "0.png"), ("dir/01", "1.jpeg"), ("a.b", "0.png"), ("a", "1.jpeg")):
+        write(f"{key}.jpg", IMAGES[image])
         write(f"{key}.txt", f"answer {key} 図".encode())
         write(f"{key}.json", json.dumps({"question": f"question {key}"}).encode())
     write("mark.json", b'{"question": "what is <image>?"}')
     write("mark.txt", b"a")
-    write("mark.png", PICTURES["0.png"])
+    write("mark.png", IMAGES["0.png"])
     write("no answer.json", b'{"question": "q"}')
-    write("no answer.jpg", PICTURES["0.png"])
-    write("no picture.json", b'{"question": "q"}')
-    write("no picture.txt", b"a")
+    write("no answer.jpg", IMAGES["0.png"])
+    write("no image.json", b'{"question": "q"}')
+    write("no image.txt", b"a")
     write("no question.txt", b"a")
     write("odd question.json", b'{"question": 3}')
     write("odd question.txt", b"a")
-    write("odd question.jpg", PICTURES["0.png"])
+    write("odd question.jpg", IMAGES["0.png"])
     write("latin.json", b'{"question": "q"}')
     write("latin.txt", "é".encode("latin-1"))
-    write("latin.jpg", PICTURES["0.png"])
+    write("latin.jpg", IMAGES["0.png"])
     write("README.md", b"not a part")
 
 
 EXPECTED_REASONS = {
     "no answer": "no answer",
-    "no picture": "picture missing",
+    "no image": "image missing",
     "no question": "malformed",
     "odd question": "malformed",
     "latin": "malformed",
@@ -214,7 +221,7 @@ def check_questions(source: Source, output: Path) -> None:
     assert found.keys() == {"00", "dir/01", "a.b", "a", "mark"}
     for key in ("00", "dir/01", "a.b", "a"):
         assert texts(found[key]) == [f"<image>\nquestion {key}", f"answer {key} 図"]
-        assert found[key]["jpg"] == PICTURES["0.png" if key in ("00", "a.b") else "1.jpeg"]
+        assert found[key]["jpg"] == IMAGES["0.png" if key in ("00", "a.b") else "1.jpeg"]
         assert found[key]["json"]["image"] == f"{key}.jpg"
     assert texts(found["mark"]) == ["what is <image>?", "a"]
     lines = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
@@ -231,7 +238,7 @@ def test_questions_in_a_folder(tmp_path) -> None:
 
     make_questions(write)
     check_questions(QuestionAnswerSource([root]), tmp_path / "wds")
-    write("00.png", PICTURES["0.png"])
+    write("00.png", IMAGES["0.png"])
     _, rejected = converted(QuestionAnswerSource([root]), tmp_path / "twice")
     assert ("malformed", "00.png and another file of its kind have the same key") in rejected.values()
 
@@ -274,15 +281,15 @@ def save(folder: Path, columns: dict[str, list], features: dict[str, Any] | None
     return folder
 
 
-def test_a_table_of_pictures_and_conversations(tmp_path) -> None:
+def test_a_table_of_images_and_conversations(tmp_path) -> None:
     from datasets import Image, List
 
     rows = 700  # more than are read at once
-    pictures = list(PICTURES.values())
+    encoded = list(IMAGES.values())
     columns = {
         "id": [f"r{row}" for row in range(rows)],
         "images": [
-            [{"bytes": pictures[(row + n) % 2], "path": f"p{row}.jpg" if row % 2 else None} for n in range(row % 3)]
+            [{"bytes": encoded[(row + n) % 2], "path": f"p{row}.jpg" if row % 2 else None} for n in range(row % 3)]
             for row in range(rows)
         ],
         "conversations": [turns("<image>" * (row % 3) + "q", f"answer {row}") for row in range(rows)],
@@ -293,7 +300,7 @@ def test_a_table_of_pictures_and_conversations(tmp_path) -> None:
     for row, sample in enumerate(samples):
         assert sample["json"]["id"] == f"r{row}" and texts(sample)[1] == f"answer {row}"
         names = ["jpg", "1.jpg"][: row % 3]
-        assert [sample[name] for name in names] == [pictures[(row + n) % 2] for n in range(row % 3)]
+        assert [sample[name] for name in names] == [images[(row + n) % 2] for n in range(row % 3)]
         assert sum(part.endswith("jpg") for part in sample) == row % 3
     assert samples[1]["json"]["image"] == "p1.jpg" and samples[2]["json"]["image"] == ["row 2.0", "row 2.1"]
 
@@ -302,17 +309,17 @@ def test_a_table_of_questions_selected_and_shuffled(tmp_path, monkeypatch) -> No
     """A table with an index of its rows, opened anew again and again."""
     from datasets import Dataset, Image
 
-    from megatron_patch.data.sources import hf_dataset
+    from megatron_patch.data.preparation.sources import hf_dataset
 
-    pictures = list(PICTURES.values())
+    encoded = list(IMAGES.values())
     columns = {
-        "image": [{"bytes": pictures[row % 2], "path": None} if row % 5 else None for row in range(100)],
+        "image": [{"bytes": encoded[row % 2], "path": None} if row % 5 else None for row in range(100)],
         "question": [f"q{row}" if row != 7 else None for row in range(100)],
         "answer": [f"a{row}" for row in range(100)],
     }
     table = Dataset.from_dict(columns).cast_column("image", Image()).shuffle(seed=1)
     table.save_to_disk(str(tmp_path / "table"))
-    monkeypatch.setattr(hf_dataset, "PICTURE_BYTES_PER_OPENING", 2000)
+    monkeypatch.setattr(hf_dataset, "IMAGE_BYTES_PER_OPENING", 2000)
     monkeypatch.setattr(hf_dataset, "ROWS_AT_ONCE", 8)
     monkeypatch.setattr(hf_dataset, "ROWS_PER_OPENING", 32)
     samples, rejected = converted(HfDatasetSource(tmp_path / "table", None, Columns()), tmp_path / "wds")
@@ -321,11 +328,11 @@ def test_a_table_of_questions_selected_and_shuffled(tmp_path, monkeypatch) -> No
         question, answer = texts(sample)
         row = int(answer[1:])
         assert question == (f"<image>\nq{row}" if row % 5 else f"q{row}")
-        assert sample.get("jpg") == (pictures[row % 2] if row % 5 else None)
+        assert sample.get("jpg") == (images[row % 2] if row % 5 else None)
 
 
 def test_a_dictionary_of_tables_and_named_columns(images, tmp_path) -> None:
-    """Captions, and pictures given by their names."""
+    """Captions, and images given by their names."""
     from datasets import Dataset, DatasetDict
 
     table = Dataset.from_dict({"file": ["0.png", "absent.png", "1.jpeg"], "words": ["a", "b", "c"], "n": [1, 2, 3]})
@@ -337,8 +344,8 @@ def test_a_dictionary_of_tables_and_named_columns(images, tmp_path) -> None:
     source = HfDatasetSource(tmp_path / "tables", "train", columns, [images])
     samples, rejected = converted(source, tmp_path / "wds")
     assert [texts(sample) for sample in samples] == [["<image>", "a"], ["<image>", "c"]]
-    assert [sample["json"]["id"] for sample in samples] == ["1", "3"] and rejected[1][0] == "picture missing"
-    assert samples[1]["jpg"] == PICTURES["1.jpeg"]
+    assert [sample["json"]["id"] for sample in samples] == ["1", "3"] and rejected[1][0] == "image missing"
+    assert samples[1]["jpg"] == IMAGES["1.jpeg"]
 
 
 def test_turns_stored_column_by_column(tmp_path) -> None:

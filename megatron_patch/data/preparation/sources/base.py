@@ -15,8 +15,8 @@ class SourceRecord:
 
     record_id: Any  # None: it has none
     conversations: Any  # [{"from": "human" or "gpt", "value": text}, ...]
-    image: str | list[str] | None = None  # the pictures' names, as they are kept in the shard
-    pictures: Sequence[Any] = ()  # what Source.picture takes, one per picture; plain values, sent to another process
+    image_names: str | list[str] | None = None  # the images' names, as they are kept in the shard
+    images: Sequence[Any] = ()  # what Source.read_image takes, one per image; plain values, sent to another process
     system: str | None = None
 
 
@@ -45,8 +45,8 @@ class Source(ABC):
         """One of items() in LLaVA's form.  Raises RecordError."""
 
     @abstractmethod
-    def picture(self, reference: Any) -> bytes:
-        """A picture's bytes as they are, not checked yet; called in the workers.  Raises RecordError."""
+    def read_image(self, reference: Any) -> bytes:
+        """An image's bytes as they are, not checked yet; called in the workers.  Raises RecordError."""
 
 
 def as_object(item: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A table that Hugging Face's `datasets` saved on disk, read row by row; pictures stay as they were encoded."""
+"""A table that Hugging Face's `datasets` saved on disk, read row by row; images stay as they were encoded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,29 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.conversation import IMAGE_MARK
+from megatron_patch.data.preparation.sources.base import Source, SourceRecord
+from megatron_patch.data.preparation.sources.chat import read_turns
+from megatron_patch.data.preparation.sources.image_folders import ImageFolders
+from megatron_patch.data.preparation.sources.question_answer import turns_of
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.sources.chat import read_turns
-from megatron_patch.data.sources.files import PictureFolders
-from megatron_patch.data.sources.question_answer import turns_of
-from megatron_patch.data.sources.source import Source, SourceRecord
 from megatron_patch.errors import UserError
 
 ROWS_AT_ONCE = 256  # texts
-PICTURE_ROWS_AT_ONCE = 16
+IMAGE_ROWS_AT_ONCE = 16
 # The files are mapped into memory, where pages that were read stay until the mapping is closed: it is opened anew after
 ROWS_PER_OPENING = 20_000
-PICTURE_BYTES_PER_OPENING = 16 << 20
+IMAGE_BYTES_PER_OPENING = 16 << 20
 
 
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns; None: guessed, or absent."""
 
-    image: str | None = None  # pictures, lists of pictures, or their file names
+    image: str | None = None  # images, lists of images, or their file names
     conversation: str | None = None  # lists of turns, in any form that sources/chat.py reads
     question: str | None = None
     answer: str | None = None
-    caption: str | None = None  # a text about the picture, without a question
+    caption: str | None = None  # a text about the image, without a question
     identifier: str | None = None
 
 
@@ -48,7 +48,7 @@ class HfDatasetSource(Source):
     def __init__(self, path: Path, split: str | None, columns: Columns, image_roots: Sequence[Path] = ()) -> None:
         self._path = path
         self._split = split
-        self._folders = PictureFolders(image_roots)
+        self._folders = ImageFolders(image_roots)
         dataset = self._open()
         self._rows = len(dataset)
         self._columns = _find_columns(path, columns, dataset.column_names)
@@ -74,7 +74,7 @@ class HfDatasetSource(Source):
         return self._rows
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """The columns of each row, with the names of its pictures in place of the pictures."""
+        """The columns of each row, with the names of its images in place of the images."""
         columns = self._columns
         texts = {key: column for key, column in vars(columns).items() if column is not None and key != "image"}
         for start in range(0, self._rows, ROWS_AT_ONCE):
@@ -82,7 +82,7 @@ class HfDatasetSource(Source):
                 dataset = self._open().with_format("arrow")
             table = dataset[start : min(start + ROWS_AT_ONCE, self._rows)]
             values = {key: table[column].to_pylist() for key, column in texts.items()}
-            names = _picture_names(table[columns.image], start) if columns.image else [[]] * len(table)
+            names = _image_names(table[columns.image], start) if columns.image else [[]] * len(table)
             for place in range(len(table)):
                 row = {key: found[place] for key, found in values.items()}
                 yield {**row, "id": row.get("identifier"), "row": start + place, "image": names[place]}
@@ -94,21 +94,21 @@ class HfDatasetSource(Source):
         if self._columns.conversation:
             turns, system, inside = read_turns(_as_list_of_turns(item["conversation"]))
             if inside:
-                raise RecordError("malformed", "pictures are named in the messages, wanted them in a column")
+                raise RecordError("malformed", "images are named in the messages, wanted them in a column")
         elif self._columns.question:
             if not isinstance(item["question"], str):
                 raise RecordError("malformed", f"the question is {type(item['question']).__name__}, wanted text")
             turns = turns_of(item["question"], item["answer"], len(names))
         else:
             turns = turns_of(IMAGE_MARK if names else "", item["caption"], len(names))
-        pictures = [(row, number, name) for number, name in enumerate(names)]
+        images = [(row, number, name) for number, name in enumerate(names)]
         image = names if len(names) > 1 else names[0] if names else None
-        return SourceRecord(item["id"], turns, image, pictures, system)
+        return SourceRecord(item["id"], turns, image, images, system)
 
-    def picture(self, reference: tuple[int, int, str]) -> bytes:
-        """Bytes of a picture: those of the row, or of the file that the row names."""
+    def read_image(self, reference: tuple[int, int, str]) -> bytes:
+        """Bytes of an image: those of the row, or of the file that the row names."""
         row, number, name = reference
-        value = self._picture_column(row)[row % PICTURE_ROWS_AT_ONCE]
+        value = self._image_column(row)[row % IMAGE_ROWS_AT_ONCE]
         if _is_list(value.type):
             value = value.values[number]
         found = value.as_py()
@@ -118,20 +118,20 @@ class HfDatasetSource(Source):
         self._bytes_read += len(data)
         return data
 
-    def _picture_column(self, row: int) -> Any:
-        """The pictures of the rows around this one."""
-        start = row - row % PICTURE_ROWS_AT_ONCE
+    def _image_column(self, row: int) -> Any:
+        """The images of the rows around this one."""
+        start = row - row % IMAGE_ROWS_AT_ONCE
         if self._window is None or self._window[0] != start:
-            if self._pictures is None or self._bytes_read > PICTURE_BYTES_PER_OPENING:
+            if self._images is None or self._bytes_read > IMAGE_BYTES_PER_OPENING:
                 self._forget()
-                self._pictures = self._open().select_columns([self._columns.image]).with_format("arrow")
-            rows = self._pictures[start : min(start + PICTURE_ROWS_AT_ONCE, self._rows)]
+                self._images = self._open().select_columns([self._columns.image]).with_format("arrow")
+            rows = self._images[start : min(start + IMAGE_ROWS_AT_ONCE, self._rows)]
             self._window = (start, rows[self._columns.image])
         return self._window[1]
 
     def _forget(self) -> None:
         """Close the mapped files."""
-        self._pictures: Any = None
+        self._images: Any = None
         self._window: tuple[int, Any] | None = None
         self._bytes_read = 0
 
@@ -198,8 +198,8 @@ def _is_list(kind: Any) -> bool:
     return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
 
 
-def _picture_names(column: Any, first_row: int) -> list[list[str]]:
-    """Names of each row's pictures: their own file names, or their places in the table."""
+def _image_names(column: Any, first_row: int) -> list[list[str]]:
+    """Names of each row's images: their own file names, or their places in the table."""
     import pyarrow
     from pyarrow import compute
 

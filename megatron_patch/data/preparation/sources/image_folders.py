@@ -1,4 +1,4 @@
-"""Pictures that lie in folders, found by the names in the records."""
+"""Images that lie in folders, found by the names in the records."""
 
 import errno
 import os
@@ -6,16 +6,16 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_patch.data.preparation.shard_writer import MAX_MEMBER_BYTES
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.shards import MAX_MEMBER_BYTES
 from megatron_patch.errors import UserError
 
-# Non-blocking, or a pipe that is named like a picture would stop everything.
+# Non-blocking, or a pipe that is named like an image would stop everything.
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class PictureFolders:
-    """Folders that picture names start from, tried in their order."""
+class ImageFolders:
+    """Folders that image names start from, tried in their order."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         for folder in folders:
@@ -30,16 +30,16 @@ class PictureFolders:
     def read(self, name: str) -> bytes:
         """Bytes of the first file of this name.  Raises RecordError."""
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
-            raise RecordError("picture missing", f"{name!r} points outside the picture folder")
+            raise RecordError("image missing", f"{name!r} points outside the image folder")
         for folder in self._folders:
             try:
                 data = read_regular_file(folder + name)
             except OSError as error:
-                raise RecordError("picture unreadable", f"{name}: {error.strerror}") from None
+                raise RecordError("image unreadable", f"{name}: {error.strerror}") from None
             if data is not None:
                 return data
-        where = " or ".join(self._folders) or "a picture folder: none was given"
-        raise RecordError("picture missing", f"{name}: not in {where}")
+        where = " or ".join(self._folders) or "an image folder: none was given"
+        raise RecordError("image missing", f"{name}: not in {where}")
 
 
 def read_regular_file(path: str) -> bytes | None:

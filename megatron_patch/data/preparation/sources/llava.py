@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.data.json_stream import count_key, stream_records
+from megatron_patch.data.preparation.json_stream import count_key, stream_records
+from megatron_patch.data.preparation.sources.base import Source, SourceRecord, as_object, describe_file
+from megatron_patch.data.preparation.sources.image_folders import ImageFolders
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.sources.files import PictureFolders
-from megatron_patch.data.sources.source import Source, SourceRecord, as_object, describe_file
 from megatron_patch.errors import UserError
 
 
 class JsonSource(Source):
-    """A JSON file whose records name pictures in folders."""
+    """A JSON file whose records name images in folders."""
 
     keys: Sequence[str] = ("conversations",)  # one of them holds the turns of a record
 
@@ -20,7 +20,7 @@ class JsonSource(Source):
         if not path.is_file():
             raise UserError(f"{path}: no such file; wanted the JSON file with the conversations")
         self._path = path
-        self._folders = PictureFolders(image_roots)
+        self._folders = ImageFolders(image_roots)
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class JsonSource(Source):
         """The values of the JSON file."""
         return stream_records(self._path)
 
-    def picture(self, reference: str) -> bytes:
+    def read_image(self, reference: str) -> bytes:
         """Bytes of the file of this name."""
         return self._folders.read(reference)
 

@@ -1,4 +1,4 @@
-"""Questions and answers as files: `k.jpg`, `k.txt` (the answer) and `k.json` ({"question"}), in a folder or in tars."""
+"""Prompts and answers as files: `k.jpg`, `k.txt` (the answer) and `k.json` ({"question"}), in a folder or in tars."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.conversation import IMAGE_MARK
+from megatron_patch.data.preparation.sources.base import Source, SourceRecord
+from megatron_patch.data.preparation.sources.image_folders import read_regular_file
+from megatron_patch.data.record import IMAGE_PARTS
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import PICTURE_PARTS
-from megatron_patch.data.sources.files import read_regular_file
-from megatron_patch.data.sources.source import Source, SourceRecord
 from megatron_patch.errors import UserError
 
 Place = tuple[str, int, int]  # file, offset and bytes; -1 bytes: the whole file
@@ -24,7 +24,7 @@ class _Sample:
 
     key: str
     places: dict[str, Place] = field(default_factory=dict)  # "json", "txt", "image" -> where
-    image: str = ""  # file name of the picture
+    image: str = ""  # file name of the image
     twice: str = ""  # file name of a second file of one kind
 
     def is_whole(self) -> bool:
@@ -67,7 +67,7 @@ class QuestionAnswerSource(Source):
                 yield {"id": sample.key, "image": sample.image or None, "places": sample.places, "twice": sample.twice}
 
     def read(self, item: dict[str, Any]) -> SourceRecord:
-        """Question and answer, the mark of the picture at the front of the question."""
+        """Question and answer, the mark of the image at the front of the question."""
         places = item["places"]
         if item["twice"]:
             raise RecordError("malformed", f"{item['twice']} and another file of its kind have the same key")
@@ -84,18 +84,18 @@ class QuestionAnswerSource(Source):
         if not isinstance(question, str):
             raise RecordError("malformed", f"{item['id']}.json: has no text as its question")
         if "image" not in places:
-            raise RecordError("picture missing", f"there is no {item['id']}.jpg")
+            raise RecordError("image missing", f"there is no {item['id']}.jpg")
         return SourceRecord(item["id"], turns_of(question, answer, 1), item["image"], [places["image"]])
 
-    def picture(self, reference: Place) -> bytes:
+    def read_image(self, reference: Place) -> bytes:
         """Bytes at a place."""
         return _read(reference)
 
 
-def turns_of(question: str, answer: Any, pictures: int) -> list[dict[str, Any]]:
-    """LLaVA's turns; a question without marks gets those of its pictures at the front."""
+def turns_of(question: str, answer: Any, images: int) -> list[dict[str, Any]]:
+    """LLaVA's turns; a question without marks gets those of its images at the front."""
     if IMAGE_MARK not in question:
-        question = f"{IMAGE_MARK}\n" * pictures + question
+        question = f"{IMAGE_MARK}\n" * images + question
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
@@ -139,7 +139,7 @@ def _in_tar(path: Path) -> Iterator[_Sample]:
 def _place(sample: _Sample, name: str, place: Place) -> None:
     """Note where a file of a sample lies; files of other kinds are no part of it."""
     suffix = os.path.splitext(name)[1][1:].lower()
-    kind = "image" if suffix in PICTURE_PARTS else suffix
+    kind = "image" if suffix in IMAGE_PARTS else suffix
     if kind not in ("image", "json", "txt"):
         return
     if kind in sample.places:
@@ -159,9 +159,9 @@ def _read(place: Place) -> bytes:
             with open(path, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
     except OSError as error:
-        raise RecordError("picture unreadable", f"{path}: {error.strerror}") from None
+        raise RecordError("image unreadable", f"{path}: {error.strerror}") from None
     if data is None or len(data) < size:
-        raise RecordError("picture missing", f"{path}: is not there any more, or shorter than it was")
+        raise RecordError("image missing", f"{path}: is not there any more, or shorter than it was")
     return data
 
 
