@@ -469,7 +469,7 @@ ON_BAD_LOSS|stop|one of stop skip rollback|a loss or gradient that is not finite
 SPIKE_FACTOR|0|a number from 0|a loss above so many times the median of the last 50 is bad too; 0: none is
 MAX_ROLLBACKS|3|a whole number from 0 to 99|with ON_BAD_LOSS=rollback: after so many the run ends
 TIME_LIMIT|(none)|$COUNT|minutes from the start, before whose end the run saves and ends with exit code 0
-KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that stay, older ones are deleted; 0: all
+KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that are retained, older ones are deleted; 0: all
 KEEP_BEST|false|one of true false|keep the best by validation loss as checkpoint/best, saving it where none was due
 DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on

@@ -1,4 +1,4 @@
-"""The words this toolkit adds to Megatron's parser, and their checks."""
+"""The arguments this toolkit adds to Megatron's parser, and their checks."""
 
 import argparse
 from pathlib import Path
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="iterations whose records are drawn and not trained on",
     )
     group.add_argument("--stop-at", type=float, metavar="SECONDS", help="since 1970: end before, with a checkpoint")
-    group.add_argument("--keep-last", type=int, default=0, metavar="N", help="checkpoints that stay; 0: all")
+    group.add_argument("--keep-last", type=int, default=0, metavar="N", help="checkpoints that are retained; 0: all")
     group.add_argument("--keep-best", action="store_true", help="by validation loss, under checkpoint/best")
     group.add_argument("--output-path", type=Path, metavar="DIR", help="the run's own: summary, answers, profile")
     group.add_argument("--sample-answers", type=int, default=0, metavar="N", help="questions answered at validations")

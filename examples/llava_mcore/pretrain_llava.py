@@ -1,4 +1,4 @@
-"""Train a LLaVA with Megatron's loop: both stages, every layout.  Called by the launchers through torchrun.
+"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Called by the launchers through torchrun.
 
 With --check-only as its first word it only looks whether everything fits; the launchers do that before they start.
 """

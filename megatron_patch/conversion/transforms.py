@@ -1,6 +1,6 @@
 """How one Megatron tensor is made of hub tensors.
 
-A layout is a join, its exact inverse, and the one axis that tensor parallelism cuts.  Shapes are those of a single
+A transform is a join, its exact inverse, and the one axis that tensor parallelism cuts.  Shapes are those of a single
 layer; the stacking over layers is the row's business (table.py).
 
 Letters: h hidden width, q query heads, g query groups (key/value heads), d head width, r = q / g, f ffn width.
@@ -112,4 +112,4 @@ class QueryKeyValue:
 
 # first_row: the row of the joined tensor where a part begins, when the part lies there as unbroken rows (it can then
 # be streamed in blocks); None when the parts are mixed.
-Layout = Same | Reshaped | Rows | QueryKeyValue
+Transform = Same | Reshaped | Rows | QueryKeyValue

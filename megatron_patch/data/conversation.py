@@ -66,7 +66,7 @@ class ConversationEncoder:
         image_conv_front: bool = False,
         image_start_end: bool = False,
     ) -> None:
-        words = _write_out(find_template(template), tokenizer)
+        texts = _write_out(find_template(template), tokenizer)
         where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(
@@ -84,15 +84,15 @@ class ConversationEncoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._words = words
+        self._texts = texts
         self._image_token_id = image_token_id
         self._image_tokens = image_tokens
         self._image_conv_front = image_conv_front
         self._beside_image = (IMAGE_START, IMAGE_END) if image_start_end else ("", "")
         self._ending_id = None
-        if words.ending:
+        if texts.ending:
             self._ending_id = self._single_token(
-                words.ending,
+                texts.ending,
                 where,
                 f"which ends an answer in template {template}",
                 "choose a template that fits the tokenizer",
@@ -150,37 +150,37 @@ class ConversationEncoder:
 
     def _segments(self, exchanges: Sequence[Exchange], system: str | None) -> list[Segment]:
         """The text of a conversation, in pieces that are trained or not."""
-        words = self._words
-        if words.most_exchanges and len(exchanges) > words.most_exchanges:
-            most = words.most_exchanges
+        texts = self._texts
+        if texts.most_exchanges and len(exchanges) > texts.most_exchanges:
+            most = texts.most_exchanges
             limit = "one question and one answer" if most == 1 else f"at most {most} questions and their answers"
             raise RecordError("turns", f"the template takes {limit}, got {len(exchanges)} questions")
         if system is not None and IMAGE_MARK in system:
             raise RecordError("image marks", f"the system sentence holds {IMAGE_MARK}")
-        sentence = words.system if system is None else system
-        system_turn = words.system_turn.replace("{system}", sentence) if sentence else ""
+        sentence = texts.system if system is None else system
+        system_turn = texts.system_turn.replace("{system}", sentence) if sentence else ""
         picture_turn = ""
         if self._image_conv_front:
             exchanges, marks = _without_marks(exchanges)
-            if marks and words.picture_turn:
-                picture_turn = words.picture_turn.replace("{pictures}", marks)
+            if marks and texts.picture_turn:
+                picture_turn = texts.picture_turn.replace("{pictures}", marks)
             elif marks:
                 first, *rest = exchanges
                 exchanges = [Exchange(f"{marks}\n{first.question}".strip(), first.answer), *rest]
         segments = []
         for number, exchange in enumerate(exchanges):
             question = exchange.question
-            if words.images_only:
+            if texts.images_only:
                 question = IMAGE_MARK * question.count(IMAGE_MARK)
-            elif number == 0 and words.system_in_question:
+            elif number == 0 and texts.system_in_question:
                 question = system_turn + question
-            before = words.between if number else words.opening + picture_turn
-            if number == 0 and not words.system_in_question:
+            before = texts.between if number else texts.opening + picture_turn
+            if number == 0 and not texts.system_in_question:
                 before = system_turn + before
-            segments.append(Segment(f"{before}{words.question[0]}{question}{words.question[1]}"))
+            segments.append(Segment(f"{before}{texts.question[0]}{question}{texts.question[1]}"))
             if exchange.answer is not None:
-                segments.append(Segment(f"{words.answer[0]}{exchange.answer}{words.answer[1]}", trained=True))
-                segments.append(Segment(words.closing))
+                segments.append(Segment(f"{texts.answer[0]}{exchange.answer}{texts.answer[1]}", trained=True))
+                segments.append(Segment(texts.closing))
         return segments
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

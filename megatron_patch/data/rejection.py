@@ -20,6 +20,11 @@ REASONS = {
 }
 
 
+def current_reason(reason: str) -> str:
+    """A reason as REASONS spells it, from a journal or a loader state of any age: images were once `pictures`."""
+    return reason.replace("not a picture", "not an image").replace("picture", "image")
+
+
 class RecordError(ValueError):
     """This record cannot be used: a reason of REASONS and the particulars."""
 

@@ -4,7 +4,7 @@ Each kind provides:
     NAME                        "cuda" or "cpu", as in torch.device
     current_device()            the torch.device of this process
     install()                   make torch ready for Megatron; called once, before anything imports megatron
-    megatron_arguments(have_te)     the words for Megatron's parser that this kind needs
+    megatron_arguments(have_te)     the arguments for Megatron's parser that this kind needs
     peak_memory()               bytes that this process has held at most
 """
 
@@ -55,7 +55,7 @@ def have_transformer_engine() -> bool:
 
 
 def megatron_arguments() -> list[str]:
-    """Words for Megatron's parser that follow from the device and from Transformer Engine being there."""
+    """Arguments for Megatron's parser that follow from the device and from Transformer Engine being there."""
     return backend().megatron_arguments(have_transformer_engine())
 
 

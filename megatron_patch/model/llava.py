@@ -190,7 +190,7 @@ class LlavaModel(MegatronModule):
     """The part of a LLaVA that lives on one pipeline stage.
 
     Args:
-        config: the decoder's config; words of the parser, numbers of the Hugging Face config.
+        config: the decoder's config; arguments of the parser, numbers of the Hugging Face config.
         geometry: all numbers of the model.
         padded_vocabulary: rows of the embedding, at least the geometry's; the rows beyond get no probability.
         pixel_mean, pixel_std: [3], of pixels in 0..1.

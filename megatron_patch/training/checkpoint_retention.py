@@ -1,7 +1,7 @@
-"""Which checkpoints stay: whole ones, the last N, the best by validation loss; and what a save must not leave behind.
+"""Which checkpoints are retained (whole ones, the last N, the best by validation loss); what a save must not leave behind.
 
 checkpoint/iter_0000010/        weights and optimizer; finished once the tracker names it or a later one
-checkpoint/data/iter_0000010/   the loaders' state, and notes.json: what the guards remember
+checkpoint/data/iter_0000010/   the loaders' state, and notes.json: what loss_spikes.py remembers
 checkpoint/best.json            {"iteration": 10, "loss": 1.9}
 checkpoint/best/                that iteration as a checkpoint of its own, by links: export it, or start from it
 """
@@ -114,7 +114,7 @@ class Keeper:
         """
         Args:
             folder: of the checkpoints (--save).
-            last: so many stay; 0: all.
+            last: so many are retained; 0: all.
             best: keep the best by validation loss too.
             notes: what else to write down with each save, for read_notes().
         """

@@ -1,4 +1,4 @@
-"""What a run needs to know before Megatron starts: our arguments, the `llava/` folder, words derived from both."""
+"""What a run needs to know before Megatron starts: our arguments, the `llava/` folder, arguments derived from both."""
 
 import argparse
 import dataclasses
@@ -32,13 +32,13 @@ class RunConfig:
     valid_dataset_path: str | None  # None: nothing is evaluated
     data: DataConfig
     pixel_std: tuple[float, float, float]
-    words: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
+    megatron_arguments: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
 def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
-    """Our own words, and those of Megatron's that settings follow from; the rest is passed over."""
+    """Our own arguments, and those of Megatron's that settings follow from; the rest is passed over."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    # Megatron's words that decide where things lie and how batches look; its own parser sees them again later
+    # Megatron's arguments that decide where things lie and how batches look; its own parser sees them again later
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--seq-length", type=int, required=True)
@@ -127,7 +127,7 @@ def _check_transformer_engine(arguments: argparse.Namespace) -> None:
 
 
 def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
-    """The decoder's numbers as words for Megatron's parser.
+    """The decoder's numbers as arguments for Megatron's parser.
 
     Raises:
         UserError: `decoder_seq_len` (tokens) exceeds the positions or the attention window the model was trained with.
@@ -142,7 +142,7 @@ def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[
             f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model attends within a sliding window of "
             f"{language.sliding_window} tokens, which is not built here; choose at most {language.sliding_window}"
         )
-    words = [
+    arguments = [
         *("--num-layers", language.layers, "--hidden-size", language.hidden),
         *("--ffn-hidden-size", language.ffn_hidden, "--num-attention-heads", language.heads),
         *("--kv-channels", language.head_dim, "--max-position-embeddings", language.max_positions),
@@ -152,16 +152,16 @@ def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[
         *("--swiglu", "--disable-bias-linear"),
     ]
     if language.groups != language.heads:
-        words += ["--group-query-attention", "--num-query-groups", language.groups]
+        arguments += ["--group-query-attention", "--num-query-groups", language.groups]
     if language.qkv_bias:
-        words.append("--add-qkv-bias")
+        arguments.append("--add-qkv-bias")
     if language.qk_norm:
-        words.append("--qk-layernorm")
+        arguments.append("--qk-layernorm")
     if language.rope_factor is not None:
-        words += ["--use-rope-scaling", "--rope-scaling-factor", language.rope_factor]
+        arguments += ["--use-rope-scaling", "--rope-scaling-factor", language.rope_factor]
     if not language.tied_embeddings:
-        words.append("--untie-embeddings-and-output-weights")
-    return [str(word) for word in words]
+        arguments.append("--untie-embeddings-and-output-weights")
+    return [str(argument) for argument in arguments]
 
 
 def read_config(argv: list[str]) -> RunConfig:
@@ -188,12 +188,12 @@ def read_config(argv: list[str]) -> RunConfig:
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)
-    for given, word, reason in (
+    for given, option, reason in (
         (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
         (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
     ):
         if given:
-            raise UserError(f"{word} is not offered: with megatron-core 0.19.2 it {reason}; use DO=true, TP or PP")
+            raise UserError(f"{option} is not offered: with megatron-core 0.19.2 it {reason}; use DO=true, TP or PP")
     if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "
@@ -226,7 +226,7 @@ def read_config(argv: list[str]) -> RunConfig:
             arguments.context_parallel_size,
         ),
         *("--dataloader-type", "external"),
-        # guards.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
+        # loss_spikes.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
         *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
     ]
     if arguments.init_from != "none":
@@ -240,7 +240,7 @@ def read_config(argv: list[str]) -> RunConfig:
         arguments.valid_dataset_path if arguments.eval_iters else None,
         _data_settings(arguments, geometry, folder, images),
         pixel_std,
-        words=(*derived, *argv),
+        megatron_arguments=(*derived, *argv),
     )
 
 

@@ -103,26 +103,26 @@ def track_ema(training: ModuleType, args: Any) -> None:
     kept: list[MovingAverage] = []
     load_checkpoint, train_step, save = training.load_checkpoint, training.train_step, training.save_checkpoint_and_time
 
-    def load_and_begin(model: list[torch.nn.Module], *words: Any, **named: Any) -> Any:
-        result = load_checkpoint(model, *words, **named)
+    def load_and_begin(model: list[torch.nn.Module], *arguments: Any, **named: Any) -> Any:
+        result = load_checkpoint(model, *arguments, **named)
         iteration = result[0]
         kept[:] = [MovingAverage(model, args.ema_decay)]
         if iteration > 0 and not kept[0].load(Path(args.load), iteration):
             print_rank_0(f" no average beside the checkpoint of iteration {iteration}: it begins with the weights")
         return result
 
-    def step_and_average(forward_step: Callable, iterator: Any, model: Any, *words: Any, **named: Any) -> Any:
-        result = train_step(forward_step, iterator, model, *words, **named)
+    def step_and_average(forward_step: Callable, iterator: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        result = train_step(forward_step, iterator, model, *arguments, **named)
         if not kept:  # neither resumed nor started from a checkpoint
             kept.append(MovingAverage(model, args.ema_decay))
         elif not result[1]:  # skipped_iter
             kept[0].update()
         return result
 
-    def save_with_average(iteration: int, *words: Any, **named: Any) -> Any:
+    def save_with_average(iteration: int, *arguments: Any, **named: Any) -> Any:
         if kept:
             kept[0].save(Path(args.save), iteration)
-        return save(iteration, *words, **named)
+        return save(iteration, *arguments, **named)
 
     training.load_checkpoint = load_and_begin
     training.train_step = step_and_average

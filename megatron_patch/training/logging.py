@@ -1,4 +1,4 @@
-"""What a run says of itself, around Megatron's own log: throughput, memory, time left, the account of records, a
+"""What a run says of itself, around Megatron's own log: throughput, memory, time left, the record counters, a
 summary at the end; and losses that a resumed run prints like one never stopped.
 """
 
@@ -18,7 +18,7 @@ from megatron_patch.model.llava import Frozen
 from megatron_patch.training import record_counters, summary
 from megatron_patch.training.forward_step import LOSS
 from megatron_patch.training.progress import ProgressBar
-from megatron_patch.training.throughput import Rates, Work, step_flop
+from megatron_patch.training.throughput import Throughput, Work, step_flop
 from megatron_patch.training.timer import Timer, as_clock
 
 
@@ -136,13 +136,13 @@ class RunLog:
     def _now(self) -> tuple[int, Work, float]:
         return self._iteration, self._totals.work, self._watch.training()
 
-    def _rates(self, since: tuple[int, Work, float], world_size: int) -> Rates | None:
+    def _rates(self, since: tuple[int, Work, float], world_size: int) -> Throughput | None:
         """Of the iterations from `since` to the last totals."""
         iteration, work, seconds = self._now()
         if iteration <= since[0]:
             return None
         done = work - since[1]
-        return Rates.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
+        return Throughput.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
 
     def _tell(self, iteration: int, train_iters: int, world_size: int) -> None:
         """The lines behind Megatron's own, and the same figures as scalars."""

@@ -1,8 +1,8 @@
-"""Steps that must not be trained on: a loss or gradient that is not finite, a loss that leaps, iterations to leave out.
+"""Steps that must not be trained on: a loss or gradient that is not finite, a loss spike, iterations to leave out.
 
 Looked at after forward and backward and before the optimizer: every process then knows whether anywhere a micro-batch
 was bad, for one sum of five numbers over all of them, and all decide alike.  Megatron's own check (rerun state machine)
-ends with exit codes 16 and 17 after saving, or trains on; it is switched off (words.py).
+ends with exit codes 16 and 17 after saving, or trains on; it is switched off (config.py).
 """
 
 import json
@@ -28,7 +28,7 @@ from megatron_patch.launch import ROLL_BACK
 from megatron_patch.training.loader_state import replace_text
 
 MEDIAN_OF = 50  # losses of steps before this one
-FEWEST_LOSSES = 10  # before anything is called a leap
+FEWEST_LOSSES = 10  # before anything is called a spike
 MOST_SKIPPED = 10  # bad steps in a row: then it is the weights, not the data
 WINDOWS = "iterations_to_skip.json"
 
@@ -61,13 +61,13 @@ class LossHistory:
     """Mean losses of the steps trained on lately."""
 
     def __init__(self, factor: float) -> None:
-        """factor: a loss above so many times the median is a leap; 0: nothing is."""
+        """factor: a loss above so many times the median is a spike; 0: nothing is."""
         self.factor = factor
         self.losses: deque[float] = deque(maxlen=MEDIAN_OF)
 
     @property
     def highest(self) -> float:
-        """A loss above it is a leap, infinite while there is nothing to compare with."""
+        """A loss above it is a spike, infinite while there is nothing to compare with."""
         if self.factor == 0 or len(self.losses) < FEWEST_LOSSES:
             return math.inf
         return self.factor * statistics.median(self.losses)
@@ -147,26 +147,26 @@ class Guard:
         losses = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         highest = self.history.highest
         not_finite = [not math.isfinite(loss) for loss in losses]
-        leaps = [loss > highest for loss in losses]
+        spikes = [loss > highest for loss in losses]
         # Under fp16 the loss scaler meets infinite gradients as a matter of course.
         gradient_is_bad = not get_args().fp16 and not _gradients_are_finite(model)
-        own = [sum(not_finite), sum(leaps), 0, 0.0, 0.0]
+        own = [sum(not_finite), sum(spikes), 0, 0.0, 0.0]
         if speaks and not own[0]:
             own[3:] = sums.sum(dim=0).tolist()
         own = own if speaks else [0.0] * 5
         own[2] = int(gradient_is_bad)
         total = torch.tensor(own, dtype=torch.float64, device=device.current_device())
         torch.distributed.all_reduce(total)
-        any_not_finite, any_leap, any_gradient, loss_sum, labels = total.tolist()
-        if not (any_not_finite or any_leap or any_gradient):
+        any_not_finite, any_spike, any_gradient, loss_sum, labels = total.tolist()
+        if not (any_not_finite or any_spike or any_gradient):
             self.skipped = 0
             self.history.losses.append(loss_sum / max(labels, 1))
             return False
         if any_not_finite:
             reason, bad = "the loss is not finite", not_finite
-        elif any_leap:
+        elif any_spike:
             reason = f"the loss is above {highest:.4g}, {self.history.factor:g} times the median of the last steps"
-            bad = leaps
+            bad = spikes
         else:  # it may come from any record of the step
             reason, bad = "the gradient is not finite", [True] * len(losses)
         found = [

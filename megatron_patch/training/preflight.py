@@ -10,7 +10,7 @@ from megatron_patch.training.loader_state import read_saved_state
 
 
 def check_llava(argv: list[str]) -> None:
-    """Check the words of a run, without the program's name.
+    """Check the arguments of a run, without the program's name.
 
     Checkpoint, tokenizer, template and datasets fit together, a first sample of the records carries labels, and the
     data position of a run to be resumed belongs to this data.  Lengths that packing or grouping need are measured here,

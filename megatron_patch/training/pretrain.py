@@ -36,13 +36,13 @@ def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
 
 
 def train_llava() -> None:
-    """Train as sys.argv says.  Exits with code 2 and one sentence when the words do not fit."""
+    """Train as sys.argv says.  Exits with code 2 and one sentence when the arguments do not fit."""
     try:
         settings = read_config(sys.argv[1:])
         patches.check_version()
     except UserError as error:
         refuse(error)
-    sys.argv[1:] = settings.words
+    sys.argv[1:] = settings.megatron_arguments
     _silence_known_warnings()
     patches.apply_all(device.backend().NAME)
 
@@ -59,7 +59,7 @@ def train_llava() -> None:
     from megatron_patch.training.data_provider import build_loaders
     from megatron_patch.training.ema import track_ema
     from megatron_patch.training.forward_step import forward_step
-    from megatron_patch.training.parameter_groups import keep_typed, read_rates, with_modules
+    from megatron_patch.training.parameter_groups import keep_typed, read_overrides, with_modules
     from megatron_patch.training.strict_load import strict
 
     def build_llava(
@@ -102,7 +102,7 @@ def train_llava() -> None:
         )  # Megatron saves the loaders' state with each checkpoint
     training.load_checkpoint = keep_typed(strict(training.load_checkpoint))
     training.get_standard_config_overrides = with_modules(
-        training.get_standard_config_overrides, lambda: read_rates(get_args())
+        training.get_standard_config_overrides, lambda: read_overrides(get_args())
     )
     track_ema(training, args)
     settle = install_safeguards(training, args)

@@ -1,4 +1,4 @@
-"""The account of a run over all ranks: records kept, truncated, skipped and why; work done; memory taken."""
+"""Record counters of a run over all ranks: records kept, truncated, skipped and why; work done; memory taken."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """Sample answers: at each validation the model answers the first questions of the validation set, greedily.
 
-Every process of the run generates, so that whatever a layout has in a forward pass is there; nothing is cached, nothing
+Every process of the run generates, so that every collective of a forward pass has its peers; nothing is cached, nothing
 is drawn at random and the loaders are not touched, so training goes on as without it.
 """
 

@@ -20,7 +20,7 @@ from megatron_patch.model.llava import Frozen
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of some batches.  Names as in the loaders' account (data/loaders.py, WORK)."""
+    """Of some batches.  Names as in the loaders' counters (data/loading/loader.py, WORK)."""
 
     records: int = 0
     tokens: int = 0  # of images and text, without padding
@@ -92,7 +92,7 @@ def _language_flop(language: LanguageGeometry, passes: _Passes, work: Work) -> i
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
+class Throughput:
     """What was done per second."""
 
     samples: float
@@ -102,7 +102,7 @@ class Rates:
     flop_per_device: float
 
     @classmethod
-    def of(cls, work: Work, flop: int, seconds: float, devices: int) -> "Rates":
+    def of(cls, work: Work, flop: int, seconds: float, devices: int) -> "Throughput":
         """`work` and `flop` of all devices in so many seconds."""
         samples = work.records / seconds
         return cls(samples, samples / devices, work.tokens / seconds, work.labels / seconds, flop / seconds / devices)

@@ -1,11 +1,11 @@
-"""Properties of the layouts: the split undoes the join; tensor parallelism cuts joined tensors as Megatron does."""
+"""Properties of the transforms: the split undoes the join; tensor parallelism cuts joined tensors as Megatron does."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.conversion.layouts import QueryKeyValue, Reshaped, Rows, Same
+from megatron_patch.conversion.transforms import QueryKeyValue, Reshaped, Rows, Same
 
 
 def numbered(*shapes):
@@ -28,10 +28,10 @@ def test_query_key_value(groups, per_group, width, hidden, tensor_parallel, bias
     heads = groups * per_group
     shapes = [(heads * width, *rest), (groups * width, *rest), (groups * width, *rest)]
     parts = numbered(*shapes)
-    layout = QueryKeyValue(heads, groups)
-    joined = layout.join(parts)
-    assert tuple(joined.shape) == layout.joined_shape(shapes)
-    for part, back in zip(parts, layout.split(joined, shapes), strict=True):
+    transform = QueryKeyValue(heads, groups)
+    joined = transform.join(parts)
+    assert tuple(joined.shape) == transform.joined_shape(shapes)
+    for part, back in zip(parts, transform.split(joined, shapes), strict=True):
         assert torch.equal(part, back)
     # Group i is its query heads, then its key, then its value.
     i, rows = groups - 1, (per_group + 2) * width
@@ -56,9 +56,9 @@ def test_rows(first, second, hidden):
     assert all(torch.equal(a, b) for a, b in zip(Rows().split(joined, shapes), [gate, up], strict=True))
 
 
-@pytest.mark.parametrize("layout", [Same(0), Reshaped((1, 1, 6))])
-def test_single(layout):
+@pytest.mark.parametrize("transform", [Same(0), Reshaped((1, 1, 6))])
+def test_single(transform):
     (part,) = numbered((6,))
-    joined = layout.join([part])
-    assert tuple(joined.shape) == layout.joined_shape([(6,)])
-    assert torch.equal(layout.split(joined, [(6,)])[0], part)
+    joined = transform.join([part])
+    assert tuple(joined.shape) == transform.joined_shape([(6,)])
+    assert torch.equal(transform.split(joined, [(6,)])[0], part)

@@ -1,6 +1,6 @@
-"""One process of: our model under many TP x PP layouts, through Megatron's own reader and writer.  Started by torchrun.
+"""One process of: our model under many TP x PP, through Megatron's own reader and writer.  Started by torchrun.
 
-layouts_worker.py CHECKPOINT OUT 1x1,2x2,...     writes OUT/<TP>x<PP>/, a checkpoint as that layout saves it
+transforms_worker.py CHECKPOINT OUT 1x1,2x2,...     writes OUT/<TP>x<PP>/, a checkpoint as that parallelism saves it
 
 Processes beyond TP x PP are data-parallel replicas.  Parameters are NaN before they are read.
 """
@@ -46,9 +46,9 @@ def read_and_save(checkpoint: Path, out: Path, tensor: int, pipeline: int) -> No
 def main() -> None:
     checkpoint, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.distributed.init_process_group("gloo")
-    for layout in sys.argv[3].split(","):
-        tensor, pipeline = map(int, layout.split("x"))
-        read_and_save(checkpoint, out / layout, tensor, pipeline)
+    for parallelism in sys.argv[3].split(","):
+        tensor, pipeline = map(int, parallelism.split("x"))
+        read_and_save(checkpoint, out / parallelism, tensor, pipeline)
     torch.distributed.destroy_process_group()
 
 

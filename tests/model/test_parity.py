@@ -31,7 +31,7 @@ CASES = {
     "qwen2_untied": "clip_b32",
     "qwen3": "siglip",
 }
-LAYOUTS = {
+PARALLELISMS = {
     "one process": {"tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False},
     "TP2": {"tensor": 2, "pipeline": 1, "context": 1, "sequence_parallel": False},
     "TP2+SP": {"tensor": 2, "pipeline": 1, "context": 1, "sequence_parallel": True},
@@ -116,22 +116,23 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return found
 
 
-def fits(family: str, layout: dict) -> bool:
+def fits(family: str, parallelism: dict) -> bool:
     """9 heads in 3 groups can be cut by 3 alone, the others by 2 alone.
 
-    Cuts of the sequence are the same for all families, so those layouts take one of each kind.
+    Cuts of the sequence are the same for all families, so those parallelisms take one of each kind.
     """
-    if layout["context"] > 1 or layout["sequence_parallel"]:
+    if parallelism["context"] > 1 or parallelism["sequence_parallel"]:
         return family in (*tiny_models.FAMILIES, "qwen3")
-    return layout["tensor"] == 1 or (layout["tensor"] == 3) == (family == "smollm2")
+    return parallelism["tensor"] == 1 or (parallelism["tensor"] == 3) == (family == "smollm2")
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in ("TP3", "TP2 x PP2") else []) for name in LAYOUTS]
+    "parallelism",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("TP3", "TP2 x PP2") else []) for name in PARALLELISMS],
 )
-def test_logits_loss_and_gradient_equal_transformers(layout: str, cases: list[dict], tmp_path: Path) -> None:
-    cases = [case for case in cases if fits(case["family"], LAYOUTS[layout])]
-    plan = LAYOUTS[layout] | {
+def test_logits_loss_and_gradient_equal_transformers(parallelism: str, cases: list[dict], tmp_path: Path) -> None:
+    cases = [case for case in cases if fits(case["family"], PARALLELISMS[parallelism])]
+    plan = PARALLELISMS[parallelism] | {
         "cases": [
             {
                 "checkpoint": str(case["folder"] / "checkpoint"),
@@ -160,13 +161,13 @@ def test_logits_loss_and_gradient_equal_transformers(layout: str, cases: list[di
         expected, real = case["expected"], case["batch"]["tokens"] != 0
         if plan["context"] == 1:
             difference = (result["logits"] - expected["logits"]).abs()[real].max().item()
-            assert difference <= 1e-4, f"{case['family']} {layout}: logits differ by {difference:.2e}"
+            assert difference <= 1e-4, f"{case['family']} {parallelism}: logits differ by {difference:.2e}"
             assert expected["logits"][real].std() > 0.3, "flat logits prove nothing"
         numbers = expected.keys() - {"logits"}
         wanted = {f"{kind}{name}" for kind in ("", "packed_") for name in numbers}
         assert result.keys() - {"logits"} == wanted
         for name in sorted(wanted):
-            whose = f"{case['family']} {layout}: {name}"
+            whose = f"{case['family']} {parallelism}: {name}"
             right, found = expected[name.removeprefix("packed_")], result[name]
             if name.endswith("loss"):
                 assert abs(found.item() / right.item() - 1) <= 1e-5, f"{whose} {found}, transformers {right}"

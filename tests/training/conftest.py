@@ -17,7 +17,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), 
 
 
 def write_dataset(folder: Path, records: int = 96) -> None:
-    """LLaVA-Pretrain's layout: images of one colour, text-only records, answers of different length."""
+    """LLaVA-Pretrain's parallelism: images of one colour, text-only records, answers of different length."""
     generator = random.Random(7)
     (folder / "images").mkdir(parents=True)
     found = []

@@ -246,10 +246,10 @@ def test_the_key_is_nowhere(told: Done, workspace: Workspace, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"TP": 2}, {"PP": 2}, {"CP": 2}, {"PP": 2, "VIRTUAL_STAGES": 2}])
-def test_every_layout_counts_records_once(layout: dict, told: Done, workspace: Workspace, tmp_path: Path) -> None:
-    answers = {"SAMPLE_ANSWERS": 2} if layout == {"TP": 2} else {}
-    done = Done(run(workspace, tmp_path / "out", **SETTINGS, **layout, **answers), tmp_path / "out")
+@pytest.mark.parametrize("parallelism", [{"TP": 2}, {"PP": 2}, {"CP": 2}, {"PP": 2, "VIRTUAL_STAGES": 2}])
+def test_every_layout_counts_records_once(parallelism: dict, told: Done, workspace: Workspace, tmp_path: Path) -> None:
+    answers = {"SAMPLE_ANSWERS": 2} if parallelism == {"TP": 2} else {}
+    done = Done(run(workspace, tmp_path / "out", **SETTINGS, **parallelism, **answers), tmp_path / "out")
     for name in ("samples", "tokens", "records"):
         assert done.summary[name] == told.summary[name]
     assert done.summary["loss"] == pytest.approx(told.summary["loss"], rel=1e-4)

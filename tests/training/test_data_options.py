@@ -1,4 +1,4 @@
-"""Packing, grouped order and tiles in whole runs, and the account of records that a run keeps."""
+"""Packing, grouped order and tiles in whole runs, and the record counters that a run keeps."""
 
 import re
 import shutil
@@ -53,7 +53,7 @@ def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Pat
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "parallelism",
     [
         {"PP": 2},
         pytest.param({"CP": 2, "TP": 2}, marks=pytest.mark.slow),
@@ -61,11 +61,11 @@ def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Pat
     ],
 )
 def test_packed_runs_agree_with_one_process(
-    layout: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
+    parallelism: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
 ) -> None:
     """Tolerance 1e-4 as in test_layouts."""
     alone = losses(packed[0])
-    found = losses(run(damaged, tmp_path / "out", **PACKED, MAX_SKIPPED=0.05, **layout))
+    found = losses(run(damaged, tmp_path / "out", **PACKED, MAX_SKIPPED=0.05, **parallelism))
     assert sorted(found) == list(range(1, ITERATIONS + 1))
     assert alone[ITERATIONS] < 0.8 * alone[1], "a run that does not learn proves little"
     assert max(abs(found[i] / alone[i] - 1) for i in found) <= 1e-4

@@ -25,10 +25,10 @@ def weight(folder: Path, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, pytest.param({"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"}, marks=pytest.mark.slow)]
+    "parallelism", [{}, pytest.param({"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"}, marks=pytest.mark.slow)]
 )
-def test_the_average_follows_its_formula_over_a_resume(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
-    settings = {**SETTINGS, **layout, "FREEZE_VISION_TOWER": "true"}
+def test_the_average_follows_its_formula_over_a_resume(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
+    settings = {**SETTINGS, **parallelism, "FREEZE_VISION_TOWER": "true"}
     checkpoints = tmp_path / "out" / "checkpoint"
     for last in (2, STEPS):
         run(workspace, tmp_path / "out", TRAIN_ITERS=last, **settings)

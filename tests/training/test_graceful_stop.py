@@ -106,9 +106,9 @@ def test_time_limit_leaves_room_for_the_save(workspace: Workspace, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"TP": 2}, {"NPROC_PER_NODE": 2}])
-def test_a_death_ends_all_and_is_told(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
-    started = Started(workspace, tmp_path / "out", **{**STEPS, "TRAIN_ITERS": 100000, "NUM_WORKERS": 0}, **layout)
+@pytest.mark.parametrize("parallelism", [{"TP": 2}, {"NPROC_PER_NODE": 2}])
+def test_a_death_ends_all_and_is_told(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
+    started = Started(workspace, tmp_path / "out", **{**STEPS, "TRAIN_ITERS": 100000, "NUM_WORKERS": 0}, **parallelism)
     started.wait_for(r"iteration +4/")
     children = subprocess.run(["pgrep", "-P", str(started.process.pid)], capture_output=True, text=True).stdout
     victim = max(map(int, children.split()))

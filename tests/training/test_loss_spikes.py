@@ -13,7 +13,7 @@ from tests.training.poison import RECORD, poisoned_workspace
 from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 STEPS = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 2, "EVAL_ITERS": 0}
-LAYOUTS = {
+PARALLELISMS = {
     "TP2": {"TP": 2},
     "PP2": {"PP": 2},
     "CP2": {"CP": 2},
@@ -82,18 +82,18 @@ def test_roll_back(poisoned, skipped, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_decides_alike(layout: str, poisoned, skipped, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", PARALLELISMS)
+def test_every_layout_decides_alike(parallelism: str, poisoned, skipped, tmp_path: Path) -> None:
     """The same record, the same losses of the other steps; and left out by its number the same bits."""
     _, printed, iteration = skipped
     expected = losses(printed)
-    found = losses(run(poisoned, tmp_path / "out", ON_BAD_LOSS="skip", **STEPS, **LAYOUTS[layout]))
+    found = losses(run(poisoned, tmp_path / "out", ON_BAD_LOSS="skip", **STEPS, **PARALLELISMS[parallelism]))
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4)
     assert {line["iteration"] for line in written_down(tmp_path / "out")} == {iteration}
     assert all(RECORD in line["record_ids"] for line in written_down(tmp_path / "out"))
     words = ["--skip-train-iteration-range", str(iteration)]
-    run(poisoned, tmp_path / "left out", words=words, **STEPS, **LAYOUTS[layout])
+    run(poisoned, tmp_path / "left out", words=words, **STEPS, **PARALLELISMS[parallelism])
     assert_same_bits(tensors_of_run(tmp_path / "left out", 6), tensors_of_run(tmp_path / "out", 6))
 
 

@@ -1,9 +1,9 @@
-"""The same run under every layout: same data, same initial weights, same losses.
+"""The same run under every parallelism: same data, same initial weights, same losses.
 
-Tolerance 1e-4 relative over 20 iterations of AdamW in fp32: layouts sum in different orders, and Adam's division by the
+Tolerance 1e-4 relative over 20 iterations of AdamW in fp32: sums are taken in other orders, and Adam's division by the
 root of the second moment magnifies that for gradients near zero; up to 2e-5 is seen.
 
-`bash tests/run_tests.sh --all tests/training/test_layouts.py -s` prints the whole table.
+`bash tests/run_tests.sh --all tests/training/test_parallelism.py -s` prints the whole table.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ONE_PROCESS = {
     "stage 2": {"FREEZE_VISION_TOWER": "true"},
     "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
 }
-LAYOUTS = {
+PARALLELISMS = {
     "TP2 + SP": {"TP": 2},
     "PP2": {"PP": 2},
     "PP2, uneven": {"PP": 2, "FIRST_STAGE_LAYERS": 1},
@@ -36,11 +36,13 @@ LAYOUTS = {
     "recompute full of the tower, selective of the LLM": {"AC": "sel", "TOWER_AC": "full"},
 }
 OF_OTHERS = ("TP2 + SP", "PP2", "CP2", "DP2 + distributed optimizer", "TP2 x PP2")
-ROWS = [("all trained", layout) for layout in LAYOUTS] + [
-    (case, layout) for case in ("stage 1", "stage 2", "packed") for layout in OF_OTHERS
+ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
+    (case, parallelism) for case in ("stage 1", "stage 2", "packed") for parallelism in OF_OTHERS
 ]
 # The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
-DEFAULT = [("all trained", layout) for layout in ("TP2 + SP", "PP2, interleaved", "DP2 + distributed optimizer")]
+DEFAULT = [
+    ("all trained", parallelism) for parallelism in ("TP2 + SP", "PP2, interleaved", "DP2 + distributed optimizer")
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +60,18 @@ def of_one_process(workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    ("case", "layout"), [pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.slow) for row in ROWS]
+    ("case", "parallelism"), [pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.slow) for row in ROWS]
 )
 def test_losses_equal_a_single_process(
-    case: str, layout: str, workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
+    case: str, parallelism: str, workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
 ) -> None:
     alone = of_one_process(case)
     assert sorted(alone) == list(range(1, ITERATIONS + 1))
     assert min(alone.values()) < 0.95 * alone[1], "a run that does not learn proves little"
-    settings = {**ONE_PROCESS[case], **LAYOUTS[layout]}
+    settings = {**ONE_PROCESS[case], **PARALLELISMS[parallelism]}
     found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, **settings))
     assert sorted(found) == sorted(alone)
     differences = {i: abs(found[i] / alone[i] - 1) for i in found}
     worst = max(differences, key=differences.get)
-    print(f"{case}, {layout}: largest relative difference {differences[worst]:.1e} at iteration {worst}")
-    assert differences[worst] <= 1e-4, f"{case}, {layout}: {differences[worst]:.2e} at iteration {worst}"
+    print(f"{case}, {parallelism}: largest relative difference {differences[worst]:.1e} at iteration {worst}")
+    assert differences[worst] <= 1e-4, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"

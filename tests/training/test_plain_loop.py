@@ -78,13 +78,13 @@ def plain_loop(folder: Path, workspace: Workspace, settings: DataConfig) -> list
     return found
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"TP": 2, "PP": 2}, marks=pytest.mark.slow)])
-def test_fifty_steps_agree_with_a_plain_loop(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", [{}, pytest.param({"TP": 2, "PP": 2}, marks=pytest.mark.slow)])
+def test_fifty_steps_agree_with_a_plain_loop(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     tiny_models.make_tiny_llava(tmp_path / "hf", "mistral")  # the weights that the workspace's checkpoint holds
     settings = settings_of(workspace, tmp_path / "out")
     assert settings.micro_batch_size == MICRO_BATCH
     expected = plain_loop(tmp_path / "hf", workspace, settings)
-    found = losses(run(workspace, tmp_path / "out", **SETTINGS, **layout))
+    found = losses(run(workspace, tmp_path / "out", **SETTINGS, **parallelism))
     differences = [abs(found[step] / expected[step - 1] - 1) for step in range(1, STEPS + 1)]
     print(f"first step {differences[0]:.1e}, largest {max(differences):.1e}, at the end {differences[-1]:.1e}")
     assert expected[-1] < 0.5 * expected[0], "a run that does not learn proves little"

@@ -1,6 +1,6 @@
-"""A run that goes on under another layout: weights, optimizer, schedule and data of the run that was never stopped.
+"""A run that goes on under another parallelism: weights, optimizer, schedule, data of the run that was never stopped.
 
-Tolerance 1e-4 relative as in test_layouts.
+Tolerance 1e-4 relative as in test_parallelism.
 """
 
 from pathlib import Path

@@ -68,14 +68,14 @@ def make_source(folder: Path, records: int) -> None:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=88)
         images.append(buffer.getvalue())
-    words = random.Random(0)
+    generator = random.Random(0)
     listed = []
     for number in range(records):
         name = f"{number // 1000:05d}/{number:09d}.jpg"
         path = folder / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[number % len(images)])
-        caption = " ".join(words.choices(WORDS, k=12))
+        caption = " ".join(generator.choices(WORDS, k=12))
         turns = [
             {"from": "human", "value": "<image>\nRender a clear and concise summary of the photo."},
             {"from": "gpt", "value": f"{caption}, number {number}"},
@@ -126,8 +126,8 @@ def peak_mib(command: list[object], output: Path) -> float:
 
 
 def _start(command: list[object]) -> subprocess.Popen:
-    words = list(map(str, command))
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
+    command = list(map(str, command))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
 
 
 def _tree(process: int) -> list[int]:

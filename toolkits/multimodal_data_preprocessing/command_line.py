@@ -106,10 +106,10 @@ def length_limit_of(arguments: argparse.Namespace) -> LengthLimit | None:
 
 def parse_ratio(text: str) -> tuple[int, ...]:
     """`9,1,0` -> (9, 1, 0).  Raises UserError."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--split {text}: wanted whole numbers, shares of train, val and test, as in 9,1,0")
-    return tuple(int(word) for word in words)
+    return tuple(int(part) for part in parts)
 
 
 def parse_share(text: str) -> float:

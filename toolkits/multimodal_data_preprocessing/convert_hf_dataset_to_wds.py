@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[HfDatasetSource, Path]:
-    """The source that the words name.  Raises UserError."""
+    """The source that the arguments name.  Raises UserError."""
     columns = Columns(
         arguments.image_column,
         arguments.conversation_column,

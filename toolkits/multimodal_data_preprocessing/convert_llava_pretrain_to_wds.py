@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[LlavaSource, Path]:
-    """The source that the words name.  Raises UserError."""
+    """The source that the arguments name.  Raises UserError."""
     folder = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; wanted the one with the JSON file and the images")

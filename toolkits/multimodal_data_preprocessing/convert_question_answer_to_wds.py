@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[QuestionAnswerSource, Path]:
-    """The source that the words name.  Raises UserError."""
+    """The source that the arguments name.  Raises UserError."""
     # Beside the folder, not in it: its tars and images would be found as input by the next conversion.
     first = arguments.paths[0].absolute()
     return QuestionAnswerSource(arguments.paths), first.with_name(f"{first.name.removesuffix('.tar')}-wds")

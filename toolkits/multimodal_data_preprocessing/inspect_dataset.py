@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The words of the command line."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="energon folder or YAML, as DATASET_PATH")
     parser.add_argument("--record", type=Path, metavar="R.json", help="one record in LLaVA's form, instead of FOLDER")
@@ -96,7 +96,7 @@ def positive(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """`0,5,17` -> [0, 5, 17]."""
-    return [int(word) for word in text.split(",")]
+    return [int(part) for part in text.split(",")]
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
-    """Settings of the data room and the tokenizer, from the checkpoint or the words.  Raises UserError."""
+    """Settings of the data room and the tokenizer, from the checkpoint or the arguments.  Raises UserError."""
     from megatron_patch.data.conversation import IMAGE_MARK
     from megatron_patch.tokenizer_files import load_tokenizer
 
@@ -120,8 +120,8 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
     if arguments.tokenizer is not None:
         given["tokenizer_path"] = str(arguments.tokenizer)
     known |= {name: value for name, value in given.items() if value is not None}
-    words = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
-    if missing := [word for name, word in words.items() if name not in known]:
+    options = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
+    if missing := [option for name, option in options.items() if name not in known]:
         raise UserError(f"{', '.join(missing)} missing; give them, or --checkpoint CKPT, whose llava/ folder has them")
     tokenizer = load_tokenizer(known["tokenizer_path"])
     if IMAGE_MARK not in tokenizer.get_vocab():
@@ -177,7 +177,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def inspect_record(arguments: argparse.Namespace) -> None:
     """Print one record of a JSON file."""
-    from megatron_patch.data.loading.inspection import describe, find_runs, image_spans, to_terminal, unshifted_labels
+    from megatron_patch.data.loading.inspection import describe, find_spans, image_spans, to_terminal, unshifted_labels
     from megatron_patch.data.loading.task_encoder import TaskEncoder
 
     settings, tokenizer = read_model(arguments)
@@ -190,7 +190,7 @@ def inspect_record(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.record}: {error}; training would leave this record out") from None
     if not arguments.json:
         print(describe(encoded, settings.image_tokens))
-        print(to_terminal(find_runs(encoded, tokenizer, settings.image_tokens), in_colours()))
+        print(to_terminal(find_spans(encoded, tokenizer, settings.image_tokens), in_colours()))
         print("next: --json prints token ids and labels; a FOLDER in place of --record shows images and figures")
         return
     tokens = encoded.tokens
@@ -246,11 +246,11 @@ def inspect_folder(arguments: argparse.Namespace) -> None:
     for record in shown:
         print(f"\n== {record.place}")
         told = inspection.describe(record.encoded, image_tokens) if record.encoded else f"left out: {record.problem}"
-        print(f"{told}\n{inspection.to_terminal(record.runs, in_colours())}")
+        print(f"{told}\n{inspection.to_terminal(record.spans, in_colours())}")
 
     counter = TaskEncoder(settings, with_pixels=False, tokenizer=tokenizer)
     with_images = not arguments.skip_pictures
-    figures = inspection.measure(dataset, counter, counted_records(arguments, len(dataset)), with_images)
+    figures = inspection.collect_figures(dataset, counter, counted_records(arguments, len(dataset)), with_images)
     title = f"{arguments.folder}, split {arguments.split}, template {settings.template}"
     print("\n".join((f"\n== {title}, {len(dataset)} records", *figures.lines())))
 
@@ -325,7 +325,7 @@ def advice(figures: Any, settings: DataConfig, arguments: argparse.Namespace) ->
         reason = figures.rejected.most_common(1)[0][0]
         return (
             f"training would stop, as {rejected} of {figures.records} records are unusable, most of them for: {reason};"
-            " mend the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
+            " fix the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
         )
     if figures.truncated > settings.max_skipped_share * figures.records:
         return (

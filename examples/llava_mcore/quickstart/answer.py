@@ -160,9 +160,9 @@ def draw_sheet(file: Path, folder: Path, questions: Sequence[Question], answers:
         right = answer == question.truth
         axis.imshow(Image.open(folder / "images" / question.image))
         axis.set_title(question.text, fontsize=8)
-        words = answer if right else f"{answer or '(nothing)'}  (truth: {question.truth})"
+        caption = answer if right else f"{answer or '(nothing)'}  (truth: {question.truth})"
         colour = "green" if right else "red"
-        axis.text(0.5, -0.03, words, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
+        axis.text(0.5, -0.03, caption, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
@@ -204,16 +204,16 @@ def main() -> None:
     parser.add_argument(
         "--template", default="v1", choices=sorted(TEMPLATES), help="the one the model was trained with"
     )
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        scores = answer_all(words.model, words.questions, words.out, words.template)
+        scores = answer_all(arguments.model, arguments.questions, arguments.out, arguments.template)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(table(scores))
-    if total(scores).exact < words.at_least:
-        parser.exit(1, f"error: {total(scores).exact:.1%} exactly right, wanted at least {words.at_least:.0%}\n")
+    if total(scores).exact < arguments.at_least:
+        parser.exit(1, f"error: {total(scores).exact:.1%} exactly right, wanted at least {arguments.at_least:.0%}\n")
 
 
 if __name__ == "__main__":

@@ -152,13 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--copies", type=int, default=8, help="training images per original digit and stage")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        make_digits(words.out, words.copies)
+        make_digits(arguments.out, arguments.copies)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     train, held_out = split_originals()
-    print(f"{words.out}: {len(train) * words.copies} images for each stage, {len(held_out)} held out")
+    print(f"{arguments.out}: {len(train) * arguments.copies} images for each stage, {len(held_out)} held out")
 
 
 if __name__ == "__main__":

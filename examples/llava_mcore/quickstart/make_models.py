@@ -143,14 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="LLaVA JSON files to learn the words from")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        make_models(words.out, words.texts)
+        make_models(arguments.out, arguments.texts)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"{words.out}: llm and clip, untrained, {HIDDEN} wide")
+    print(f"{arguments.out}: llm and clip, untrained, {HIDDEN} wide")
 
 
 if __name__ == "__main__":

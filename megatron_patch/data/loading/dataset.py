@@ -190,7 +190,7 @@ def _read_field_map(where: Path) -> dict[str, str] | None:
     try:
         content = yaml.safe_load(where.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: cannot be read as YAML ({error}); mend it or prepare the folder again") from error
+        raise UserError(f"{where}: cannot be read as YAML ({error}); fix it or prepare the folder again") from error
     found = content.get("field_map") if isinstance(content, dict) else None
     return {str(name): str(field) for name, field in found.items()} if isinstance(found, dict) else None
 

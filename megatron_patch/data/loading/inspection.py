@@ -25,7 +25,7 @@ ANSI = {"trained": "\x1b[1;32m", "other": "\x1b[0m", "image": "\x1b[36m"}
 PERCENTILES = (50, 90, 99, 100)
 
 
-class Run(NamedTuple):
+class TokenSpan(NamedTuple):
     """Neighbouring tokens of one kind: `trained`, `other`, or the placeholders of one `image`."""
 
     kind: str
@@ -44,27 +44,27 @@ def image_spans(encoded: EncodedText, image_tokens: int) -> list[tuple[int, int]
     return [(start, start + image_tokens) for start in encoded.image_starts]
 
 
-def find_runs(encoded: EncodedText, tokenizer: Any, image_tokens: int) -> list[Run]:
-    """The tokens of a record as runs with their text."""
+def find_spans(encoded: EncodedText, tokenizer: Any, image_tokens: int) -> list[TokenSpan]:
+    """The tokens of a record as spans with their text."""
     labels = unshifted_labels(encoded)
     kinds = np.where(labels != IGNORE_LABEL, 1, 0)
     for number, (start, end) in enumerate(image_spans(encoded, image_tokens)):
         kinds[start:end] = 2 + number
     borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    runs, ids, text = [], [], ""
+    spans, ids, text = [], [], ""
     for start, end in itertools.pairwise(borders):
         if start == end:
             continue
         if kinds[start] >= 2:
-            runs.append(Run("image", start, end, f"<image> {start}..{end}"))
+            spans.append(TokenSpan("image", start, end, f"<image> {start}..{end}"))
             ids, text = [], ""
             continue
         # A sentencepiece tokenizer drops the space at the front of what it decodes, so what stands before comes along.
         ids = [*ids, *encoded.tokens[start:end].tolist()]
         whole = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        runs.append(Run("trained" if kinds[start] else "other", start, end, whole[len(text) :]))
+        spans.append(TokenSpan("trained" if kinds[start] else "other", start, end, whole[len(text) :]))
         text = whole
-    return runs
+    return spans
 
 
 def visible(text: str) -> str:
@@ -75,15 +75,15 @@ def visible(text: str) -> str:
     )
 
 
-def to_terminal(runs: Sequence[Run], colours: bool) -> str:
+def to_terminal(spans: Sequence[TokenSpan], colours: bool) -> str:
     """Trained text green, images blue; without colours trained parts stand between ⟦ and ⟧."""
     if colours:
-        return "".join(f"{ANSI[run.kind]}{_shown(run)}" for run in runs) + ANSI["other"]
-    return "".join(f"⟦{_shown(run)}⟧" if run.kind == "trained" else _shown(run) for run in runs)
+        return "".join(f"{ANSI[span.kind]}{_shown(span)}" for span in spans) + ANSI["other"]
+    return "".join(f"⟦{_shown(span)}⟧" if span.kind == "trained" else _shown(span) for span in spans)
 
 
-def _shown(run: Run) -> str:
-    return f"[{run.text}]" if run.kind == "image" else visible(run.text)
+def _shown(span: TokenSpan) -> str:
+    return f"[{span.text}]" if span.kind == "image" else visible(span.text)
 
 
 def describe(encoded: EncodedText, image_tokens: int) -> str:
@@ -123,7 +123,7 @@ class Figures:
         return int(np.percentile(self.lengths, share, method="inverted_cdf"))
 
     def lines(self) -> list[str]:
-        """The figures in words."""
+        """The figures as text."""
         lines = [f"{self.records} records: {len(self.lengths)} encoded + {self.rejected.total()} rejected"]
         for reason, count in self.rejected.most_common():
             meaning = REASONS.get(reason, "the shard is damaged")
@@ -139,7 +139,7 @@ class Figures:
         return lines
 
 
-def measure(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[int], with_images: bool) -> Figures:
+def collect_figures(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[int], with_images: bool) -> Figures:
     """Encode records as training does and count.  with_images False: images are neither read nor checked."""
     figures = Figures()
     for index in indices:
@@ -193,7 +193,7 @@ class Shown:
 
     place: str
     encoded: EncodedRecord | None
-    runs: list[Run]
+    spans: list[TokenSpan]
     problem: str = ""
 
 
@@ -206,7 +206,7 @@ def show(dataset: Dataset, encoder: TaskEncoder, index: int, tokenizer: Any, ima
         encoded = encoder.encode(parts)
     except (RecordError, OSError, ValueError, tarfile.TarError) as error:
         return Shown(dataset.name(index), None, [], visible(str(error)))
-    return Shown(dataset.name(index), encoded, find_runs(encoded, tokenizer, image_tokens))
+    return Shown(dataset.name(index), encoded, find_spans(encoded, tokenizer, image_tokens))
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -247,12 +247,12 @@ def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: 
         images = "".join(
             _embedded(as_png(to_image(pixels)), f"image {number}") for number, pixels in enumerate(_pixels(record))
         )
-        words = "".join(f"<span class={run.kind}>{html.escape(_shown(run))}</span>" for run in record.runs)
+        text = "".join(f"<span class={span.kind}>{html.escape(_shown(span))}</span>" for span in record.spans)
         told = describe(record.encoded, tokens) if record.encoded else record.problem
         kind = "" if record.encoded else " class=problem"
         parts.append(
             f"<article><div>{images}</div><div><b>{html.escape(record.place)}</b>"
-            f"<div{kind}>{html.escape(told)}</div><pre>{words}</pre></div></article>"
+            f"<div{kind}>{html.escape(told)}</div><pre>{text}</pre></div></article>"
         )
     return "".join(parts)
 
@@ -278,21 +278,21 @@ def to_sheet(shown: Sequence[Shown], image_tokens: int) -> Image.Image:
             sheet.paste(to_image(pixels).resize((IMAGE_SIDE, IMAGE_SIDE)), (MARGIN, top))
         left = IMAGE_SIDE + 2 * MARGIN
         told = describe(record.encoded, image_tokens) if record.encoded else f"{record.place}: {record.problem}"
-        runs = [Run("image", 0, 0, told + "\n"), *(run._replace(text=_shown(run)) for run in record.runs)]
-        _write(draw, runs, left, top, font)
+        spans = [TokenSpan("image", 0, 0, told + "\n"), *(span._replace(text=_shown(span)) for span in record.spans)]
+        _write(draw, spans, left, top, font)
     return sheet
 
 
-def _write(draw: ImageDraw.ImageDraw, runs: Sequence[Run], left: int, top: int, font: Any) -> None:
+def _write(draw: ImageDraw.ImageDraw, spans: Sequence[TokenSpan], left: int, top: int, font: Any) -> None:
     """Coloured text from left to the sheet's edge, broken between any two letters, SHEET_LINES + 1 lines at most."""
     x, line = left, 0
-    for run in runs:
-        for letter in run.text:
+    for span in spans:
+        for letter in span.text:
             width = font.getlength(letter) if letter != "\n" else 0
             if letter == "\n" or x + width > SHEET_WIDTH - MARGIN:
                 x, line = left, line + 1
             if line > SHEET_LINES:
                 return
             if letter != "\n":
-                draw.text((x, top + line * LINE), letter, fill=COLOURS[run.kind], font=font)
+                draw.text((x, top + line * LINE), letter, fill=COLOURS[span.kind], font=font)
                 x += width

@@ -43,15 +43,15 @@ def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -
         if file.is_file():
             with contextlib.suppress(Exception), np.load(file) as saved:  # a damaged file is measured again
                 if len(saved["tokens"]) == len(dataset):
-                    return RecordLengths(saved["tokens"], saved["images"])
-        lengths = measure(dataset, encoder)
+                    return RecordLengths(saved["tokens"], saved["images" if "images" in saved else "pictures"])
+        lengths = count_lengths(dataset, encoder)
         unfinished = file.with_suffix(f".{os.getpid()}.npz")
         np.savez(unfinished, tokens=lengths.tokens, images=lengths.images)
         unfinished.rename(file)
     return lengths
 
 
-def measure(dataset: Dataset, encoder: TaskEncoder) -> RecordLengths:
+def count_lengths(dataset: Dataset, encoder: TaskEncoder) -> RecordLengths:
     """Lengths of all records as training would see them; 0 where it would skip one for what its text is."""
     from tqdm import tqdm
 

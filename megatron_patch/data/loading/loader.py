@@ -8,7 +8,7 @@ A record that cannot be used leaves an empty row (packed: a shorter one) behind:
 position moves.
 
 The folders are megatron-energon's; its own loader is not used, because its order depends on ranks times workers, its
-state is pickled, must be replayed and fits one layout only.  Here the state is one number that fits all.
+state is pickled, must be replayed and fits one parallelism only.  Here the state is one number that fits all.
 """
 
 import logging
@@ -34,7 +34,7 @@ from megatron_patch.data.loading.sampler import (
     ShuffledSampler,
 )
 from megatron_patch.data.loading.task_encoder import EncodedRecord, TaskEncoder
-from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.rejection import RecordError, current_reason
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
 
@@ -97,7 +97,7 @@ def build_valid_loader(
 
 
 def _train_order(dataset: EnergonDataset, encoder: TaskEncoder, config: DataConfig) -> tuple[RecordSampler, str]:
-    """The order of training, and words that change whenever its positions come to mean other records."""
+    """The order of training, and a text that changes whenever its positions come to mean other records."""
     kind, seed = config.order, config.seed
     if kind == "modality" and dataset.weights is not None:
         raise UserError(
@@ -137,7 +137,7 @@ def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[
 
 
 class _Batches(Dataset):
-    """`batches[position]` -> the micro-batch that starts there, with the account of its records."""
+    """`batches[position]` -> the micro-batch that starts there, with the counts of its records."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Positions(Sampler[int]):
 
 
 class _Loader:
-    """What train and valid loaders share: positions, workers, and the account of records taken."""
+    """What train and valid loaders share: positions, workers, and the record counters taken."""
 
     def __init__(self, batches: _Batches, config: DataConfig, data_parallel_rank: int, data_parallel_size: int) -> None:
         if not 0 <= data_parallel_rank < data_parallel_size:
@@ -244,11 +244,11 @@ class _Loader:
             )
         )
 
-    def _account(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
+    def _count(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
         """Add a batch that is being handed out; UserError when too many records had to be skipped."""
         for name, count in counts.items():
-            account = self.work if name in self.work else self.counts
-            account[name] += count
+            counters = self.work if name in self.work else self.counts
+            counters[name] += count
         for record, reason, detail in skipped:
             if reason == "excluded":  # by the user's own list: counted, but no fault
                 self.counts["excluded"] = self.counts.get("excluded", 0) + 1
@@ -293,7 +293,7 @@ class TrainLoader(_Loader):
         if self._iterator is None:
             self._iterator = self._iterate(self._position)
         batch, counts, skipped = next(self._iterator)
-        self._account(counts, skipped)
+        self._count(counts, skipped)
         self._position += self._size * self._config.micro_batch_size
         return batch
 
@@ -320,7 +320,7 @@ class TrainLoader(_Loader):
         self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
         self._iterator = None
         if state["topology"] == self._topology():
-            self.counts = dict(state["counts"])
+            self.counts = {current_reason(name): count for name, count in state["counts"].items()}
 
     def _expected_data(self) -> dict[str, Any]:
         return data_state.describe(self._batches.dataset.fingerprint, self.records, self._config.seed, self._meaning)
@@ -333,7 +333,7 @@ class ValidLoader(_Loader):
     """Every iter() gives the same micro-batches from the first record on, for ever."""
 
     def __iter__(self) -> Iterator[Batch]:
-        self.counts = {"kept": 0, "truncated": 0, "skipped": 0}  # each evaluation keeps its own account
+        self.counts = {"kept": 0, "truncated": 0, "skipped": 0}  # each evaluation has counters of its own
         for batch, counts, skipped in self._iterate(0):
-            self._account(counts, skipped)
+            self._count(counts, skipped)
             yield batch

@@ -68,7 +68,7 @@ class Prompts:
         return "\n" in self._decode(answer).lstrip()
 
     def text(self, answer: list[int]) -> str:
-        """Token ids of an answer -> its words."""
+        """Token ids of an answer -> its text."""
         decoded = self._decode(answer).strip()
         return decoded if self._encoder.conversation.ending_id is not None else decoded.split("\n")[0]
 

@@ -1,7 +1,7 @@
 """Which records stand at which position of the endless training sequence.
 
 The sequence is a function of the folders, the config and the seed alone.  Data-parallel ranks and workers take turns
-along it, so that every layout trains on the same records in each step, and the next position is the whole state.
+along it, so that every parallelism trains on the same records in each step, and the next position is the whole state.
 A position holds one record, or with packing the records of one row.
 """
 

@@ -78,14 +78,14 @@ def count_key(path: Path, keys: Sequence[str]) -> int:
     """
     found = 0
     for key in keys:
-        word = f'"{key}"'.encode()
+        mark = f'"{key}"'.encode()
         end = b""
         try:
             with path.open("rb") as file:
                 while block := file.read(READ_BYTES):
                     block = end + block
-                    found += block.count(word)
-                    end = block[-(len(word) - 1) :]
+                    found += block.count(mark)
+                    end = block[-(len(mark) - 1) :]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return found

@@ -400,7 +400,7 @@ class _Preparation:
         if too_many:
             raise UserError(
                 f"{self._source.name}: {rejected} of the first {ledger.records_in} records are rejected ({reasons}), "
-                f"more than {100 * share:.3g}% of all.  Mend the data, or give --keep-going to leave such records "
+                f"more than {100 * share:.3g}% of all.  Fix the data, or give --keep-going to leave such records "
                 f"out.  The first ones:{examples}"
             )
         raise UserError(f"{self._source.name}: every one of its {total} records is rejected ({reasons}):{examples}")

@@ -1,16 +1,16 @@
-"""The account of a conversion: records in = written + rejected, every rejection with its reason."""
+"""The report of a preparation: records in = written + rejected, every rejection with its reason."""
 
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.rejection import RecordError, current_reason
 
 SPLITS = ("train", "val", "test")
 NAMED_IN_MESSAGES = 10
@@ -34,6 +34,12 @@ class Rejection:
         # A record may hold anything where its names should be: shown, but not at any length.
         shown = [value if len(str(value)) <= 1000 else f"{str(value)[:1000]}..." for value in (record.get("id"), file)]
         return cls(number, *shown, error.reason, error.detail)
+
+    @classmethod
+    def of_journal(cls, line: Sequence[Any]) -> "Rejection":
+        """As a journal holds it: the fields in their order."""
+        record, record_id, file, reason, detail = line
+        return cls(record, record_id, file, current_reason(reason), detail)
 
     def __str__(self) -> str:
         return f"record {self.record} (id {self.id}): {self.reason}: {self.detail}"

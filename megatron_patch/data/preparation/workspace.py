@@ -61,7 +61,7 @@ class Workspace:
             )
         if line["size"] and not _is_whole(self.folder / job.name, line["size"], line["written"]):
             return None
-        rejected = [Rejection(*rejection) for rejection in line["rejected"]]
+        rejected = [Rejection.of_journal(rejection) for rejection in line["rejected"]]
         return Done(line["written"], line["text_only"], line["repeated_ids"], line["size"], rejected)
 
     def enter(self, job_name: str, digest: str, done: Done) -> None:

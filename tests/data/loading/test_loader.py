@@ -1,4 +1,4 @@
-"""The loaders: exactly once per epoch, the same records for every layout, exact resume, refusals."""
+"""The loaders: exactly once per epoch, the same records for every parallelism, exact resume, refusals."""
 
 import io
 import multiprocessing
@@ -84,20 +84,20 @@ def test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches(
 ) -> None:
     steps = 12
     alone = take(build_train_loader(folder, changed(settings, num_workers=2), 0, 1), steps * size)
-    layout = changed(settings, num_workers=workers)
-    ranks = [take(build_train_loader(folder, layout, rank, size), steps) for rank in range(size)]
+    parallelism = changed(settings, num_workers=workers)
+    ranks = [take(build_train_loader(folder, parallelism, rank, size), steps) for rank in range(size)]
     assert_equal_batches(alone, [ranks[rank][step] for step in range(steps) for rank in range(size)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [1, 13, 60])
 def test_resume_is_exact(folder: str, settings: DataConfig, workers: int, taken: int, tmp_path: Path) -> None:
-    layout = changed(settings, num_workers=workers)
-    loader = build_train_loader(folder, layout, 1, 2)
+    parallelism = changed(settings, num_workers=workers)
+    loader = build_train_loader(folder, parallelism, 1, 2)
     take(loader, taken)
     torch.save(loader.save_state(), tmp_path / "state.pt")
     expected = take(loader, 40)
-    resumed = build_train_loader(folder, layout, 1, 2, state_file=str(tmp_path / "state.pt"))
+    resumed = build_train_loader(folder, parallelism, 1, 2, state_file=str(tmp_path / "state.pt"))
     assert_equal_batches(expected, take(resumed, 40))
     assert resumed.counts == loader.counts
 
@@ -106,8 +106,8 @@ def test_resume_is_exact(folder: str, settings: DataConfig, workers: int, taken:
 def test_resume_with_other_ranks_workers_and_batch_size_loses_and_repeats_nothing(
     folder: str, settings: DataConfig, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    def run(layout: tuple[int, int], batch_size: int, state: dict | None, records: int) -> tuple[list[str], dict]:
-        size, workers = layout
+    def run(parallelism: tuple[int, int], batch_size: int, state: dict | None, records: int) -> tuple[list[str], dict]:
+        size, workers = parallelism
         chosen = changed(settings, num_workers=workers, micro_batch_size=batch_size)
         loaders = [build_train_loader(folder, chosen, rank, size, state=state) for rank in range(size)]
         seen = [

@@ -38,7 +38,7 @@ IGNORE_LABEL = -100
 TEXT_TOKENS = 24
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face LLaVA folder, or the language model's")
     parser.add_argument("--hf-clip", type=Path, help="with a language model: the vision tower's folder")
@@ -49,7 +49,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text behind the image; default: random tokens")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference / largest value of a part")
     parser.add_argument("--seed", type=int, default=0, help="of the random pixels and tokens")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- what both sides compute
@@ -283,11 +283,11 @@ def verify(arguments: argparse.Namespace) -> int:
         print(f"{name:<20} {absolute:>13.3e} {relative:>10.2e}{'   <-- differs' if name in wrong else ''}")
     if arguments.hf_clip is not None:
         print("projector: the checkpoint's own on both sides; the sources hold none")
-    layout = f"TP {tensor} x PP {pipeline}"
+    place = f"TP {tensor} x PP {pipeline}"
     if wrong:
-        print(f"DIFFERENT at {layout}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
+        print(f"DIFFERENT at {place}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
         return 1
-    print(f"EQUAL at {layout}: every part within {arguments.tolerance:g} of transformers ({case.dtype} weights, fp32)")
+    print(f"EQUAL at {place}: every part within {arguments.tolerance:g} of transformers ({case.dtype} weights, fp32)")
     return 0
 
 
