@@ -1,4 +1,4 @@
-"""Which checkpoints are retained (whole ones, the last N, the best by validation loss); what a save must not leave behind.
+"""Which checkpoints are retained (whole ones, the last N, the best by validation loss), and what a save leaves behind.
 
 checkpoint/iter_0000010/        weights and optimizer; finished once the tracker names it or a later one
 checkpoint/data/iter_0000010/   the loaders' state, and notes.json: what loss_spikes.py remembers

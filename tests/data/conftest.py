@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.data import DataConfig
+from megatron_patch.data.loading import DataConfig
 from megatron_patch.data.preparation.pipeline import convert
 from tests.data.factories import SPECIAL_TOKENS, make_records, save_tokenizer
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.geometry import IGNORE_LABEL
 from megatron_patch.training.config import read_config
 from tests import tiny_models

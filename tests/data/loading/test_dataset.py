@@ -9,7 +9,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.errors import UserError
 from tests.data.factories import changed

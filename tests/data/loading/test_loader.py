@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.energon import traverse_metadataset
 
-from megatron_patch.data import DataConfig, build_train_loader, build_valid_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader, build_valid_loader
 from megatron_patch.data.loading.blend import read_parts
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.data.preparation.pipeline import convert

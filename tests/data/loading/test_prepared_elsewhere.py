@@ -10,7 +10,7 @@ import webdataset
 from megatron.energon import DefaultTaskEncoder, SampleDecoder, WorkerConfig, get_loader, get_train_dataset
 from megatron.energon.flavors import VQASample
 
-from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.data.record import cook
 from tests.data.factories import changed, image_bytes

@@ -13,9 +13,9 @@ from megatron_patch.data.loading.sampler import (
     BLEND_BLOCK,
     BlendSampler,
     GroupedSampler,
-    Order,
     PackedSampler,
     RecordLengths,
+    RecordSampler,
     SequentialSampler,
     ShuffledSampler,
     pack,
@@ -30,7 +30,7 @@ def lengths_of(tokens: list[int], seed: int = 0) -> RecordLengths:
     return RecordLengths(np.array(tokens, dtype=np.int32), images.astype(np.int32))
 
 
-def epoch_of(chosen: Order, number: int) -> list[tuple[int, ...]]:
+def epoch_of(chosen: RecordSampler, number: int) -> list[tuple[int, ...]]:
     return [chosen[number * chosen.positions + offset] for offset in range(chosen.positions)]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.preparation import json_stream
 from megatron_patch.data.preparation.pipeline import SplitChooser, stream_records
 from megatron_patch.data.preparation.shard_writer import tar_header

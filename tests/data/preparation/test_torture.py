@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.data import DataConfig, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.data.preparation.shard_writer import ShardWriter, write_meta
