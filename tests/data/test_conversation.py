@@ -371,7 +371,7 @@ def test_the_example_of_a_template_file_is_v1() -> None:
     [
         ({"question": "{question}", "answer": "{answer}{ending}", "qestion": ""}, "unknown qestion; wanted only quest"),
         ({"question": "{question}"}, "answer missing"),
-        ({"question": "Q", "answer": "{answer}{ending}"}, r"question wants \{question\} or \{images\}, one of them"),
+        ({"question": "Q", "answer": "{answer}{ending}"}, r"question wants \{question\} or \{pictures\}, one of them"),
         ({"question": "{question}", "answer": "{ending}"}, r"answer wants \{answer\} once"),
         ({"question": "{question}", "answer": "{answer}"}, r"answer wants \{ending\} once"),
         ({"question": "{question}", "answer": "{answer}{ending}", "ending": ""}, "nowhere, as ending is empty"),

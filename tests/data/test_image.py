@@ -246,7 +246,7 @@ def test_ribbons_are_prepared_in_bounded_memory(size: tuple[int, int], image_asp
 def test_the_shortcut_for_large_crops_is_within_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     image = random_image(300, 13)
     exact = image_to_pixels(image, 28, "crop", MEAN).astype(int)
-    monkeypatch.setattr(image, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 1000)
     assert np.abs(image_to_pixels(image, 28, "crop", MEAN).astype(int) - exact).max() <= 1
 
 

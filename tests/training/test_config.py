@@ -35,7 +35,7 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
     settings = read_config(argv(workspace))
     assert settings.data.template == "mistral"
     assert settings.data.image_mean == (0.48145466, 0.4578275, 0.40821073)
-    words = list(settings.words)
+    words = list(settings.megatron_arguments)
     for name, value in (("--num-layers", "4"), ("--num-query-groups", "2"), ("--rotary-base", "1000000")):
         assert words[words.index(name) + 1] == value
 

@@ -107,7 +107,7 @@ class ShardBuilder:
         """Parts of a sample, images first.  Raises RecordError."""
         parts = {}
         for place, reference in enumerate(sample.images):
-            data = self._source.image(reference)
+            data = self._source.read_image(reference)
             try:
                 check_image(data)
             except RecordError as error:

@@ -245,12 +245,12 @@ def test_the_last_sentence_says_what_to_do(settings, figures, max_length, advice
 
 
 def test_terminal_text_and_labels() -> None:
-    from megatron_patch.data.loading.inspection import Run
+    from megatron_patch.data.loading.inspection import TokenSpan
     from megatron_patch.data.loading.task_encoder import EncodedText
 
     encoded = EncodedText("a", np.arange(5), np.array([-100, 2, 3, -100, -100]), [], False)
     assert unshifted_labels(encoded).tolist() == [-100, -100, 2, 3, -100]
-    runs = [Run("other", 0, 1, "q"), Run("image", 1, 3, "<image> 1..3"), Run("trained", 3, 4, "a")]
+    runs = [TokenSpan("other", 0, 1, "q"), TokenSpan("image", 1, 3, "<image> 1..3"), TokenSpan("trained", 3, 4, "a")]
     assert to_terminal(runs, colours=False) == "q[<image> 1..3]⟦a⟧"
     assert to_terminal(runs, colours=True) == "\x1b[0mq\x1b[36m[<image> 1..3]\x1b[1;32ma\x1b[0m"
     assert visible("\x1b[2J\ttab\n\x7f") == "␛[2J␉tab\n␡"

@@ -300,7 +300,7 @@ def test_a_table_of_images_and_conversations(tmp_path) -> None:
     for row, sample in enumerate(samples):
         assert sample["json"]["id"] == f"r{row}" and texts(sample)[1] == f"answer {row}"
         names = ["jpg", "1.jpg"][: row % 3]
-        assert [sample[name] for name in names] == [images[(row + n) % 2] for n in range(row % 3)]
+        assert [sample[name] for name in names] == [encoded[(row + n) % 2] for n in range(row % 3)]
         assert sum(part.endswith("jpg") for part in sample) == row % 3
     assert samples[1]["json"]["image"] == "p1.jpg" and samples[2]["json"]["image"] == ["row 2.0", "row 2.1"]
 
@@ -328,7 +328,7 @@ def test_a_table_of_questions_selected_and_shuffled(tmp_path, monkeypatch) -> No
         question, answer = texts(sample)
         row = int(answer[1:])
         assert question == (f"<image>\nq{row}" if row % 5 else f"q{row}")
-        assert sample.get("jpg") == (images[row % 2] if row % 5 else None)
+        assert sample.get("jpg") == (encoded[row % 2] if row % 5 else None)
 
 
 def test_a_dictionary_of_tables_and_named_columns(images, tmp_path) -> None:
