@@ -27,6 +27,12 @@ def processes_of(output: Path) -> dict[int, str]:
     return {pid: words for pid, words in found.items() if str(output) in words}
 
 
+def ranks_of(output: Path) -> list[int]:
+    """Process ids of the ranks, without torchrun, which names their program too."""
+    found = processes_of(output)
+    return [pid for pid, words in found.items() if "pretrain_llava.py" in words and "megatron_patch.launch" not in words]
+
+
 class Started:
     """A run under way."""
 
@@ -87,7 +93,7 @@ def test_signal_saves_within_an_iteration(number, everywhere, workspace, whole: 
 @pytest.mark.slow
 def test_signal_before_the_first_iteration(workspace: Workspace, tmp_path: Path) -> None:
     started = Started(workspace, tmp_path / "out", **STEPS)
-    while sum("pretrain_llava.py" in words for words in processes_of(tmp_path / "out").values()) < 2:
+    while not ranks_of(tmp_path / "out"):
         time.sleep(0.05)
     time.sleep(1)
     started.process.send_signal(signal.SIGUSR1)
@@ -110,8 +116,7 @@ def test_time_limit_leaves_room_for_the_save(workspace: Workspace, tmp_path: Pat
 def test_a_death_ends_all_and_is_told(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
     started = Started(workspace, tmp_path / "out", **{**STEPS, "TRAIN_ITERS": 100000, "NUM_WORKERS": 0}, **layout)
     started.wait_for(r"iteration +4/")
-    children = subprocess.run(["pgrep", "-P", str(started.process.pid)], capture_output=True, text=True).stdout
-    victim = max(map(int, children.split()))
+    victim = max(ranks_of(tmp_path / "out"))
     begin = time.monotonic()
     subprocess.run(["kill", "-KILL", str(victim)], check=True)
     assert started.end() == 128 + signal.SIGKILL

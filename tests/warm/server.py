@@ -55,16 +55,19 @@ _asked: set[str] = set()
 
 
 class _Environment(os._Environ):
-    """Remembers which variables were asked for by name; copies of the whole are not questions."""
+    """Remembers which variables were asked for by name; a copy of the whole, a list and then each value, is none."""
 
-    _listed = ""
+    listed: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
-        for self._listed in super().__iter__():
-            yield self._listed
+        for name in super().__iter__():
+            self.listed.add(name)
+            yield name
 
     def __getitem__(self, name: str) -> str:
-        if name != self._listed:
+        if name in self.listed:
+            self.listed.remove(name)
+        else:
             _asked.add(name)
         return super().__getitem__(name)
 
