@@ -392,7 +392,7 @@ BATCH_SIZE|$COUNT|samples per data-parallel rank and forward pass (micro-batch)
 GLOBAL_BATCH_SIZE|$COUNT|samples per optimizer step; a multiple of BATCH_SIZE x data-parallel size
 LR|a number above 0|highest learning rate
 MIN_LR|a number from 0|learning rate at the end of the cosine; at most LR
-SEQ_LEN|$COUNT|image tokens of one picture (576 for CLIP-L/14 at 336 pixels)
+SEQ_LEN|$COUNT|image tokens of one image (576 for CLIP-L/14 at 336 pixels)
 DECODER_SEQ_LEN|$COUNT|image and text tokens of one sample; more than SEQ_LEN
 PR|one of fp16 bf16 fp8 fp32|precision; fp8 (with bf16 around it) needs a GPU and Transformer Engine
 TP|$PARALLEL|tensor-parallel size; above 1 with sequence parallelism
@@ -444,12 +444,12 @@ FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
 CONVERSATION_TEMPLATE|$2|one of auto $TEMPLATES, or a .json or .yaml file|how turns become text; auto: the one that fits the language model
-IMAGE_CONV_FRONT|false|one of true false|pictures stand before the conversation
-IMAGE_START_END|false|one of true false|each picture stands between <im_start> and <im_end>, which the tokenizer must know
-IMAGE_ASPECT_RATIO|crop|one of crop pad stretch|how a picture becomes square
-IMAGE_TILES|1x1|COLUMNSxROWS, as 2x2|each picture becomes that many tiles and a thumbnail, of SEQ_LEN tokens each; 1x1: only the picture
-EXIF_ORIENTATION|true|one of true false|turn pictures as their EXIF tag says; false: as LLaVA's original code
-DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and pictures in steps of their own, of like length
+IMAGE_CONV_FRONT|false|one of true false|images stand before the conversation
+IMAGE_START_END|false|one of true false|each image stands between <im_start> and <im_end>, which the tokenizer must know
+IMAGE_ASPECT_RATIO|crop|one of crop pad stretch|how an image becomes square
+IMAGE_TILES|1x1|COLUMNSxROWS, as 2x2|each image becomes that many tiles and a thumbnail, of SEQ_LEN tokens each; 1x1: only the image
+EXIF_ORIENTATION|true|one of true false|turn images as their EXIF tag says; false: as LLaVA's original code
+DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like length
 MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
@@ -469,7 +469,7 @@ ON_BAD_LOSS|stop|one of stop skip rollback|a loss or gradient that is not finite
 SPIKE_FACTOR|0|a number from 0|a loss above so many times the median of the last 50 is bad too; 0: none is
 MAX_ROLLBACKS|3|a whole number from 0 to 99|with ON_BAD_LOSS=rollback: after so many the run ends
 TIME_LIMIT|(none)|$COUNT|minutes from the start, before whose end the run saves and ends with exit code 0
-KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that stay, older ones are deleted; 0: all
+KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that are retained, older ones are deleted; 0: all
 KEEP_BEST|false|one of true false|keep the best by validation loss as checkpoint/best, saving it where none was due
 DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
@@ -563,12 +563,12 @@ check_training() {
         refuse MIN_LR "must be at most LR=${arg[LR]}"
     fi
     if right SEQ_LEN DECODER_SEQ_LEN IMAGE_TILES; then
-        local tiles=$((${arg[IMAGE_TILES]/x/*})) picture=${arg[SEQ_LEN]} what="SEQ_LEN=${arg[SEQ_LEN]}"
+        local tiles=$((${arg[IMAGE_TILES]/x/*})) image=${arg[SEQ_LEN]} what="SEQ_LEN=${arg[SEQ_LEN]}"
         if ((tiles > 1)); then
-            picture=$((arg[SEQ_LEN] * (tiles + 1)))
-            what="$picture, SEQ_LEN=${arg[SEQ_LEN]} for each of $tiles tiles and the thumbnail"
+            image=$((arg[SEQ_LEN] * (tiles + 1)))
+            what="$image, SEQ_LEN=${arg[SEQ_LEN]} for each of $tiles tiles and the thumbnail"
         fi
-        ((arg[DECODER_SEQ_LEN] > picture)) ||
+        ((arg[DECODER_SEQ_LEN] > image)) ||
             refuse DECODER_SEQ_LEN "must be more than $what: it counts the image tokens and the text"
     fi
     if right FSDP && [[ ${arg[FSDP]} != false ]]; then
@@ -681,7 +681,7 @@ check_against() {
     fi
     tokens=$(note "$1/config.json" image_seq_length)
     if right SEQ_LEN && [[ -n $tokens && $tokens != "${arg[SEQ_LEN]}" ]]; then
-        refuse SEQ_LEN "must be $tokens: so many tokens the checkpoint's vision tower makes of a picture"
+        refuse SEQ_LEN "must be $tokens: so many tokens the checkpoint's vision tower makes of an image"
     fi
 }
 

@@ -1,4 +1,4 @@
-"""The words this toolkit adds to Megatron's parser, and their checks."""
+"""The arguments this toolkit adds to Megatron's parser, and their checks."""
 
 import argparse
 from pathlib import Path
@@ -34,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--train-dataset-path", metavar="PATH", required=True, help="energon folder or YAML")
     group.add_argument("--valid-dataset-path", metavar="PATH", required=True, help="energon folder or YAML")
     group.add_argument("--conversation-template", default="auto", help="auto, the name of a template, or a file")
-    group.add_argument("--image-tokens", type=int, help="tokens of one picture; checked against the vision tower")
+    group.add_argument("--image-tokens", type=int, help="tokens of one image; checked against the vision tower")
     group.add_argument("--image-aspect-ratio", choices=("crop", "pad", "stretch"), default="crop")
     group.add_argument(
         "--image-tiles",
         type=_grid,
         default=(1, 1),
         metavar="COLUMNSxROWS",
-        help="tiles of every picture, with a thumbnail behind them; 1x1: none",
+        help="tiles of every image, with a thumbnail behind them; 1x1: none",
     )
     group.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
-    group.add_argument("--image-conv-front", action="store_true", help="pictures stand before the conversation")
-    group.add_argument("--image-start-end", action="store_true", help="pictures stand between <im_start>, <im_end>")
+    group.add_argument("--image-conv-front", action="store_true", help="images stand before the conversation")
+    group.add_argument("--image-start-end", action="store_true", help="images stand between <im_start>, <im_end>")
     group.add_argument("--data-order", choices=("cyclic", "single", "modality"), default="cyclic")
     group.add_argument(
         "--mega-batch-mult", type=int, default=50, help="with modality: optimizer steps that are sorted by length"
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="iterations whose records are drawn and not trained on",
     )
     group.add_argument("--stop-at", type=float, metavar="SECONDS", help="since 1970: end before, with a checkpoint")
-    group.add_argument("--keep-last", type=int, default=0, metavar="N", help="checkpoints that stay; 0: all")
+    group.add_argument("--keep-last", type=int, default=0, metavar="N", help="checkpoints that are retained; 0: all")
     group.add_argument("--keep-best", action="store_true", help="by validation loss, under checkpoint/best")
     group.add_argument("--output-path", type=Path, metavar="DIR", help="the run's own: summary, answers, profile")
     group.add_argument("--sample-answers", type=int, default=0, metavar="N", help="questions answered at validations")

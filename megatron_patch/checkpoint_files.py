@@ -197,7 +197,7 @@ class _Window(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Record:
+class ArchiveEntry:
     """One record of an archive: where its bytes stand in the file, and how many; stored: not compressed."""
 
     position: int
@@ -205,7 +205,7 @@ class Record:
     stored: bool
 
 
-def archive_records(descriptor: int, begin: int, length: int) -> dict[str, Record]:
+def archive_entries(descriptor: int, begin: int, length: int) -> dict[str, ArchiveEntry]:
     """Records of the zip archive in [begin, begin + length) of a file, by name without the archive's own folder.
 
     Raises:
@@ -219,11 +219,11 @@ def archive_records(descriptor: int, begin: int, length: int) -> dict[str, Recor
         name_bytes, extra_bytes = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         position = begin + entry.header_offset + 30 + name_bytes + extra_bytes
         stored = entry.compress_type == zipfile.ZIP_STORED
-        records[entry.filename.partition("/")[2]] = Record(position, entry.file_size, stored)
+        records[entry.filename.partition("/")[2]] = ArchiveEntry(position, entry.file_size, stored)
     return records
 
 
-def content(descriptor: int, record: Record) -> bytes:
+def content(descriptor: int, record: ArchiveEntry) -> bytes:
     """Bytes of a record.  Not ZipFile.read: it refuses records without a checksum."""
     return os.pread(descriptor, record.nbytes, record.position)
 
@@ -303,7 +303,7 @@ def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             size = os.fstat(descriptor).st_size
-            records = archive_records(descriptor, 0, size)
+            records = archive_entries(descriptor, 0, size)
             state = TensorFacts(content(descriptor, records["data.pkl"]), lenient=True).load()
         finally:
             os.close(descriptor)

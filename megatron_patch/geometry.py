@@ -110,7 +110,7 @@ class TowerGeometry:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one picture in the text."""
+        """Tokens of one image in the text."""
         return self.positions - self.first_token_dropped
 
 

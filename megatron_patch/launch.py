@@ -1,11 +1,11 @@
 """torchrun, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--max-rollbacks N] -m torch.distributed.run WORDS OF TORCHRUN
+    python -m megatron_patch.launch [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
 
 - SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
   exit code 0, so does this.  torchrun itself would end with an error.
-- When a process dies, its own last words and one sentence stand at the end of the output, instead of torchrun's table
-  of all that died after it; the exit code is that process's own.
+- When a process dies, the tail of its stderr and one sentence end the output, instead of torchrun's table of all that
+  died after it; the exit code is that process's own.
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 TORCHRUN = ["-m", "torch.distributed.run"]
 ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
-LAST_LINES = 25
+STDERR_TAIL_LINES = 25
 # What the survivors of a death say: theirs is not the cause.
 OF_SURVIVORS = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -50,9 +50,9 @@ class _Logs:
         found = self.folder.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
         return max(found, key=lambda path: path.stat().st_mtime, default=self.folder)
 
-    def last_words(self, failure: Any) -> list[str]:
+    def stderr_tail(self, failure: Any) -> list[str]:
         log = self.of(failure)
-        return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+        return log.read_text(errors="replace").splitlines()[-STDERR_TAIL_LINES:] if log.is_file() else []
 
 
 def _cause(failures: dict[int, Any], logs: _Logs) -> tuple[int, Any]:
@@ -63,46 +63,46 @@ def _cause(failures: dict[int, Any], logs: _Logs) -> tuple[int, Any]:
 
     def innocence(rank_and_failure: tuple[int, Any]) -> tuple[bool, bool, int]:
         rank, failure = rank_and_failure
-        survivor = any(mark in line for line in logs.last_words(failure) for mark in OF_SURVIVORS)
+        survivor = any(mark in line for line in logs.stderr_tail(failure) for mark in OF_SURVIVORS)
         return failure.exitcode == -signal.SIGTERM, failure.exitcode > 0 and survivor, rank
 
     return min(failures.items(), key=innocence)
 
 
 def _report(rank: int, failure: Any, logs: _Logs) -> None:
-    words = logs.last_words(failure)
+    tail = logs.stderr_tail(failure)
     died = f"ended with exit code {failure.exitcode}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         died = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    refused = any(line.startswith("error: ") for line in words)
-    if words and not refused and failure.exitcode > 0:
-        print(f"--- the last lines of rank {rank}", *words, "---", sep="\n", file=sys.stderr)
+    refused = any(line.startswith("error: ") for line in tail)
+    if tail and not refused and failure.exitcode > 0:
+        print(f"--- the last lines of rank {rank}", *tail, "---", sep="\n", file=sys.stderr)
     print(f"rank {rank} {died}, and the run with it; its log: {logs.of(failure)}", file=sys.stderr, flush=True)
 
 
-def main(words: list[str]) -> None:
-    """Run torchrun with `words`; ends the process."""
+def main(arguments: list[str]) -> None:
+    """Run torchrun with `arguments`; ends the process."""
     rollbacks = 0
-    if words[:1] == ["--max-rollbacks"]:
-        rollbacks, words = int(words[1]), words[2:]
-    if words[:2] == TORCHRUN:
-        words = words[2:]
+    if arguments[:1] == ["--max-rollbacks"]:
+        rollbacks, arguments = int(arguments[1]), arguments[2:]
+    if arguments[:2] == TORCHRUN:
+        arguments = arguments[2:]
     for number in FORWARDED:
         signal.signal(number, _forward)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    arguments = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
-    logs = _Logs(arguments.log_dir)
+    parsed = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
+    logs = _Logs(parsed.log_dir)
     try:
-        run(arguments)
+        run(parsed)
     except ChildFailedError as error:
         rank, failure = _cause(error.failures, logs)
         if failure.exitcode == ROLL_BACK and rollbacks > 0:
             print(f"starting again from the last checkpoint; rollbacks left: {rollbacks - 1}", file=sys.stderr)
             again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1)]
-            os.execv(sys.executable, [*again, *TORCHRUN, *words])
+            os.execv(sys.executable, [*again, *TORCHRUN, *arguments])
         if failure.exitcode == ROLL_BACK:
             print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
         _report(rank, failure, logs)

@@ -34,7 +34,7 @@ def load_tokenizer(folder: str | Path, config: Any = None) -> Any:
 
 
 def _read_as_sentencepiece(tokenizer: Any, path: Path) -> None:
-    """transformers 5.23 makes a tokenizer of a sentencepiece model with two mistakes, mended here:
+    """transformers 5.23 makes a tokenizer of a sentencepiece model with two mistakes, fixed here:
 
     - It merges in the order of the ids, not of the scores (SentencePieceExtractor), so that two spaces of Llama's and
       Mistral's models, id 259 but last in score, swallow the space of the word behind them.

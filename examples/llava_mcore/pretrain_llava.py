@@ -1,4 +1,4 @@
-"""Train a LLaVA with Megatron's loop: both stages, every layout.  Called by the launchers through torchrun.
+"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Called by the launchers through torchrun.
 
 With --check-only as its first word it only looks whether everything fits; the launchers do that before they start.
 """
@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch.training import stopping  # the toolkit is run from its folder, not installed
+from megatron_patch.training import graceful_stop  # the toolkit is run from its folder, not installed
 
 if __name__ == "__main__":
-    stopping.listen()  # before torch is imported: a signal in these seconds counts
+    graceful_stop.listen()  # before torch is imported: a signal in these seconds counts
 
 from megatron_patch import device
 
@@ -22,12 +22,12 @@ device.end_with_parent()
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
     if sys.argv[1:2] == ["--check-only"]:
-        from megatron_patch.training.check import check_llava
+        from megatron_patch.training.preflight import check_llava
 
         check_llava(sys.argv[2:])
         return
     device.install()
-    from megatron_patch.training.run import train_llava
+    from megatron_patch.training.pretrain import train_llava
 
     train_llava()
 

@@ -155,7 +155,7 @@ plot_losses() {
 }
 
 printf 'Quickstart in %s, with %s\n' "$folder" "$PYTHON"
-step "digits as pictures and conversations" data make_digits
+step "digits as images and conversations" data make_digits
 step "untrained language model and vision tower" models make_models
 step "stage 1 data as shards" data/stage1/wds convert_stage1_data
 step "stage 2 data as shards" data/stage2/wds convert_stage2_data
@@ -163,7 +163,7 @@ step "Hugging Face -> Megatron checkpoint" checkpoint convert_models
 step "stage 1: captions, one process" stage1 train_stage1
 step "stage 2: conversations, tensor-parallel 2" stage2 train_stage2
 step "Megatron -> Hugging Face" exported export_model
-step "questions about held-out pictures" answers answer_questions
+step "questions about held-out images" answers answer_questions
 step "loss curves" loss.png plot_losses
 
 printf '\nFinished after %d s. Where everything lies:\n' "$SECONDS"

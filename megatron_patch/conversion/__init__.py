@@ -1,8 +1,8 @@
 """Conversion room: Hugging Face folders <-> Megatron torch_dist checkpoints, tensor by tensor.
 
 The listing is the architecture:
-  layouts.py      how one Megatron tensor is made of hub tensors: a join, its exact inverse, the tensor-parallel axis
-  table.py        the one table of weights: a row is (Megatron key, layout, hub names)
+  transforms.py    how one Megatron tensor is made of hub tensors: a join, its exact inverse, the tensor-parallel axis
+  table.py        the one table of weights: a row is (Megatron key, transform, hub names)
   hub_weights.py  hub files: dialects of names, reading by pread, writing shards
   torch_dist.py   distributed checkpoints: writing and reading without a model or a process group
   torch_ranks.py  Megatron's older format: one file per tensor-parallel and pipeline-parallel rank

@@ -38,25 +38,25 @@ class Additions:
             )
 
 
-def read_tokens(words: Iterable[str]) -> tuple[str, ...]:
-    """Tokens from words; `<extra_id_0>..<extra_id_7>` stands for eight.
+def read_tokens(names: Iterable[str]) -> tuple[str, ...]:
+    """Tokens from their names; `<extra_id_0>..<extra_id_7>` stands for eight.
 
     Raises:
         UserError: an empty token, one with white space, one that occurs twice, a range that runs backwards.
     """
     tokens: list[str] = []
-    for word in words:
-        found = _RANGE.fullmatch(word)
+    for name in names:
+        found = _RANGE.fullmatch(name)
         if found is None:
-            if ".." in word:
+            if ".." in name:
                 raise UserError(
-                    f"{word!r} is no range of tokens; wanted the same text around two numbers, like <x_0>..<x_7>"
+                    f"{name!r} is no range of tokens; wanted the same text around two numbers, like <x_0>..<x_7>"
                 )
-            tokens.append(word)
+            tokens.append(name)
             continue
         first, last = int(found["first"]), int(found["last"])
         if not first <= last < first + _MOST_TOKENS:
-            raise UserError(f"the range {word!r} holds {last - first + 1} tokens; wanted 1 to {_MOST_TOKENS}")
+            raise UserError(f"the range {name!r} holds {last - first + 1} tokens; wanted 1 to {_MOST_TOKENS}")
         tokens += [f"{found['head']}{number}{found['tail']}" for number in range(first, last + 1)]
     for token in tokens:
         if not token or any(letter.isspace() for letter in token):

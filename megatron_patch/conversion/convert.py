@@ -27,12 +27,12 @@ from megatron_patch.conversion.hub_weights import (
     write_hub_weights,
     write_safetensors,
 )
-from megatron_patch.conversion.layouts import QueryKeyValue
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
 from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
+from megatron_patch.conversion.transforms import QueryKeyValue
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, check_known, read_geometry
 from megatron_patch.model_sizes import check_model_size
@@ -88,15 +88,15 @@ def _chunks(row: Row, weights: dict[str, Stored], dtype: torch.dtype) -> Iterato
     shapes, rest = row.part_shapes, row.joined_shape[1:]
     for layer, names in row.slots():
         prefix, one = ((layer,), (1,)) if layer is not None else ((), ())
-        if row.layout.first_row(0, shapes) is None:
+        if row.transform.first_row(0, shapes) is None:
 
             def join(names: list[str] = names) -> Tensor:
-                return row.layout.join([cast(weights[name].read(), dtype, name) for name in names])
+                return row.transform.join([cast(weights[name].read(), dtype, name) for name in names])
 
             yield Chunk((*prefix, *(0 for _ in row.joined_shape)), (*one, *row.joined_shape), join)
             continue
         for part, name in enumerate(names):
-            begin = row.layout.first_row(part, shapes)
+            begin = row.transform.first_row(part, shapes)
             for first, last in row_blocks(shapes[part], dtype):
 
                 def read(name: str = name, first: int = first, last: int = last) -> Tensor:
@@ -179,7 +179,7 @@ def convert_to_megatron(
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
         vision_feature_layer: hidden layer of source_clip that the projector sees; None: -2, LLaVA's.
         seed: of the new projector's weights.
-        checkpoint_format: torch_dist, which every layout reads; or torch, files for the ranks of this TP and PP alone.
+        checkpoint_format: torch_dist, read at any TP and PP; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
     Raises:
         UserError: nothing was written.
@@ -249,7 +249,7 @@ def _check_keys(reader: CheckpointReader | RanksReader, rows: list[Row], folder:
     """
     wanted = {row.key: row for row in rows}
     stored = {key: entry for key, entry in reader.tensors.items() if not key.startswith(NOT_WEIGHTS)}
-    per_layer = [key for key in stored if any(word.isdecimal() for word in key.split("."))]
+    per_layer = [key for key in stored if any(part.isdecimal() for part in key.split("."))]
     if per_layer:
         raise UserError(
             f"{folder} holds its layers one by one ({per_layer[0]}, ...); this converter reads stacked layers, which "
@@ -307,11 +307,11 @@ def _spans(
     if not isinstance(reader, CheckpointReader) or reader.tensors[row.key].properties.dtype != dtype:
         return None
     shape = row.part_shapes[part]
-    begin = row.layout.first_row(part, row.part_shapes)
+    begin = row.transform.first_row(part, row.part_shapes)
     if begin is not None:
         runs = [(begin, rows)]
-    elif isinstance(row.layout, QueryKeyValue):
-        runs = row.layout.runs(part, row.part_shapes)
+    elif isinstance(row.transform, QueryKeyValue):
+        runs = row.transform.runs(part, row.part_shapes)
     else:
         return None
     if math.prod(shape) * dtype.itemsize // len(runs) < SMALL_SPAN:
@@ -347,13 +347,13 @@ def _hub_blocks(
                 yield span
             return
         prefix, one = ((layer,), (1,)) if layer is not None else ((), ())
-        begin, rest = row.layout.first_row(part, row.part_shapes), row.joined_shape[1:]
+        begin, rest = row.transform.first_row(part, row.part_shapes), row.joined_shape[1:]
         if begin is None:
             if (row.key, layer) not in joined:
                 joined.clear()
                 zeros = tuple(0 for _ in row.joined_shape)
                 whole = reader.read(row.key, (*prefix, *zeros), (*one, *row.joined_shape)).reshape(row.joined_shape)
-                joined[row.key, layer] = row.layout.split(whole, row.part_shapes)
+                joined[row.key, layer] = row.transform.split(whole, row.part_shapes)
             yield cast(joined[row.key, layer][part], dtype, tensor.name)
             return
         for first, last in row_blocks(tensor.shape, torch.float32):

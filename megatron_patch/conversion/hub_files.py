@@ -264,7 +264,7 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
     values = defaults | values
     values["size"], values["crop_size"] = _square(values["size"], False), _square(values["crop_size"], True)
     if values["crop_size"] != {"height": side, "width": side}:
-        raise UserError(f"{folder}: pictures are cropped to {values['crop_size']}, but the tower takes {side} px")
+        raise UserError(f"{folder}: images are cropped to {values['crop_size']}, but the tower takes {side} px")
     return {"image_processor_type": "CLIPImageProcessor"} | values, notes
 
 
@@ -284,7 +284,7 @@ def _siglip_processor(folder: Path, values: dict[str, Any], side: int) -> dict[s
     }
     values = defaults | {name: values[name] for name in defaults if values.get(name) is not None}
     if _square(values["size"], True) != square:
-        raise UserError(f"{folder}: pictures are resized to {values['size']}, but the tower takes {side} px")
+        raise UserError(f"{folder}: images are resized to {values['size']}, but the tower takes {side} px")
     return {"image_processor_type": "SiglipImageProcessor"} | values | {"size": square}
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint_files import TensorFacts, archive_records, content
-from megatron_patch.conversion.layouts import Shape
+from megatron_patch.checkpoint_files import TensorFacts, archive_entries, content
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import HubTensor
+from megatron_patch.conversion.transforms import Shape
 from megatron_patch.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -193,7 +193,7 @@ def _places(path: Path) -> dict[str, tuple[torch.dtype, Shape, int]]:
     places = {}
     try:
         with open(path, "rb") as file:
-            records = archive_records(file.fileno(), 0, path.stat().st_size)
+            records = archive_entries(file.fileno(), 0, path.stat().st_size)
             saved = TensorFacts(content(file.fileno(), records["data.pkl"])).load()
             if "byteorder" in records and content(file.fileno(), records["byteorder"]) != b"little":
                 return {}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.conversion.hub_weights import Stored, pread_into
-from megatron_patch.conversion.layouts import Shape
+from megatron_patch.conversion.transforms import Shape
 from megatron_patch.errors import UserError
 
 HEAD_WIDTH = 64

@@ -3,7 +3,7 @@
 Such a folder is the LLM's folder with more in it: config.json is the LLM's with `mm_*` fields beside, the projector is
 `model.mm_projector.{0,2}.*` (linear: `model.mm_projector.*`), the tower is inside as
 `model.vision_tower.vision_tower.vision_model.*` or only named by `mm_vision_tower`.  Its tokenizer has no `<image>`:
-the original code puts the picture in place of an index of its own.  Source of the names: github.com/haotian-liu/LLaVA,
+the original code puts the image in place of an index of its own.  Source of the names: github.com/haotian-liu/LLaVA,
 llava/model/llava_arch.py, multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py.
 """
 
@@ -177,9 +177,9 @@ def advice(original: Original) -> list[str]:
     """What the original config says that a converted checkpoint cannot hold."""
     notes, values = [], original.values
     if values.get("image_aspect_ratio") == "pad":
-        notes.append("the original was trained on padded pictures: set IMAGE_ASPECT_RATIO=pad when training on")
+        notes.append("the original was trained on padded images: set IMAGE_ASPECT_RATIO=pad when training on")
     if values.get("mm_use_im_start_end"):
-        notes.append("the original put <im_start> and <im_end> around pictures; training here does not")
+        notes.append("the original put <im_start> and <im_end> around images; training here does not")
     return notes
 
 
@@ -275,7 +275,7 @@ def plan_export(
     else:
         values = _derived_config(config, geometry, dtype, tower_name or _known_tower(config, hub))
         values["unfreeze_mm_vision_tower"] = with_tower  # with it, the original code takes the tower inside
-        notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded pictures")
+        notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded images")
     name = values["mm_vision_tower"]
     if not with_tower:
         notes.append(f"without the tower: who loads the folder takes {name}; a tuned tower needs --layout original")

@@ -1,4 +1,4 @@
-"""The one table of weights.  A row is (Megatron key, layout, hub tensors); both directions read the same rows.
+"""The one table of weights.  A row is (Megatron key, transform, hub tensors); both directions read the same rows.
 
 Hub names are those of hub LLaVA files (`language_model.model.*`, `vision_tower.vision_model.*`,
 `multi_modal_projector.*`); hub_weights.py turns other spellings into these.  Megatron keys are those of torch_dist
@@ -10,7 +10,7 @@ Letters: L layers, V vocabulary rows, h hidden, f ffn, q query heads, g groups, 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_patch.conversion.layouts import Layout, QueryKeyValue, Reshaped, Rows, Same, Shape
+from megatron_patch.conversion.transforms import QueryKeyValue, Reshaped, Rows, Same, Shape, Transform
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, TowerGeometry
 
 
@@ -27,7 +27,7 @@ class Row:
     """One Megatron tensor.  layers 0: stands alone; else stacked: shape [layers, *joined shape]."""
 
     key: str
-    layout: Layout
+    transform: Transform
     parts: tuple[HubTensor, ...]
     layers: int = 0
 
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def joined_shape(self) -> Shape:
-        return self.layout.joined_shape(self.part_shapes)
+        return self.transform.joined_shape(self.part_shapes)
 
     @property
     def shape(self) -> Shape:
@@ -57,11 +57,13 @@ def llm_rows(language: LanguageGeometry) -> list[Row]:
     qkv = QueryKeyValue(language.heads, language.groups)
     ours, hub = "language_model.decoder.layers.", "language_model.model.layers.{layer}."
 
-    def layer(name: str, layout: Layout, *parts: tuple[str, Shape]) -> Row:
-        return Row(ours + name, layout, tuple(HubTensor(hub + part, shape) for part, shape in parts), language.layers)
+    def layer(name: str, transform: Transform, *parts: tuple[str, Shape]) -> Row:
+        return Row(
+            ours + name, transform, tuple(HubTensor(hub + part, shape) for part, shape in parts), language.layers
+        )
 
-    def alone(name: str, layout: Layout, part: str, shape: Shape) -> Row:
-        return Row("language_model." + name, layout, (HubTensor("language_model." + part, shape),))
+    def alone(name: str, transform: Transform, part: str, shape: Shape) -> Row:
+        return Row("language_model." + name, transform, (HubTensor("language_model." + part, shape),))
 
     rows = [
         alone("embedding.word_embeddings.weight", Same(0), "model.embed_tokens.weight", (vocabulary, h)),
@@ -108,12 +110,12 @@ def tower_rows(tower: TowerGeometry) -> list[Row]:
     qkv = QueryKeyValue(tower.heads, tower.heads)
     hub_tower = "vision_tower.vision_model."
 
-    def alone(name: str, layout: Layout, part: str, shape: Shape) -> Row:
-        return Row("vision_model." + name, layout, (HubTensor(hub_tower + part, shape),))
+    def alone(name: str, transform: Transform, part: str, shape: Shape) -> Row:
+        return Row("vision_model." + name, transform, (HubTensor(hub_tower + part, shape),))
 
-    def layer(name: str, layout: Layout, *parts: tuple[str, Shape]) -> Row:
+    def layer(name: str, transform: Transform, *parts: tuple[str, Shape]) -> Row:
         named = tuple(HubTensor(hub_tower + "encoder.layers.{layer}." + part, shape) for part, shape in parts)
-        return Row("vision_model.decoder.layers." + name, layout, named, tower.running_layers)
+        return Row("vision_model.decoder.layers." + name, transform, named, tower.running_layers)
 
     rows = [alone("conv1.weight", Same(), "embeddings.patch_embedding.weight", (t, 3, patch, patch))]
     if tower.kind.patch_bias:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
-from megatron_patch.checkpoint_files import TensorFacts, archive_records, content, read_metadata
+from megatron_patch.checkpoint_files import TensorFacts, archive_entries, content, read_metadata
 from megatron_patch.conversion.hub_weights import FileSpan, pread_into
-from megatron_patch.conversion.layouts import Shape
 from megatron_patch.conversion.output import ahead, start_writing_back
+from megatron_patch.conversion.transforms import Shape
 from megatron_patch.errors import UserError
 
 DATA_FILE = "__0_0.distcp"
@@ -262,7 +262,7 @@ class CheckpointReader:
 def _contiguous_start(descriptor: int, place: _StorageInfo, size: Shape, dtype: torch.dtype) -> int | None:
     """File position of a saved tensor's first byte; None when its bytes are not simply the tensor in order."""
     try:
-        records = archive_records(descriptor, place.offset, place.length)
+        records = archive_entries(descriptor, place.offset, place.length)
         saved = TensorFacts(content(descriptor, records["data.pkl"])).load()
         order = content(descriptor, records["byteorder"]) if "byteorder" in records else b"little"
         data = records[f"data/{saved.record}"]

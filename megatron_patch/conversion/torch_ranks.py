@@ -32,10 +32,10 @@ from megatron_patch.checkpoint_files import (
     read_rank_file,
 )
 from megatron_patch.conversion.hub_weights import pread_into
-from megatron_patch.conversion.layouts import Rows, Shape
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import Row
 from megatron_patch.conversion.torch_dist import CheckpointReader, Chunk
+from megatron_patch.conversion.transforms import Rows, Shape
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import VOCABULARY_STEP
 
@@ -50,7 +50,7 @@ _NORMS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """`count` rows (or columns) that stand together both in the whole tensor and in a rank's part of it."""
 
     whole: int
@@ -58,23 +58,23 @@ class Run:
     count: int
 
 
-def runs_of_rank(row: Row, rank: int, degree: int) -> tuple[int, list[Run]]:
-    """(axis, runs along it) of one layer's tensor on one tensor-parallel rank; uncut tensors are one run on axis 0."""
-    axis, shape = row.layout.tensor_parallel_axis, row.joined_shape
+def ranges_of_rank(row: Row, rank: int, degree: int) -> tuple[int, list[RowRange]]:
+    """(axis, ranges along it) of one layer's tensor on one tensor-parallel rank; uncut: one range on axis 0."""
+    axis, shape = row.transform.tensor_parallel_axis, row.joined_shape
     if axis is None or degree == 1:
         if row.key in (EMBEDDING, HEAD):
-            return 0, [Run(0, 0, padded_rows(shape[0], degree))]
-        return 0, [Run(0, 0, shape[0])]
+            return 0, [RowRange(0, 0, padded_rows(shape[0], degree))]
+        return 0, [RowRange(0, 0, shape[0])]
     if row.key in (EMBEDDING, HEAD):
         count = padded_rows(shape[0], degree) // degree
-        return 0, [Run(rank * count, 0, count)]
-    parts = [part[0] for part in row.part_shapes] if isinstance(row.layout, Rows) else [shape[axis]]
-    runs, whole, local = [], 0, 0
+        return 0, [RowRange(rank * count, 0, count)]
+    parts = [part[0] for part in row.part_shapes] if isinstance(row.transform, Rows) else [shape[axis]]
+    ranges, whole, local = [], 0, 0
     for size in parts:
         count = size // degree
-        runs.append(Run(whole + rank * count, local, count))
+        ranges.append(RowRange(whole + rank * count, local, count))
         whole, local = whole + size, local + count
-    return axis, runs
+    return axis, ranges
 
 
 def padded_rows(vocabulary: int, degree: int) -> int:
@@ -84,9 +84,9 @@ def padded_rows(vocabulary: int, degree: int) -> int:
 
 
 def _local_shape(row: Row, rank: int, degree: int) -> Shape:
-    axis, runs = runs_of_rank(row, rank, degree)
+    axis, ranges = ranges_of_rank(row, rank, degree)
     shape = list(row.joined_shape)
-    shape[axis] = sum(run.count for run in runs)
+    shape[axis] = sum(part.count for part in ranges)
     return tuple(shape)
 
 
@@ -167,23 +167,25 @@ class RanksWriter:
             for stage, name in self._targets[key, layer]:
                 for rank in range(self._tensor):
                     descriptor, places = self._files[rank, stage]
-                    axis, runs = runs_of_rank(row, rank, self._tensor)
-                    self._put(descriptor, places[name], tensor, offset[0], axis, runs)
+                    axis, ranges = ranges_of_rank(row, rank, self._tensor)
+                    self._put(descriptor, places[name], tensor, offset[0], axis, ranges)
             advance(tensor.nbytes)
 
     @staticmethod
-    def _put(descriptor: int, place: PlacedTensor, tensor: Tensor, first: int, axis: int, runs: Sequence[Run]) -> None:
+    def _put(
+        descriptor: int, place: PlacedTensor, tensor: Tensor, first: int, axis: int, ranges: Sequence[RowRange]
+    ) -> None:
         """Write the parts of rows [first, first + len(tensor)) that belong to a rank."""
         row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
         if axis == 1:
-            (run,) = runs
-            columns = tensor[:, run.whole : run.whole + run.count]
+            (part,) = ranges
+            columns = tensor[:, part.whole : part.whole + part.count]
             _write_at(descriptor, columns, place.position + first * row_bytes)
             return
-        for run in runs:
-            low, high = max(run.whole, first), min(run.whole + run.count, first + len(tensor))
+        for part in ranges:
+            low, high = max(part.whole, first), min(part.whole + part.count, first + len(tensor))
             if low < high:
-                position = place.position + (run.local + low - run.whole) * row_bytes
+                position = place.position + (part.local + low - part.whole) * row_bytes
                 _write_at(descriptor, tensor[low - first : high - first], position)
 
     def add_object(self, key: str, value: object, shard: int = 0, shards: int = 1) -> None:
@@ -224,7 +226,7 @@ class RanksReader:
 
     def _check_layout(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            axis = row.layout.tensor_parallel_axis
+            axis = row.transform.tensor_parallel_axis
             cut = axis is not None and row.key not in (EMBEDDING, HEAD)
             if cut and row.joined_shape[axis] % self.tensor:
                 raise UserError(
@@ -262,8 +264,8 @@ class RanksReader:
                 raise UserError(f"{self._iteration} is not whole: {absent[key]}; write the checkpoint again")
             row = self._rows[key]
             shape = list(place.shape)
-            if row.layout.tensor_parallel_axis is not None:
-                shape[row.layout.tensor_parallel_axis] *= self.tensor
+            if row.transform.tensor_parallel_axis is not None:
+                shape[row.transform.tensor_parallel_axis] *= self.tensor
             self._add(key, place.dtype, ([row.layers] if row.layers else []) + shape)
         for (_, stage), places in self._files.items():
             for name in places.keys() - claimed[stage]:
@@ -293,19 +295,19 @@ class RanksReader:
         result = torch.empty((count, *rest), dtype=dtype)
         for rank in range(self.tensor):
             place, descriptor = self._files[rank, stage][name], self._descriptors[rank, stage]
-            axis, runs = runs_of_rank(row, rank, self.tensor)
+            axis, ranges = ranges_of_rank(row, rank, self.tensor)
             row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
             if axis == 1:
-                (run,) = runs
+                (part,) = ranges
                 columns = pread_into(descriptor, place.position + first * row_bytes, (count, *place.shape[1:]), dtype)
-                result[:, run.whole : run.whole + run.count] = columns
+                result[:, part.whole : part.whole + part.count] = columns
                 continue
-            for run in runs:
-                low, high = max(run.whole, first), min(run.whole + run.count, first + count)
+            for part in ranges:
+                low, high = max(part.whole, first), min(part.whole + part.count, first + count)
                 if low < high:
-                    position = place.position + (run.local + low - run.whole) * row_bytes
+                    position = place.position + (part.local + low - part.whole) * row_bytes
                     result[low - first : high - first] = pread_into(descriptor, position, (high - low, *rest), dtype)
-            if row.layout.tensor_parallel_axis is None:
+            if row.transform.tensor_parallel_axis is None:
                 break  # every rank has the same
         return result.reshape(tuple(size))
 

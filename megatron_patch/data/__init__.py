@@ -1,14 +1,13 @@
-"""Data room: conversations, pictures, shards, batches and loaders.  Imports neither the model nor the training room."""
+"""Data room: what a record, a conversation and an image are.
 
-from megatron_patch.data.settings import DataSettings
+preparation/        any source -> energon folder
+loading/            energon folder -> micro-batches
 
-__all__ = ["DataSettings", "build_train_loader", "build_valid_loader"]
-
-
-def __getattr__(name: str) -> object:
-    """Load the loaders on first use: they bring torch and energon, which the converters' core does not need."""
-    if name in ("build_train_loader", "build_valid_loader"):
-        from megatron_patch.data import loaders
-
-        return getattr(loaders, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+What both share, and what imports neither:
+record.py           a sample of an energon folder -> record: exchanges, images, system sentence
+rejection.py        the reasons for which a record is left out
+conversation.py     exchanges -> token ids and labels
+templates.py        the conversation formats, as data
+image.py            bytes -> pixels; the check that comes before
+image_structure.py  damage seen in a JPEG's or PNG's structure, without decoding
+"""

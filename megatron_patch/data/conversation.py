@@ -1,7 +1,7 @@
 """Conversations -> token ids and the mask of trained tokens.
 
 A template turns question/answer pairs into segments; each segment knows whether it is trained.  The text between two
-pictures is tokenised as one piece, as LLaVA's `tokenizer_image_token` does, and a token is trained when it covers a
+images is tokenised as one piece, as LLaVA's `tokenizer_image_token` does, and a token is trained when it covers a
 character of a trained segment.  So ids equal the original's for every tokenizer and no length is ever re-counted, which
 is where the original masks whole samples by mistake.
 """
@@ -22,7 +22,7 @@ IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # LLaVA's use_im_start_end
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, with an IMAGE_MARK where each of its pictures stands, and its answer (None: still to be given)."""
+    """A question, with an IMAGE_MARK where each of its images stands, and its answer (None: still to be given)."""
 
     question: str
     answer: str | None
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids with expanded image placeholders, one trained flag per token, and each picture's first placeholder."""
+    """Token ids with expanded image placeholders, one trained flag per token, and each image's first placeholder."""
 
     ids: list[int]
     trained: list[bool]
@@ -47,7 +47,7 @@ class EncodedConversation:
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one template (a name of TEMPLATES, or a template file).
 
-    image_tokens placeholders with image_token_id stand for each picture.  image_conv_front: all pictures come before
+    image_tokens placeholders with image_token_id stand for each image.  image_conv_front: all images come before
     the first question, in a turn of their own where the template has one (NeMo's sep_image_conv_front).
     image_start_end: each stands between IMAGE_START and IMAGE_END, also in the template `plain` (as in NeMo; LLaVA's
     own code loses them there).
@@ -66,7 +66,7 @@ class ConversationEncoder:
         image_conv_front: bool = False,
         image_start_end: bool = False,
     ) -> None:
-        words = _write_out(find_template(template), tokenizer)
+        texts = _write_out(find_template(template), tokenizer)
         where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(
@@ -84,15 +84,15 @@ class ConversationEncoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._words = words
+        self._texts = texts
         self._image_token_id = image_token_id
         self._image_tokens = image_tokens
         self._image_conv_front = image_conv_front
         self._beside_image = (IMAGE_START, IMAGE_END) if image_start_end else ("", "")
         self._ending_id = None
-        if words.ending:
+        if texts.ending:
             self._ending_id = self._single_token(
-                words.ending,
+                texts.ending,
                 where,
                 f"which ends an answer in template {template}",
                 "choose a template that fits the tokenizer",
@@ -102,7 +102,7 @@ class ConversationEncoder:
                 self._single_token(
                     token,
                     where,
-                    "which image_start_end puts beside each picture",
+                    "which image_start_end puts beside each image",
                     "convert the model with --add-tokens, or leave image_start_end out",
                 )
 
@@ -123,7 +123,7 @@ class ConversationEncoder:
         return IMAGE_MARK.join("".join(segment.text for segment in piece) for piece in pieces)
 
     def encode(self, exchanges: Sequence[Exchange], system: str | None = None) -> EncodedConversation:
-        """Exchanges -> ids, trained flags and pictures.  Raises RecordError when the template cannot hold them.
+        """Exchanges -> ids, trained flags and images.  Raises RecordError when the template cannot hold them.
 
         system: replaces the template's own system sentence; empty: none at all.
         """
@@ -131,7 +131,7 @@ class ConversationEncoder:
         trained: list[bool] = []
         image_starts: list[int] = []
         for number, piece in enumerate(_pieces(self._segments(exchanges, system), *self._beside_image)):
-            if number:  # between two pieces stands a picture
+            if number:  # between two pieces stands an image
                 image_starts.append(len(ids))
                 ids += [self._image_token_id] * self._image_tokens
                 trained += [False] * self._image_tokens
@@ -150,37 +150,37 @@ class ConversationEncoder:
 
     def _segments(self, exchanges: Sequence[Exchange], system: str | None) -> list[Segment]:
         """The text of a conversation, in pieces that are trained or not."""
-        words = self._words
-        if words.most_exchanges and len(exchanges) > words.most_exchanges:
-            most = words.most_exchanges
+        texts = self._texts
+        if texts.most_exchanges and len(exchanges) > texts.most_exchanges:
+            most = texts.most_exchanges
             limit = "one question and one answer" if most == 1 else f"at most {most} questions and their answers"
             raise RecordError("turns", f"the template takes {limit}, got {len(exchanges)} questions")
         if system is not None and IMAGE_MARK in system:
             raise RecordError("image marks", f"the system sentence holds {IMAGE_MARK}")
-        sentence = words.system if system is None else system
-        system_turn = words.system_turn.replace("{system}", sentence) if sentence else ""
+        sentence = texts.system if system is None else system
+        system_turn = texts.system_turn.replace("{system}", sentence) if sentence else ""
         picture_turn = ""
         if self._image_conv_front:
             exchanges, marks = _without_marks(exchanges)
-            if marks and words.picture_turn:
-                picture_turn = words.picture_turn.replace("{pictures}", marks)
+            if marks and texts.picture_turn:
+                picture_turn = texts.picture_turn.replace("{pictures}", marks)
             elif marks:
                 first, *rest = exchanges
                 exchanges = [Exchange(f"{marks}\n{first.question}".strip(), first.answer), *rest]
         segments = []
         for number, exchange in enumerate(exchanges):
             question = exchange.question
-            if words.pictures_only:
+            if texts.images_only:
                 question = IMAGE_MARK * question.count(IMAGE_MARK)
-            elif number == 0 and words.system_in_question:
+            elif number == 0 and texts.system_in_question:
                 question = system_turn + question
-            before = words.between if number else words.opening + picture_turn
-            if number == 0 and not words.system_in_question:
+            before = texts.between if number else texts.opening + picture_turn
+            if number == 0 and not texts.system_in_question:
                 before = system_turn + before
-            segments.append(Segment(f"{before}{words.question[0]}{question}{words.question[1]}"))
+            segments.append(Segment(f"{before}{texts.question[0]}{question}{texts.question[1]}"))
             if exchange.answer is not None:
-                segments.append(Segment(f"{words.answer[0]}{exchange.answer}{words.answer[1]}", trained=True))
-                segments.append(Segment(words.closing))
+                segments.append(Segment(f"{texts.answer[0]}{exchange.answer}{texts.answer[1]}", trained=True))
+                segments.append(Segment(texts.closing))
         return segments
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -208,7 +208,7 @@ class _Words:
     """A template with the tokenizer's tokens written out, its question and answer cut at their placeholder."""
 
     question: tuple[str, str]
-    pictures_only: bool
+    images_only: bool
     answer: tuple[str, str]
     ending: str
     system: str
@@ -227,11 +227,11 @@ def _write_out(template: Template, tokenizer: Any) -> _Words:
     for placeholder, token in (("{bos}", tokenizer.bos_token or ""), ("{eos}", tokenizer.eos_token or "</s>")):
         texts = {name: _replace(text, placeholder, token) for name, text in texts.items()}
     texts = {name: _replace(text, "{ending}", texts["ending"]) for name, text in texts.items()}
-    pictures_only = "{pictures}" in template.question
-    for name, placeholder in (("question", "{pictures}" if pictures_only else "{question}"), ("answer", "{answer}")):
+    images_only = "{pictures}" in template.question
+    for name, placeholder in (("question", "{pictures}" if images_only else "{question}"), ("answer", "{answer}")):
         before, _, after = texts[name].partition(placeholder)
         texts[name] = (before, after)
-    return _Words(pictures_only=pictures_only, **texts)
+    return _Words(images_only=images_only, **texts)
 
 
 def _replace(value: Any, placeholder: str, token: str) -> Any:
@@ -240,7 +240,7 @@ def _replace(value: Any, placeholder: str, token: str) -> Any:
 
 
 def _without_marks(exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:
-    """The exchanges without their pictures, and a mark for each of these."""
+    """The exchanges without their images, and a mark for each of these."""
     marks = IMAGE_MARK * sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
     cleared = [
         Exchange(exchange.question.replace(IMAGE_MARK, "").strip(), exchange.answer)
@@ -252,13 +252,13 @@ def _without_marks(exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:
 
 
 def _pieces(segments: Sequence[Segment], before: str, after: str) -> list[list[Segment]]:
-    """Cut the segments at each picture: n pictures give n + 1 pieces, each a list of segments without marks.
+    """Cut the segments at each image: n images give n + 1 pieces, each a list of segments without marks.
 
-    before, after: what stands beside a picture.
+    before, after: what stands beside an image.
     """
     pieces: list[list[Segment]] = [[]]
     for segment in segments:
-        if segment.trained or IMAGE_MARK not in segment.text:  # an answer never holds a picture, whatever it says
+        if segment.trained or IMAGE_MARK not in segment.text:  # an answer never holds an image, whatever it says
             pieces[-1].append(segment)
             continue
         first, *rest = segment.text.replace(IMAGE_MARK, before + IMAGE_MARK + after).split(IMAGE_MARK)

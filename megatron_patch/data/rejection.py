@@ -5,19 +5,24 @@ REASONS = {
     "malformed": "not a record {id, image?, conversations: [{from, value}]}",
     "roles": "the turns do not alternate between human and gpt",
     "no answer": "an answer is missing or empty",
-    "image marks": "the <image> marks and the pictures do not agree",
-    "picture missing": "the picture's file does not exist or lies outside the picture folder",
-    "picture truncated": "the picture's bytes end before the picture does",
-    "not a picture": "the file holds no picture in a format that Pillow knows",
-    "picture too large": "so many pixels, or so elongated, that decoding it could exhaust the memory",
-    "picture unreadable": "the picture's bytes cannot be decoded fully",
-    "duplicate": "a record with the same id, picture and conversation came before",
+    "image marks": "the <image> marks and the images do not agree",
+    "image missing": "the image's file does not exist or lies outside the image folder",
+    "image truncated": "the image's bytes end before the image does",
+    "not an image": "the file holds no image in a format that Pillow knows",
+    "image too large": "so many pixels, or so elongated, that decoding it could exhaust the memory",
+    "image unreadable": "the image's bytes cannot be decoded fully",
+    "duplicate": "a record with the same id, image and conversation came before",
     "duplicate id": "a record with the same id came before (only where that is asked for)",
     "turns": "the template cannot hold this number of turns",
-    "too long": "a picture, or with the converters' --max-tokens anything, lies beyond the longest allowed record",
+    "too long": "an image, or with the converters' --max-tokens anything, lies beyond the longest allowed record",
     "no trained token": "nothing of an answer is left within the longest allowed record",
     "excluded": "left out by the folder's own split.yaml",
 }
+
+
+def current_reason(reason: str) -> str:
+    """A reason as REASONS spells it, from a journal or a loader state of any age: images were once `pictures`."""
+    return reason.replace("not a picture", "not an image").replace("picture", "image")
 
 
 class RecordError(ValueError):

@@ -113,7 +113,7 @@ CHATML = Template(
 )
 
 TEMPLATES = {
-    # LLaVA, conv_llava_plain and preprocess_plain: pictures, caption, newline; the question's words are dropped and
+    # LLaVA, conv_llava_plain and preprocess_plain: images, caption, newline; the question's words are dropped and
     # nothing marks the end.
     "plain": Template(question="{pictures}", answer="{answer}\n", ending="", most_exchanges=1),
     # LLaVA, conv_llava_v0 as preprocess and _add_speaker_and_signal write it for training.  Its ending is a string on

@@ -4,7 +4,7 @@ Each kind provides:
     NAME                        "cuda" or "cpu", as in torch.device
     current_device()            the torch.device of this process
     install()                   make torch ready for Megatron; called once, before anything imports megatron
-    megatron_words(have_te)     the words for Megatron's parser that this kind needs
+    megatron_arguments(have_te)     the arguments for Megatron's parser that this kind needs
     peak_memory()               bytes that this process has held at most
 """
 
@@ -54,9 +54,9 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def megatron_words() -> list[str]:
-    """Words for Megatron's parser that follow from the device and from Transformer Engine being there."""
-    return backend().megatron_words(have_transformer_engine())
+def megatron_arguments() -> list[str]:
+    """Arguments for Megatron's parser that follow from the device and from Transformer Engine being there."""
+    return backend().megatron_arguments(have_transformer_engine())
 
 
 def peak_memory() -> int:

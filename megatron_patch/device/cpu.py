@@ -41,7 +41,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def megatron_words(have_transformer_engine: bool) -> list[str]:
+def megatron_arguments(have_transformer_engine: bool) -> list[str]:
     """Local layers on gloo; the fusions left out are CUDA kernels."""
     del have_transformer_engine
     return [

@@ -21,7 +21,7 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def megatron_words(have_transformer_engine: bool) -> list[str]:
+def megatron_arguments(have_transformer_engine: bool) -> list[str]:
     """Transformer Engine where it imports; otherwise the local layers without the fusions that need Apex or it."""
     if have_transformer_engine:
         return ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl"]

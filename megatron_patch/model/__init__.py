@@ -5,5 +5,5 @@ layer_specs.py  transformer layers of decoder, tower and projector, with and wit
 llava.py        the model: tower -> projector -> scatter into the text -> decoder -> loss at labelled positions
 
 Letters of shapes: B micro-batch, S sequence (image placeholders included), H decoder width, V vocabulary,
-N pictures of the micro-batch, P image tokens of one picture, T tower width, L labelled positions.
+N images of the micro-batch, P image tokens of one image, T tower width, L labelled positions.
 """

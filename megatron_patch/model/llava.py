@@ -190,7 +190,7 @@ class LlavaModel(MegatronModule):
     """The part of a LLaVA that lives on one pipeline stage.
 
     Args:
-        config: the decoder's config; words of the parser, numbers of the Hugging Face config.
+        config: the decoder's config; arguments of the parser, numbers of the Hugging Face config.
         geometry: all numbers of the model.
         padded_vocabulary: rows of the embedding, at least the geometry's; the rows beyond get no probability.
         pixel_mean, pixel_std: [3], of pixels in 0..1.
@@ -233,7 +233,7 @@ class LlavaModel(MegatronModule):
             rotary_base=language.rope_base,
             rope_scaling=language.rope_factor is not None,
             rope_scaling_factor=language.rope_factor or 1.0,
-            scatter_embedding_sequence_parallel=False,  # pictures are scattered in first
+            scatter_embedding_sequence_parallel=False,  # images are scattered in first
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
@@ -320,7 +320,7 @@ class LlavaModel(MegatronModule):
         """One micro-batch.
 
         Args:
-            tokens: int64 [B, S], image placeholders already expanded to P per picture; first stage only.
+            tokens: int64 [B, S], image placeholders already expanded to P per image; first stage only.
             labels: int64 [B, S], the token to predict at each position or IGNORE_LABEL; last stage only.
             pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
             cu_seqlens: int32 [records + 1], when the batch is a single row of packed records: where each begins, then
@@ -358,20 +358,20 @@ class LlavaModel(MegatronModule):
     def _embed(self, tokens: Tensor, pixels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
-        pictures = self._project(pixels)  # [N, P, H]
+        images = self._project(pixels)  # [N, P, H]
         if pixels is None or pixels.shape[0] == 0:
             # Text alone: the projector still takes part, with weight 0, so that every rank reduces its gradient.
-            embedded = text + 0.0 * pictures.sum().to(text.dtype)
+            embedded = text + 0.0 * images.sum().to(text.dtype)
         else:
-            is_picture = (tokens == self.geometry.image_token_id).unsqueeze(-1)
-            embedded = text.masked_scatter(is_picture, pictures.to(text.dtype))
+            is_image = (tokens == self.geometry.image_token_id).unsqueeze(-1)
+            embedded = text.masked_scatter(is_image, images.to(text.dtype))
         embedded = self._on_this_context_rank(embedded, cu_seqlens).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
         return embedded
 
     def _project(self, pixels: Tensor | None) -> Tensor:
-        """pixels uint8 [N, 3, side, side] -> features [N, P, H]; without pictures the features of a blank one."""
+        """pixels uint8 [N, 3, side, side] -> features [N, P, H]; without images the features of a blank one."""
         tower, weight = self.geometry.tower, self.vision_model.conv1.weight
         if pixels is None or pixels.shape[0] == 0:
             if self.frozen.vision_tower:

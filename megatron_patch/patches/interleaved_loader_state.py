@@ -1,7 +1,7 @@
 """megatron-core 0.19.2, training/checkpointing.py:1218: maybe_save_dataloader_state() knows one iterator only.
 
 An interleaved pipeline has a list of them, one per virtual stage, and every save ends in an AttributeError.  The first
-virtual stage's is the one whose state counts.  Remove when test_layouts' interleaved run saves without it.
+virtual stage's is the one whose state counts.  Remove when test_parallelism's interleaved run saves without it.
 """
 
 from typing import Any

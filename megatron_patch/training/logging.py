@@ -1,4 +1,4 @@
-"""What a run says of itself, around Megatron's own log: throughput, memory, time left, the account of records, a
+"""What a run says of itself, around Megatron's own log: throughput, memory, time left, the record counters, a
 summary at the end; and losses that a resumed run prints like one never stopped.
 """
 
@@ -12,14 +12,14 @@ import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import is_last_rank, print_rank_last
 
-from megatron_patch.data.loaders import TrainLoader
+from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.model.llava import Frozen
-from megatron_patch.training import ledger, summary
+from megatron_patch.training import record_counters, summary
+from megatron_patch.training.forward_step import LOSS
 from megatron_patch.training.progress import ProgressBar
-from megatron_patch.training.step import LOSS
-from megatron_patch.training.stopwatch import Stopwatch, as_clock
-from megatron_patch.training.throughput import Rates, Work, step_flop
+from megatron_patch.training.throughput import Throughput, Work, step_flop
+from megatron_patch.training.timer import Timer, as_clock
 
 
 def record_scalars(scalars: dict[str, float], iteration: int) -> None:
@@ -43,11 +43,11 @@ class RunLog:
         self, geometry: LlavaGeometry, frozen: Frozen, loader: Callable[[], TrainLoader | None], output: Path | None
     ) -> None:
         self._geometry, self._frozen, self._loader, self._output = geometry, frozen, loader, output
-        self._watch = Stopwatch()
+        self._watch = Timer()
         self._bar: ProgressBar | None = None
         self._first: tuple[int, Work, float] | None = None  # iteration, work, training seconds once warmed up
         self._since: tuple[int, Work, float] | None = None  # the same at the last line of the log
-        self._totals: ledger.Totals | None = None
+        self._totals: record_counters.Totals | None = None
         self._iteration = 0
         self._loss: torch.Tensor | None = None
         self._validation_loss: float | None = None
@@ -96,7 +96,7 @@ class RunLog:
             self._iteration, self._loss = iteration, loss_dict.get(LOSS, self._loss)
             self._watch.step_done()
             if ends_interval or self._first is None:
-                self._totals = ledger.totals(self._loader())
+                self._totals = record_counters.totals(self._loader())
             if ends_interval:
                 self._tell(iteration, settings.train_iters, settings.world_size)
             if self._first is None:
@@ -128,7 +128,7 @@ class RunLog:
         def wrapped(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any) -> bool:
             leaving = decide(model, optimizer, scheduler, iteration, *args, **kwargs)
             if leaving or iteration == get_args().train_iters:
-                self._totals = ledger.totals(self._loader())  # here all ranks are together for the last time
+                self._totals = record_counters.totals(self._loader())  # here all ranks are together for the last time
             return leaving
 
         return wrapped
@@ -136,13 +136,13 @@ class RunLog:
     def _now(self) -> tuple[int, Work, float]:
         return self._iteration, self._totals.work, self._watch.training()
 
-    def _rates(self, since: tuple[int, Work, float], world_size: int) -> Rates | None:
+    def _rates(self, since: tuple[int, Work, float], world_size: int) -> Throughput | None:
         """Of the iterations from `since` to the last totals."""
         iteration, work, seconds = self._now()
         if iteration <= since[0]:
             return None
         done = work - since[1]
-        return Rates.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
+        return Throughput.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
 
     def _tell(self, iteration: int, train_iters: int, world_size: int) -> None:
         """The lines behind Megatron's own, and the same figures as scalars."""
@@ -158,7 +158,7 @@ class RunLog:
             parts = [rates.sentence(), f"{found.memory_bytes / 2**30:.2f} GiB at most", f"{as_clock(left)} left"]
             print_rank_last(f" {' | '.join(parts)}")
             scalars |= {f"throughput/{name}": value for name, value in rates.scalars().items()}
-        print_rank_last(ledger.sentence(found.records))
+        print_rank_last(record_counters.sentence(found.records))
         record_scalars(scalars, iteration)
 
     def finish(self, ending: str) -> None:

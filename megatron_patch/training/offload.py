@@ -24,10 +24,10 @@ def offload_fraction(parameters: int, data_parallel: int, device_bytes: int) -> 
     return min(-(-missing // 0.05) * 0.05, 1.0)
 
 
-def offload_words(
+def offload_arguments(
     policy: str, language: LanguageGeometry, tensor: int, pipeline: int, world_size: int, context: int
 ) -> list[str]:
-    """Megatron's words for `false`, `static` (all of the state) or `auto` (what does not fit).
+    """Megatron's arguments for `false`, `static` (all of the state) or `auto` (what does not fit).
 
     Raises:
         UserError: there is no GPU whose memory could be spared.

@@ -10,22 +10,26 @@ TYPED = ("max_lr", "min_lr", "start_wd", "end_wd")  # of a parameter group
 
 
 @dataclass(frozen=True)
-class Rates:
+class ModuleOverrides:
     """What is typed for one module; None: as for the language model."""
 
     learning_rate: float | None = None  # highest; the lowest keeps the ratio of MIN_LR to LR
     weight_decay: float | None = None
 
 
-def read_rates(args: Any) -> dict[str, Rates]:
-    """Rates by module of LlavaModel from Megatron's arguments."""
+def read_overrides(args: Any) -> dict[str, ModuleOverrides]:
+    """ModuleOverrides by module of LlavaModel from Megatron's arguments."""
     return {
-        module: Rates(getattr(args, f"{option}_lr"), getattr(args, f"{option}_weight_decay")) if option else Rates()
+        module: ModuleOverrides(getattr(args, f"{option}_lr"), getattr(args, f"{option}_weight_decay"))
+        if option
+        else ModuleOverrides()
         for module, option in MODULES.items()
     }
 
 
-def with_modules(standard_overrides: Callable[..., dict], rates: Callable[[], dict[str, Rates]]) -> Callable[..., dict]:
+def with_modules(
+    standard_overrides: Callable[..., dict], overrides: Callable[[], dict[str, ModuleOverrides]]
+) -> Callable[..., dict]:
     """Wrap Megatron's get_standard_config_overrides(config): every parameter group belongs to one module.
 
     Groups carry the module's name, by which a checkpoint's are found again.
@@ -34,7 +38,7 @@ def with_modules(standard_overrides: Callable[..., dict], rates: Callable[[], di
 
     def overrides(config: Any) -> dict:
         found = standard_overrides(config=config)
-        for module, chosen in rates().items():
+        for module, chosen in overrides().items():
             group: dict[str, Any] = {"module": module}
             if chosen.learning_rate is not None:
                 ratio = (config.min_lr or 0.0) / config.lr
@@ -50,7 +54,7 @@ def with_modules(standard_overrides: Callable[..., dict], rates: Callable[[], di
 def keep_typed(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Megatron's load_checkpoint(model, optimizer, opt_param_scheduler, ...).
 
-    Loading replaces the groups' rates by the saved ones, of which --override-opt-param-scheduler knows nothing.
+    Loading replaces the groups' overrides by the saved ones, of which --override-opt-param-scheduler knows nothing.
     """
 
     def load(model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +66,7 @@ def keep_typed(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
                 group.pop(name, None)
             group.update(kept)
         if typed and opt_param_scheduler is not None:
-            opt_param_scheduler.step(0)  # the rates of the present step, from what was typed
+            opt_param_scheduler.step(0)  # the overrides of the present step, from what was typed
         return result
 
     return load

@@ -83,7 +83,7 @@ def _rank_shapes(model: list[torch.nn.Module], iteration: Path) -> tuple[Shapes,
     if have != (tensor, pipeline):
         raise UserError(
             f"{iteration} holds files for TP {have[0]} x PP {have[1]}, this run is TP {tensor} x PP {pipeline}; "
-            "run with those, or convert to the format torch_dist, which every layout reads"
+            "run with those, or convert to the format torch_dist, which every parallelism reads"
         )
     name = rank_folder_name(mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank(), pipeline > 1)
     if len(model) > 1:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
-from megatron_patch.training.ledger import Totals, sentence
-from megatron_patch.training.stopwatch import Stopwatch, as_clock
-from megatron_patch.training.throughput import Rates
+from megatron_patch.training.record_counters import Totals, sentence
+from megatron_patch.training.throughput import Throughput
+from megatron_patch.training.timer import Timer, as_clock
 
 FILE = "summary.json"
 EXPORT = "toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh"
@@ -42,8 +42,8 @@ class Summary:
         iteration: int,
         train_iters: int,
         totals: Totals,
-        watch: Stopwatch,
-        rates: Rates | None,
+        watch: Timer,
+        rates: Throughput | None,
         loss: float | None,
         validation_loss: float | None,
         save: str | None,
@@ -61,8 +61,8 @@ class Summary:
         if checkpoint is not None:
             folder = Path(checkpoint).parent
             target = (output or folder.parent) / "hf"
-            words = ("bash", EXPORT, size, folder, "none", target, 1, 1, "true", precision)
-            steps.append(f"{shlex.join(map(str, words))} HF_CKPT_PATH (the model of Hugging Face that it came from)")
+            command = ("bash", EXPORT, size, folder, "none", target, 1, 1, "true", precision)
+            steps.append(f"{shlex.join(map(str, command))} HF_CKPT_PATH (the model of Hugging Face that it came from)")
             if stage_1 and iteration >= train_iters:
                 steps.append(
                     f"run_sft_mcore_llava.sh (stage 2) with PRETRAIN_CHECKPOINT_PATH={shlex.quote(str(folder))}"

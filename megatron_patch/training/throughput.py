@@ -20,12 +20,12 @@ from megatron_patch.model.llava import Frozen
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of some batches.  Names as in the loaders' account (data/loaders.py, WORK)."""
+    """Of some batches.  Names as in the loaders' counters (data/loading/loader.py, WORK)."""
 
     records: int = 0
-    tokens: int = 0  # of pictures and text, without padding
+    tokens: int = 0  # of images and text, without padding
     labels: int = 0  # trained tokens
-    pictures: int = 0  # tiles are pictures of their own
+    images: int = 0  # tiles are images of their own
     pairs: int = 0  # of tokens of a record, the one at or before the other
 
     def __sub__(self, other: "Work") -> "Work":
@@ -57,22 +57,22 @@ def step_flop(geometry: LlavaGeometry, frozen: Frozen, work: Work) -> int:
     second = _Passes(tower_trained or projector_trained, projector_trained)
     language = _Passes(tower_trained or projector_trained or language_trained, language_trained)
     return (
-        _tower_flop(geometry.tower, tower, work.pictures)
-        + _projector_flop(geometry, first, second, work.pictures * geometry.tower.image_tokens)
+        _tower_flop(geometry.tower, tower, work.images)
+        + _projector_flop(geometry, first, second, work.images * geometry.tower.image_tokens)
         + _language_flop(geometry.language, language, work)
     )
 
 
-def _tower_flop(tower: TowerGeometry, passes: _Passes, pictures: int) -> int:
+def _tower_flop(tower: TowerGeometry, passes: _Passes, images: int) -> int:
     """Bidirectional: every patch sees every other.  Only the layers below the chosen features run."""
     patches = tower.positions - tower.kind.class_token
     layer = 4 * tower.hidden**2 + 2 * tower.hidden * tower.ffn_hidden
-    of_picture = (
+    of_image = (
         _Passes(False, passes.weights_gradient).linear(3 * tower.patch_px**2 * tower.hidden, patches)
         + tower.running_layers * passes.linear(layer, tower.positions)
         + tower.running_layers * passes.attention(tower.hidden, tower.positions**2)
     )
-    return pictures * of_picture
+    return images * of_image
 
 
 def _projector_flop(geometry: LlavaGeometry, first: _Passes, second: _Passes, tokens: int) -> int:
@@ -92,7 +92,7 @@ def _language_flop(language: LanguageGeometry, passes: _Passes, work: Work) -> i
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
+class Throughput:
     """What was done per second."""
 
     samples: float
@@ -102,7 +102,7 @@ class Rates:
     flop_per_device: float
 
     @classmethod
-    def of(cls, work: Work, flop: int, seconds: float, devices: int) -> "Rates":
+    def of(cls, work: Work, flop: int, seconds: float, devices: int) -> "Throughput":
         """`work` and `flop` of all devices in so many seconds."""
         samples = work.records / seconds
         return cls(samples, samples / devices, work.tokens / seconds, work.labels / seconds, flop / seconds / devices)

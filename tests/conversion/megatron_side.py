@@ -3,8 +3,8 @@
     {"do": "read", "source": ITERATION, "target": FILE, "tensor_parallel": 2}
     {"do": "save", "source": FILE, "target": ITERATION, "tensor_parallel": 2, "padding": 48, "per_layer": false}
 
-`read` asks for every tensor in the pieces that ranks of that layout ask for and writes the pieces put together.
-`save` writes what a trainer of that layout writes: pieces per rank and layer, padded vocabulary, optimizer state, RNG,
+`read` asks for every tensor in the pieces that ranks of that parallelism ask for and writes the pieces put together.
+`save` writes what such a trainer writes: pieces per rank and layer, padded vocabulary, optimizer state, RNG,
 extra states, arguments in the common state.
 """
 

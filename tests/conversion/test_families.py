@@ -17,9 +17,9 @@ from megatron_patch.conversion.plan import wanted_tensors
 from megatron_patch.conversion.table import table_of_weights
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, read_geometry
-from megatron_patch.training.words import decoder_words
+from megatron_patch.training.config import decoder_arguments
 from tests.conversion.conftest import tensors_of
-from tests.conversion.test_round_trip import load, picture, same_bytes, there_and_back
+from tests.conversion.test_round_trip import image, load, same_bytes, there_and_back
 from tests.conversion.tiny_openai_clip import SIDE_PX, make_tiny_openai_clip
 from tests.tiny_models import (
     MORE_FAMILIES,
@@ -35,7 +35,7 @@ from tests.tiny_models import (
 def greedy(folder: Path, tokens: int = 32) -> tuple[list[int], torch.Tensor]:
     """The next tokens that transformers chooses with the folder's own processor, and the logits of the prompt."""
     model, processor = load(folder)
-    batch = processor(text="USER: <image>\nWhat digit is this?", images=picture(), return_tensors="pt")
+    batch = processor(text="USER: <image>\nWhat digit is this?", images=image(), return_tensors="pt")
     vision = model.config.vision_config
     assert int((batch["input_ids"] == 320).sum()) == (vision.image_size // vision.patch_size) ** 2
     with torch.no_grad():
@@ -286,6 +286,6 @@ def test_unknown_towers_are_refused():
 def test_a_sliding_window_is_honoured_up_to_its_length():
     """The parity tests run with 48 tokens in a window of 48."""
     language = read_geometry(config("mistral_window")).language
-    assert language.sliding_window == 48 and decoder_words(language, 48)
+    assert language.sliding_window == 48 and decoder_arguments(language, 48)
     with pytest.raises(UserError, match=r"DECODER_SEQ_LEN is 49.*sliding window of 48 tokens.*at most 48"):
-        decoder_words(language, 49)
+        decoder_arguments(language, 49)

@@ -33,7 +33,7 @@ def megatron(*jobs: dict) -> None:
 
 
 def expected(hub_tensors: dict, layers: int, groups: int, width: int = 16) -> dict:
-    """Megatron's tensors of a LLaVA, written out here without the converter's table or layouts."""
+    """Megatron's tensors of a LLaVA, written out here without the converter's table or transforms."""
     language, tower = "language_model.model.", "vision_tower.vision_model."
 
     def stack(pattern: str, count: int) -> torch.Tensor:

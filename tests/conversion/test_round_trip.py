@@ -36,13 +36,13 @@ def load(folder):
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     values = torch.randint(0, 256, (40, 52, 3), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
     return Image.fromarray(values.numpy())
 
 
 def greedy(model, processor, tokens=16):
-    batch = processor(text="USER: <image>\nWhat digit is this?", images=picture(), return_tensors="pt")
+    batch = processor(text="USER: <image>\nWhat digit is this?", images=image(), return_tensors="pt")
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == 16
     with torch.no_grad():
         answer = model.generate(**batch, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)

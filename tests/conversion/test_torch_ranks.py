@@ -1,14 +1,14 @@
-"""Megatron's format `torch`: names of the files, what a rank holds, and that every layout comes back byte for byte."""
+"""Megatron's format `torch`: names of the files, what a rank holds; every TP and PP comes back byte for byte."""
 
 import pytest
 import torch
 
 from megatron_patch.checkpoint_files import RANK_FILE, read_rank_file
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
-from megatron_patch.conversion.layouts import Rows, Same
 from megatron_patch.conversion.table import HubTensor, Row
 from megatron_patch.conversion.torch_dist import Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter
+from megatron_patch.conversion.transforms import Rows, Same
 from tests.conversion.conftest import tensors_of
 
 

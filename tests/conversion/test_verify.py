@@ -1,4 +1,4 @@
-"""verify_conversion.py: equal for every family and layout, and the first part that differs is named when it is not."""
+"""verify_conversion.py: equal for every family, TP and PP; the first part that differs is named when it is not."""
 
 import importlib.util
 import json
@@ -110,7 +110,7 @@ def test_wrong_values_are_found_and_the_first_part_is_named(tool, mutated):
     ids=["TP2", "TP2xPP2", "PP2"],
 )
 def test_every_family_is_equal(tool, tensor, pipeline, families, tmp_path):
-    layout = ("--tensor-model-parallel-size", tensor, "--pipeline-model-parallel-size", pipeline)
+    parallelism = ("--tensor-model-parallel-size", tensor, "--pipeline-model-parallel-size", pipeline)
     cases = []
     for number, family in enumerate(families):
         made = tmp_path / f"{family} checkpoint"
@@ -128,7 +128,7 @@ def test_every_family_is_equal(tool, tensor, pipeline, families, tmp_path):
             llava = tiny_models.make_tiny_llava(tmp_path / f"{family} hf", family)
             convert_to_megatron(llava, None, made, **words)
             hub = ("--hf", llava)
-        cases.append((family, made, tool.prepare(arguments(tool, made, *hub, *layout))))
+        cases.append((family, made, tool.prepare(arguments(tool, made, *hub, *parallelism))))
     results = tool.run_megatron([(made, case.batch) for _, made, case in cases], tensor, pipeline)
     for (family, _, case), got in zip(cases, results, strict=True):
         table = tool.compare(case, got)

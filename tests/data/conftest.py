@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_patch.data import DataSettings
-from megatron_patch.data.records import convert
-from tests.data.making import SPECIAL_TOKENS, make_records, save_tokenizer
+from megatron_patch.data.loading import DataConfig
+from megatron_patch.data.preparation.pipeline import convert
+from tests.data.factories import SPECIAL_TOKENS, make_records, save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +20,9 @@ def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 @pytest.fixture(scope="session")
-def settings(tokenizer_folders: dict[str, str]) -> DataSettings:
-    """Four placeholders per picture of 14 x 14 pixels, two records per batch, no workers."""
-    return DataSettings(
+def settings(tokenizer_folders: dict[str, str]) -> DataConfig:
+    """Four placeholders per image of 14 x 14 pixels, two records per batch, no workers."""
+    return DataConfig(
         tokenizer_path=tokenizer_folders["bytelevel"],
         template="v1",
         image_token_id=SPECIAL_TOKENS.index("<image>"),

@@ -18,13 +18,13 @@ from megatron_patch.data.conversation import (
     EncodedConversation,
     Exchange,
 )
+from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.samples import read_exchanges
 from megatron_patch.data.templates import VICUNA_SYSTEM, load_template
 from megatron_patch.errors import UserError
 from megatron_patch.tokenizer_files import load_tokenizer
+from tests.data.factories import SPECIAL_TOKENS
 from tests.data.golden.derive import FOLDER
-from tests.data.making import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[2]
 IMAGE = SPECIAL_TOKENS.index("<image>")
@@ -53,38 +53,38 @@ def trained_runs(encoded: EncodedConversation, tokenizer) -> list[str]:
     return [tokenizer.decode(run) for run in runs if run]
 
 
-ONE_PICTURE = read_exchanges(human("which digit is it?\n<image>", "a seven", "what colour?", "red"), 1)
-NO_PICTURE = read_exchanges(human("what is ink?", "a fluid"), 0)
-TWO_PICTURES = read_exchanges(human("is <image> or <image> greater?", "the second"), 2)
+ONE_IMAGE = read_exchanges(human("which digit is it?\n<image>", "a seven", "what colour?", "red"), 1)
+NO_IMAGE = read_exchanges(human("what is ink?", "a fluid"), 0)
+TWO_IMAGES = read_exchanges(human("is <image> or <image> greater?", "the second"), 2)
 IMAGES = "<image>" * IMAGE_TOKENS
 
 GOLDEN = [
     # template, exchanges, full text with expanded placeholders, trained runs
     ("plain", read_exchanges(human("drop me <image>", "a seven"), 1), f"{IMAGES}a seven\n", ["a seven\n"]),
-    ("plain", NO_PICTURE, "a fluid\n", ["a fluid\n"]),
+    ("plain", NO_IMAGE, "a fluid\n", ["a fluid\n"]),
     (
         "v1",
-        ONE_PICTURE,
+        ONE_IMAGE,
         f"{VICUNA_SYSTEM} USER: {IMAGES}\nwhich digit is it? ASSISTANT: a seven</s>"
         "USER: what colour? ASSISTANT: red</s>",
         [" a seven</s>", " red</s>"],
     ),
-    ("v1", NO_PICTURE, f"{VICUNA_SYSTEM} USER: what is ink? ASSISTANT: a fluid</s>", [" a fluid</s>"]),
+    ("v1", NO_IMAGE, f"{VICUNA_SYSTEM} USER: what is ink? ASSISTANT: a fluid</s>", [" a fluid</s>"]),
     (
         "v1",
-        TWO_PICTURES,
+        TWO_IMAGES,
         f"{VICUNA_SYSTEM} USER: is {IMAGES} or {IMAGES} greater? ASSISTANT: the second</s>",
         [" the second</s>"],
     ),
     (
         "mistral",
-        ONE_PICTURE,
+        ONE_IMAGE,
         f"[INST] {IMAGES}\nwhich digit is it? [/INST] a seven </s>[INST] what colour? [/INST] red </s>",
         [" a seven </s>", " red </s>"],
     ),
     (
         "qwen",
-        ONE_PICTURE,
+        ONE_IMAGE,
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{IMAGES}\nwhich digit is it?<|im_end|>\n<|im_start|>assistant\na seven<|im_end|>\n"
         "<|im_start|>user\nwhat colour?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n",
@@ -175,7 +175,7 @@ def test_ids_and_masks_equal_the_original_where_it_is_right(tokenizer_folders, t
 
 @pytest.mark.parametrize("kind", ["metaspace", "bytelevel", "nobos"])
 def test_plain_equals_the_original(tokenizer_folders, kind) -> None:
-    """preprocess_plain: <image> + caption + newline, everything behind the picture trained, no EOS."""
+    """preprocess_plain: <image> + caption + newline, everything behind the image trained, no EOS."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folders[kind])
     encoded = make_encoder(tokenizer_folders[kind], "plain").encode(read_exchanges(human("<image>", "中 seven"), 1))
     caption = tokenizer("中 seven\n", add_special_tokens=False).input_ids
@@ -218,24 +218,24 @@ def golden_encoder(kind: str, template: str, **options: bool) -> ConversationEnc
 @given(
     template=st.sampled_from(sorted(TEMPLATES)),
     turns=st.lists(st.tuples(texts, texts.filter(lambda text: bool(text.strip()))), min_size=1, max_size=4),
-    pictures=st.integers(0, 3),
+    images=st.integers(0, 3),
     kind=st.sampled_from(KINDS),
     system=st.one_of(st.none(), texts),
     image_conv_front=st.booleans(),
 )
 def test_every_answer_is_trained_whole_and_nothing_else(
-    template, turns, pictures, kind, system, image_conv_front
+    template, turns, images, kind, system, image_conv_front
 ) -> None:
     turns = turns[:1] if template == "plain" else turns
     (question, answer), *rest = turns
-    values = ["<image>\n" * pictures + question, answer, *(value for pair in rest for value in pair)]
-    exchanges = read_exchanges(human(*values), pictures)
+    values = ["<image>\n" * images + question, answer, *(value for pair in rest for value in pair)]
+    exchanges = read_exchanges(human(*values), images)
     encoder = golden_encoder(kind, template, image_conv_front=image_conv_front)
     tokenizer = encoder._tokenizer
     encoded = encoder.encode(exchanges, system)
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert len(encoded.ids) == len(encoded.trained)
-    assert encoded.ids.count(image) == pictures * IMAGE_TOKENS == len(encoded.image_starts) * IMAGE_TOKENS
+    assert encoded.ids.count(image) == images * IMAGE_TOKENS == len(encoded.image_starts) * IMAGE_TOKENS
     assert not any(trained for token, trained in zip(encoded.ids, encoded.trained, strict=True) if token == image)
     runs = trained_runs(encoded, tokenizer)
     assert len(runs) == len(turns)
@@ -276,7 +276,7 @@ def test_a_template_without_system_turn_puts_the_sentence_before_the_first_quest
     assert text == "[INST] BE BRIEF\n\n<image>\nwhich? [/INST] a seven <|eot_id|>[INST] and? [/INST] red <|eot_id|>"
 
 
-PICTURES_IN_FRONT = {
+IMAGES_IN_FRONT = {
     "plain": "<image><image>a seven\n",
     "v0": "### Human: <image><image>###Human: which? or\n### Assistant: a seven\n### Human: and ?\n",
     "v1": "questions. USER: <image><image> USER: which? or ASSISTANT: a seven<|eot_id|>USER: and ? ASSISTANT:",
@@ -292,19 +292,19 @@ PICTURES_IN_FRONT = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_pictures_in_front_of_the_conversation(template) -> None:
+def test_images_in_front_of_the_conversation(template) -> None:
     """NeMo's sep_image_conv_front: `<image>`, separator, role, question."""
     turns = ["<image>which? or", "a seven", "and <image>?", "red"]
     values = ["<image><image>", "a seven"] if template == "plain" else turns
     exchanges = read_exchanges(human(*values), 2)
     encoder = golden_encoder("llama_3", template, image_conv_front=True)
-    assert PICTURES_IN_FRONT[template] in encoder.prompt(exchanges)
+    assert IMAGES_IN_FRONT[template] in encoder.prompt(exchanges)
     without = read_exchanges(human("which?", "a seven"), 0)
     assert encoder.prompt(without) == golden_encoder("llama_3", template).prompt(without)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_pictures_between_tokens_of_their_own(tmp_path, template) -> None:
+def test_images_between_tokens_of_their_own(tmp_path, template) -> None:
     tokenizer = load_tokenizer(FOLDER / "tokenizers" / "qwen")
     image = tokenizer.convert_tokens_to_ids("<image>")
     with pytest.raises(UserError, match=r"'<im_start>', which image_start_end puts .* is \d+ tokens, wanted one"):
@@ -399,7 +399,7 @@ def test_faulty_template_files_are_refused_by_name(tmp_path, content, message) -
 
 
 def test_turns_follow_the_original_rules() -> None:
-    # A first turn that is not human is dropped; several marks of one turn are one picture, moved to the front.
+    # A first turn that is not human is dropped; several marks of one turn are one image, moved to the front.
     assert read_exchanges([{"from": "gpt", "value": "hello"}, *human("a<image>b <image>", "c")], 1) == (
         Exchange("<image>\nab", "c"),
     )
@@ -408,7 +408,7 @@ def test_turns_follow_the_original_rules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conversations", "pictures", "reason"),
+    ("conversations", "images", "reason"),
     [
         (None, 0, "malformed"),
         ([], 0, "malformed"),
@@ -427,9 +427,9 @@ def test_turns_follow_the_original_rules() -> None:
         (human("<image>", "b<image>"), 1, "image marks"),
     ],
 )
-def test_unusable_conversations_are_refused_with_their_reason(conversations, pictures, reason) -> None:
+def test_unusable_conversations_are_refused_with_their_reason(conversations, images, reason) -> None:
     with pytest.raises(RecordError) as refusal:
-        read_exchanges(conversations, pictures)
+        read_exchanges(conversations, images)
     assert refusal.value.reason == reason
 
 
@@ -450,4 +450,4 @@ def test_tokenizers_that_cannot_learn_the_ending_are_refused(tmp_path) -> None:
         with pytest.raises(UserError, match=f"which ends an answer in template {template}"):
             make_encoder(str(tmp_path), template)
         assert ending
-    assert make_encoder(str(tmp_path), "plain").encode(NO_PICTURE).trained == [True] * 8
+    assert make_encoder(str(tmp_path), "plain").encode(NO_IMAGE).trained == [True] * 8

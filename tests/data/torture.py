@@ -1,4 +1,4 @@
-"""Writes a folder of odd records and pictures, and says what must become of each.
+"""Writes a folder of odd records and images, and says what must become of each.
 
     python -m tests.data.torture DIR
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.data.making import picture_bytes
+from tests.data.factories import image_bytes
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ def make_torture(root: Path) -> list[Case]:
     """Write the folder; returns its cases in the order of data.json."""
     images = root / "images"
     (images / "sub.dir").mkdir(parents=True)
-    (root / "secret.png").write_bytes(picture_bytes(5))
-    cases = [*_picture_cases(images), *_name_cases(images, root), *_mark_cases(), *_turn_cases(), *_record_cases()]
+    (root / "secret.png").write_bytes(image_bytes(5))
+    cases = [*_image_cases(images), *_name_cases(images, root), *_mark_cases(), *_turn_cases(), *_record_cases()]
     (root / "data.json").write_text(json.dumps([case.record for case in cases]))
     expected = [{"converter": case.converter, "training": case.training} for case in cases]
     (root / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     return cases
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """A picture file's bytes."""
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """An image file's bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -65,8 +65,8 @@ def _png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
-def _picture_cases(images: Path) -> list[Case]:
-    """Pictures of every kind, sound and broken; the caption is the file's name."""
+def _image_cases(images: Path) -> list[Case]:
+    """Images of every kind, sound and broken; the caption is the file's name."""
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
@@ -97,13 +97,13 @@ def _picture_cases(images: Path) -> list[Case]:
         "bytes after the end.jpg": jpeg + b"more",
     }
     broken = {
-        "truncated.jpg": (jpeg[: len(jpeg) // 2], "picture truncated"),
-        "truncated.png": (png[: len(png) // 2], "picture truncated"),
-        "end mark missing.jpg": (jpeg[:-2], "picture truncated"),
-        "wrong checksum.png": (png[:100] + bytes([png[100] ^ 1]) + png[101:], "picture unreadable"),
-        "empty.png": (b"", "picture truncated"),
-        "a page.jpg": (b"<html><body>404 not found</body></html>", "not a picture"),
-        "bomb by its header.png": (_png_of_size(60_000, 60_000), "picture too large"),
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "image truncated"),
+        "truncated.png": (png[: len(png) // 2], "image truncated"),
+        "end mark missing.jpg": (jpeg[:-2], "image truncated"),
+        "wrong checksum.png": (png[:100] + bytes([png[100] ^ 1]) + png[101:], "image unreadable"),
+        "empty.png": (b"", "image truncated"),
+        "a page.jpg": (b"<html><body>404 not found</body></html>", "not an image"),
+        "bomb by its header.png": (_png_of_size(60_000, 60_000), "image too large"),
     }
     cases = []
     for name, (data, reason) in ({name: (data, None) for name, data in sound.items()} | broken).items():
@@ -114,7 +114,7 @@ def _picture_cases(images: Path) -> list[Case]:
 
 
 def _name_cases(images: Path, root: Path) -> list[Case]:
-    """Names of every kind.  What the converter does not find was not written, so training misses the picture."""
+    """Names of every kind.  What the converter does not find was not written, so training misses the image."""
     there = [
         "sub.dir/a.b.c.JPG",
         "two  spaces .png",
@@ -124,7 +124,7 @@ def _name_cases(images: Path, root: Path) -> list[Case]:
         "-rf.png",
     ]
     for number, name in enumerate(there):
-        (images / name).write_bytes(picture_bytes(100 + number, kind="JPEG" if "JPG" in name else "PNG"))
+        (images / name).write_bytes(image_bytes(100 + number, kind="JPEG" if "JPG" in name else "PNG"))
     absent = {
         "nowhere": "nowhere.png",
         "outside": "../secret.png",
@@ -137,36 +137,36 @@ def _name_cases(images: Path, root: Path) -> list[Case]:
         "wrong capitals": "RGB.PNG",
         "a lone surrogate": "\udcff.png",
     }
-    question = turns("<image>\nwhat?", "a picture")
+    question = turns("<image>\nwhat?", "an image")
     return [
         *(Case({"id": name, "image": name, "conversations": question}, None, None) for name in there),
         *(
-            Case({"id": title, "image": name, "conversations": question}, "picture missing", "image marks")
+            Case({"id": title, "image": name, "conversations": question}, "image missing", "image marks")
             for title, name in absent.items()
         ),
     ]
 
 
 def _mark_cases() -> list[Case]:
-    """Marks and pictures that agree or do not."""
-    image, two = {"image": "rgb.png"}, {"image": ["rgb.png", "rgba.png"]}
+    """Marks and images that agree or do not."""
+    one, two = {"image": "rgb.png"}, {"image": ["rgb.png", "rgba.png"]}
 
     def case(title: str, record: dict[str, Any], reason: str | None) -> Case:
         return Case({"id": title, **record}, reason, reason)
 
     return [
-        case("two pictures", {**two, "conversations": turns("<image> or <image>?", "b")}, None),
+        case("two images", {**two, "conversations": turns("<image> or <image>?", "b")}, None),
         case("two in two turns", {**two, "conversations": turns("<image> a?", "b", "<image> c?", "d")}, None),
         case("the same twice", {"image": ["rgb.png"] * 2, "conversations": turns("<image><image>", "b")}, None),
-        case("mark at the end", {**image, "conversations": turns("what?\n<image>", "b")}, None),
-        case("mark in a later turn", {**image, "conversations": turns("q", "a", "<image>", "b")}, None),
-        case("mark twice in a turn", {**image, "conversations": turns("<image> <image>", "b")}, None),
+        case("mark at the end", {**one, "conversations": turns("what?\n<image>", "b")}, None),
+        case("mark in a later turn", {**one, "conversations": turns("q", "a", "<image>", "b")}, None),
+        case("mark twice in a turn", {**one, "conversations": turns("<image> <image>", "b")}, None),
         case("one of a list", {"image": ["rgb.png"], "conversations": turns("<image>", "b")}, None),
-        case("picture without mark", {**image, "conversations": turns("what?", "a")}, "image marks"),
-        case("mark without picture", {"conversations": turns("<image>\nwhat?", "a")}, "image marks"),
-        case("two pictures, one mark", {**two, "conversations": turns("<image>", "a")}, "image marks"),
-        case("mark in the answer", {**image, "conversations": turns("<image>", "an <image>")}, "image marks"),
-        case("marks in two turns", {**image, "conversations": turns("<image>", "a", "<image>", "b")}, "image marks"),
+        case("image without mark", {**one, "conversations": turns("what?", "a")}, "image marks"),
+        case("mark without image", {"conversations": turns("<image>\nwhat?", "a")}, "image marks"),
+        case("two images, one mark", {**two, "conversations": turns("<image>", "a")}, "image marks"),
+        case("mark in the answer", {**one, "conversations": turns("<image>", "an <image>")}, "image marks"),
+        case("marks in two turns", {**one, "conversations": turns("<image>", "a", "<image>", "b")}, "image marks"),
     ]
 
 
@@ -178,7 +178,7 @@ def _turn_cases() -> list[Case]:
 
     return [
         case("text only", turns("hello", "你好 🎉", "more", "yes"), None),
-        case("null picture", turns("hello", "b"), None, image=None),
+        case("null image", turns("hello", "b"), None, image=None),
         case("gpt first", turns("", "x", "q", "b")[1:], None),
         Case({"id": "very long", "conversations": turns("q " * 5000, "a " * 5000)}, None, "no trained token"),
         case("characters of control", turns("nul \0, bell \a", "tab \t, escape \x1b, line\u2028"), None),
@@ -206,7 +206,7 @@ def _turn_cases() -> list[Case]:
 
 
 def _record_cases() -> list[Case]:
-    """Ids, repetitions, and what is no record.  Training does not look for repetitions, nor at names of pictures."""
+    """Ids, repetitions, and what is no record.  Training does not look for repetitions, nor at names of images."""
     question, same = turns("q", "a"), {"id": "same", "conversations": turns("q", "a")}
     fine = [
         {"conversations": turns("no id", "a")},
@@ -224,9 +224,9 @@ def _record_cases() -> list[Case]:
         Case(same, "duplicate", None),
         Case({"conversations": turns("no id", "a")}, "duplicate", None),
         *(Case(record, "malformed", "malformed") for record in malformed),
-        Case({"id": "picture is a number", "image": 7, "conversations": marked}, "malformed", "image marks"),
-        Case({"id": "picture is a list of null", "image": [None], "conversations": marked}, "malformed", "image marks"),
-        Case({"id": "picture is an object", "image": {"a": 1}, "conversations": marked}, "malformed", "image marks"),
+        Case({"id": "image is a number", "image": 7, "conversations": marked}, "malformed", "image marks"),
+        Case({"id": "image is a list of null", "image": [None], "conversations": marked}, "malformed", "image marks"),
+        Case({"id": "image is an object", "image": {"a": 1}, "conversations": marked}, "malformed", "image marks"),
     ]
 
 

@@ -4,7 +4,7 @@
     python tests/gpu/on_one_gpu.py OUT --accelerator cpu --size tiny       the script itself, tried without a GPU
 
 The machine needs requirements.txt with a CUDA build of torch; Transformer Engine is used where it imports.  Nothing is
-downloaded: models have random weights, pictures are made here.  Results go to the console and to OUT/results.json.
+downloaded: models have random weights, images are made here.  Results go to the console and to OUT/results.json.
 
 Losses: 20 iterations of a tiny model under each setting, against fp32 on the CPU; largest relative difference.
 Throughput: samples per second from the run's own log (median of the last iterations), as a share of the limit of an
@@ -42,7 +42,7 @@ class Speed:
 
     title: str
     script: str
-    side_px: int  # of pictures, cut into patches of 14 px
+    side_px: int  # of images, cut into patches of 14 px
     text_tokens: int
     micro_batch: int
     tflop_per_sample: float
@@ -126,8 +126,8 @@ def write_model_folder(folder: Path, size: str, side_px: int) -> Path:
     return folder
 
 
-def write_pictures(folder: Path, side_px: int, text_tokens: int, records: int = 512) -> Path:
-    """Records of one picture and about so many tokens of text; returns the energon folder."""
+def write_images(folder: Path, side_px: int, text_tokens: int, records: int = 512) -> Path:
+    """Records of one image and about so many tokens of text; returns the energon folder."""
     (folder / "images").mkdir(parents=True)
     random = np.random.default_rng(0)
     found = []
@@ -161,7 +161,7 @@ def measure_speed(folder: Path, size: str, accelerator: str, iterations: int) ->
             **{"ACCELERATOR": accelerator, "NPROC_PER_NODE": 1, "NUM_WORKERS": 8 if size == "7B" else 0},
             **{"FL": "true", "DO": "true"},
         } | speed.options
-        wds = write_pictures(folder / f"data{number}", side_px, speed.text_tokens, 512 if size == "7B" else 48)
+        wds = write_images(folder / f"data{number}", side_px, speed.text_tokens, 512 if size == "7B" else 48)
         # The run ends before it would save 14 GB: what counts is in its log by then.
         code, printed = launch(Workspace(model, wds), folder / f"speed{number}", **changes)
         rates = [float(rate) for rate in RATE.findall(printed)]

@@ -69,14 +69,16 @@ def test_every_precision_and_memory_saving_together(inputs: Inputs):
 
 
 def test_every_layout_and_number_arrives(inputs: Inputs):
-    layouts = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (8, 1, 1), (4, 2, 1)]
+    parallelisms = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (8, 1, 1), (4, 2, 1)]
     # Both stages, in one process of Megatron's.
     lists = [
         inputs.training(TP=str(tp), PP=str(pp), CP=str(cp), BATCH_SIZE="2", LR="2e-3", MIN_LR="0", AC="false")
-        for tp, pp, cp in layouts
+        for tp, pp, cp in parallelisms
     ]
     found = megatron_reads(commands_of(STAGE_1, lists) + commands_of(STAGE_2, lists), 8)
-    cases = [(True, *layout) for layout in layouts] + [(False, *layout) for layout in layouts]
+    cases = [(True, *parallelism) for parallelism in parallelisms] + [
+        (False, *parallelism) for parallelism in parallelisms
+    ]
     for (frozen_llm, tp, pp, cp), args in zip(cases, found, strict=True):
         assert "error" not in args, args
         sizes = [args[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context", "data")]

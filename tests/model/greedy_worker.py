@@ -21,8 +21,8 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     mpu.initialize_model_parallel(1, 1)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    layout = {"tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False}
-    model, tokens = build(Path(plan["checkpoint"]), layout), list(plan["tokens"])
+    parallelism = {"tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False}
+    model, tokens = build(Path(plan["checkpoint"]), parallelism), list(plan["tokens"])
     with torch.no_grad():
         for _ in range(plan["steps"]):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))

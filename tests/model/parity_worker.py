@@ -30,7 +30,7 @@ from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
-from megatron_patch.training.standalone import build_model  # noqa: E402
+from megatron_patch.training.load_model import build_model  # noqa: E402
 
 LENGTH = 48  # tokens of every record of a batch
 

@@ -31,7 +31,7 @@ CASES = {
     "qwen2_untied": "clip_b32",
     "qwen3": "siglip",
 }
-LAYOUTS = {
+PARALLELISMS = {
     "one process": {"tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False},
     "TP2": {"tensor": 2, "pipeline": 1, "context": 1, "sequence_parallel": False},
     "TP2+SP": {"tensor": 2, "pipeline": 1, "context": 1, "sequence_parallel": True},
@@ -43,16 +43,16 @@ LAYOUTS = {
 
 
 def make_batch(config: dict, seed: int) -> dict[str, torch.Tensor]:
-    """Four records of different length: one picture, two pictures, text only, one picture; right-padded to 48."""
+    """Four records of different length: one image, two images, text only, one image; right-padded to 48."""
     generator = torch.Generator().manual_seed(seed)
-    pictures_of, lengths = (1, 2, 0, 1), (30, 48, 21, 26)
+    images_of, lengths = (1, 2, 0, 1), (30, 48, 21, 26)
     image_token_id, image_tokens = config["image_token_index"], config["image_seq_length"]
     tokens = torch.zeros(4, 48, dtype=torch.int64)
     labels = torch.full((4, 48), -100)
-    for row, (pictures, length) in enumerate(zip(pictures_of, lengths, strict=True)):
+    for row, (images, length) in enumerate(zip(images_of, lengths, strict=True)):
         tokens[row, :length] = torch.randint(3, 300, (length,), generator=generator)
-        for picture in range(pictures):
-            start = 2 + picture * (image_tokens + 3)
+        for image in range(images):
+            start = 2 + image * (image_tokens + 3)
             tokens[row, start : start + image_tokens] = image_token_id
         trained = torch.rand(length, generator=generator) < 0.4
         trained[0] = False
@@ -60,7 +60,7 @@ def make_batch(config: dict, seed: int) -> dict[str, torch.Tensor]:
         assert trained.any()
         labels[row, : length - 1] = torch.where(trained[1:], tokens[row, 1:length], -100)
     side = config["vision_config"]["image_size"]
-    pixels = torch.randint(0, 256, (sum(pictures_of), 3, side, side), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (sum(images_of), 3, side, side), dtype=torch.uint8, generator=generator)
     return {"tokens": tokens, "labels": labels, "pixels": pixels}
 
 
@@ -116,22 +116,23 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return found
 
 
-def fits(family: str, layout: dict) -> bool:
+def fits(family: str, parallelism: dict) -> bool:
     """9 heads in 3 groups can be cut by 3 alone, the others by 2 alone.
 
-    Cuts of the sequence are the same for all families, so those layouts take one of each kind.
+    Cuts of the sequence are the same for all families, so those parallelisms take one of each kind.
     """
-    if layout["context"] > 1 or layout["sequence_parallel"]:
+    if parallelism["context"] > 1 or parallelism["sequence_parallel"]:
         return family in (*tiny_models.FAMILIES, "qwen3")
-    return layout["tensor"] == 1 or (layout["tensor"] == 3) == (family == "smollm2")
+    return parallelism["tensor"] == 1 or (parallelism["tensor"] == 3) == (family == "smollm2")
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in ("TP3", "TP2 x PP2") else []) for name in LAYOUTS]
+    "parallelism",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("TP3", "TP2 x PP2") else []) for name in PARALLELISMS],
 )
-def test_logits_loss_and_gradient_equal_transformers(layout: str, cases: list[dict], tmp_path: Path) -> None:
-    cases = [case for case in cases if fits(case["family"], LAYOUTS[layout])]
-    plan = LAYOUTS[layout] | {
+def test_logits_loss_and_gradient_equal_transformers(parallelism: str, cases: list[dict], tmp_path: Path) -> None:
+    cases = [case for case in cases if fits(case["family"], PARALLELISMS[parallelism])]
+    plan = PARALLELISMS[parallelism] | {
         "cases": [
             {
                 "checkpoint": str(case["folder"] / "checkpoint"),
@@ -160,13 +161,13 @@ def test_logits_loss_and_gradient_equal_transformers(layout: str, cases: list[di
         expected, real = case["expected"], case["batch"]["tokens"] != 0
         if plan["context"] == 1:
             difference = (result["logits"] - expected["logits"]).abs()[real].max().item()
-            assert difference <= 1e-4, f"{case['family']} {layout}: logits differ by {difference:.2e}"
+            assert difference <= 1e-4, f"{case['family']} {parallelism}: logits differ by {difference:.2e}"
             assert expected["logits"][real].std() > 0.3, "flat logits prove nothing"
         numbers = expected.keys() - {"logits"}
         wanted = {f"{kind}{name}" for kind in ("", "packed_") for name in numbers}
         assert result.keys() - {"logits"} == wanted
         for name in sorted(wanted):
-            whose = f"{case['family']} {layout}: {name}"
+            whose = f"{case['family']} {parallelism}: {name}"
             right, found = expected[name.removeprefix("packed_")], result[name]
             if name.endswith("loss"):
                 assert abs(found.item() / right.item() - 1) <= 1e-5, f"{whose} {found}, transformers {right}"

@@ -41,7 +41,7 @@ def originals(records: list[dict]) -> set[str]:
     return {record["id"].split("-")[0] for record in records}
 
 
-def test_training_and_held_out_pictures_share_no_original_digit(records):
+def test_training_and_held_out_images_share_no_original_digit(records):
     held_out = originals(records["heldout"])
     assert len(held_out) == len(records["heldout"]) == 359
     for stage in ("stage1", "stage2"):
@@ -49,20 +49,20 @@ def test_training_and_held_out_pictures_share_no_original_digit(records):
         assert not originals(records[stage]) & held_out
 
 
-def test_records_are_in_llavas_format_and_every_picture_is_there(digits, records):
+def test_records_are_in_llavas_format_and_every_image_is_there(digits, records):
     for name, turns in (("stage1", 2), ("stage2", 8), ("heldout", 10)):
         for record in records[name]:
             roles = [turn["from"] for turn in record["conversations"]]
             assert roles == ["human", "gpt"] * (turns // 2)
             marks = [turn["value"].count("<image>") for turn in record["conversations"]]
             assert marks == [1] + [0] * (turns - 1)
-        with Image.open(digits / name / "images" / records[name][0]["image"]) as picture:
-            assert (picture.size, picture.mode) == ((28, 28), "RGB")
+        with Image.open(digits / name / "images" / records[name][0]["image"]) as image:
+            assert (image.size, image.mode) == ((28, 28), "RGB")
         assert len(list((digits / name / "images").iterdir())) == len({record["image"] for record in records[name]})
 
 
 def test_answers_are_true(digits, records):
-    """The digit against scikit-learn's label, the colours against the picture's own pixels."""
+    """The digit against scikit-learn's label, the colours against the image's own pixels."""
     labels = make_digits.load_digits().target
     for record in records["heldout"][:100]:
         turns = record["conversations"]
@@ -142,16 +142,16 @@ def test_score_counts_exact_answers_and_knows_chance():
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
-def test_swapping_leaves_no_picture_in_its_place(count):
+def test_swapping_leaves_no_image_in_its_place(count):
     images = [f"{n}.png" for n in range(count)]
-    swapped = answer.swap_pictures(images + images)
+    swapped = answer.swap_images(images + images)
     assert sorted(swapped) == sorted(swapped.values()) == sorted(images)
     assert not [name for name, other in swapped.items() if name == other]
 
 
-def test_swapping_one_picture_is_refused():
+def test_swapping_one_image_is_refused():
     with pytest.raises(UserError, match="at least two"):
-        answer.swap_pictures(["a.png", "a.png"])
+        answer.swap_images(["a.png", "a.png"])
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +224,8 @@ def test_loss_curves_are_read_from_event_files(tmp_path):
             os.utime(file, (number, number)) if file.name.endswith(str(number)) else None
     assert plot_loss.read_losses(tmp_path / "tensorboard") == ([1, 2, 3, 4], [3.0, 2.0, 1.5, 1.0])
     plot_loss.plot(tmp_path / "loss.png", [("stage 1", tmp_path / "tensorboard")])
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.size == (600, 400)
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (600, 400)
     with pytest.raises(UserError, match="no 'lm loss'"):
         plot_loss.read_losses(tmp_path / "nothing")
 

@@ -1,4 +1,4 @@
-"""A tiny converted LLaVA and a small dataset of coloured pictures, shared by the training tests."""
+"""A tiny converted LLaVA and a small dataset of coloured images, shared by the training tests."""
 
 import json
 import random
@@ -17,7 +17,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), 
 
 
 def write_dataset(folder: Path, records: int = 96) -> None:
-    """LLaVA-Pretrain's layout: pictures of one colour, text-only records, answers of different length."""
+    """LLaVA-Pretrain's parallelism: images of one colour, text-only records, answers of different length."""
     generator = random.Random(7)
     (folder / "images").mkdir(parents=True)
     found = []

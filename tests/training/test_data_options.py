@@ -1,4 +1,4 @@
-"""Packing, grouped order and tiles in whole runs, and the account of records that a run keeps."""
+"""Packing, grouped order and tiles in whole runs, and the record counters that a run keeps."""
 
 import re
 import shutil
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_patch.data.shards import tar_header
-from megatron_patch.data.source import EnergonFolder
+from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.preparation.shard_writer import tar_header
 from tests.training.launching import Workspace, losses, run
 
 ITERATIONS = 12
@@ -17,7 +17,7 @@ PACKED = {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4, "TRAIN_ITE
 
 @pytest.fixture(scope="module")
 def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The dataset after two pictures went bad on the disk."""
+    """The dataset after two images went bad on the disk."""
     folder = tmp_path_factory.mktemp("damaged") / "wds"
     shutil.copytree(workspace.dataset, folder)
     spoilt = 0
@@ -27,7 +27,7 @@ def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
             tar = folder / sample["__shard__"]
             data = tar.read_bytes()
             place = data.index(tar_header(f"{sample['__key__']}.jpg", len(sample["jpg"]))) + 512
-            tar.write_bytes(data[:place] + b"no picture" + data[place + 10 :])
+            tar.write_bytes(data[:place] + b"no image" + data[place + 10 :])
             spoilt += 1
     return Workspace(workspace.checkpoint, folder)
 
@@ -46,14 +46,14 @@ def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Pat
     kept, _, skipped, reasons = lines[-1]
     epoch = len(EnergonFolder(str(damaged.dataset), "train"))
     assert int(kept) + int(skipped) >= epoch, "the run should see every record"
-    assert re.fullmatch(r"not a picture \d+", reasons) and int(skipped) in (2, 3)
+    assert re.fullmatch(r"not an image \d+", reasons) and int(skipped) in (2, 3)
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    for tag, last in (("kept", kept), ("skipped", skipped), ("skipped: not a picture", skipped)):
+    for tag, last in (("kept", kept), ("skipped", skipped), ("skipped: not an image", skipped)):
         assert int(events.Scalars(f"records/{tag}")[-1].value) == int(last)
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "parallelism",
     [
         {"PP": 2},
         pytest.param({"CP": 2, "TP": 2}, marks=pytest.mark.slow),
@@ -61,11 +61,11 @@ def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Pat
     ],
 )
 def test_packed_runs_agree_with_one_process(
-    layout: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
+    parallelism: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
 ) -> None:
     """Tolerance 1e-4 as in test_layouts."""
     alone = losses(packed[0])
-    found = losses(run(damaged, tmp_path / "out", **PACKED, MAX_SKIPPED=0.05, **layout))
+    found = losses(run(damaged, tmp_path / "out", **PACKED, MAX_SKIPPED=0.05, **parallelism))
     assert sorted(found) == list(range(1, ITERATIONS + 1))
     assert alone[ITERATIONS] < 0.8 * alone[1], "a run that does not learn proves little"
     assert max(abs(found[i] / alone[i] - 1) for i in found) <= 1e-4
@@ -83,7 +83,7 @@ def test_a_packed_run_goes_on_with_another_number_of_ranks(
 
 
 def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -> None:
-    """Two data-parallel ranks, the tower is trained, whole steps have no picture; tiles and two turns beside."""
+    """Two data-parallel ranks, the tower is trained, whole steps have no image; tiles and two turns beside."""
     settings = {
         "DATA_ORDER": "modality",
         "MEGA_BATCH_MULT": 2,

@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.conversion import convert_to_huggingface
-from megatron_patch.data.loaders import build_train_loader
-from megatron_patch.data.settings import DataSettings
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.loader import build_train_loader
 from tests import tiny_models
 from tests.training.launching import Workspace, losses, run
 
@@ -27,7 +27,7 @@ def next_loss_by_transformers(exported: Path, workspace: Workspace) -> float:
     model = LlavaForConditionalGeneration.from_pretrained(exported, dtype=torch.float32)
     statistics = json.loads((exported / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
-    settings = DataSettings(
+    settings = DataConfig(
         tokenizer_path=str(workspace.checkpoint / "llava"),
         template="mistral",
         image_token_id=model.config.image_token_id,

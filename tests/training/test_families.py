@@ -1,4 +1,4 @@
-"""Qwen3 with SigLIP through the public launchers: norms of query and key heads, squeezed pictures, another token count.
+"""Qwen3 with SigLIP through the public launchers: norms of query and key heads, squeezed images, another token count.
 
 Losses are compared with those of one process, relative 1e-4 as in test_layouts (the gradient of a head norm itself is
 compared with transformers in tests/model/test_parity.py).

@@ -44,10 +44,12 @@ def test_modules_learn_at_their_own_rates(workspace: Workspace, tmp_path: Path) 
     assert largest_change(before, after, "vision_projection.encoder.linear_fc2.weight") > 6e-3
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"NPROC_PER_NODE": 2, "DO": "true"}, marks=pytest.mark.slow)])
-def test_a_run_goes_on_with_another_learning_rate(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
-    first = run(workspace, tmp_path / "out", **SETTINGS, **layout)
+@pytest.mark.parametrize("parallelism", [{}, pytest.param({"NPROC_PER_NODE": 2, "DO": "true"}, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_learning_rate(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
+    first = run(workspace, tmp_path / "out", **SETTINGS, **parallelism)
     assert set(rates(first).values()) == {1e-3}
-    again = run(workspace, tmp_path / "out", **{**SETTINGS, "TRAIN_ITERS": 6, "LR": "1e-4", "MIN_LR": "1e-4"}, **layout)
+    again = run(
+        workspace, tmp_path / "out", **{**SETTINGS, "TRAIN_ITERS": 6, "LR": "1e-4", "MIN_LR": "1e-4"}, **parallelism
+    )
     assert rates(again) == {5: 1e-4, 6: 1e-4}
     assert all(loss < losses(first)[1] for loss in losses(again).values())

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.data import DataSettings, build_train_loader
+from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.geometry import IGNORE_LABEL
-from megatron_patch.training.words import read_settings
+from megatron_patch.training.config import read_config
 from tests import tiny_models
 from tests.training.launching import Workspace, command, losses, run
 
@@ -25,12 +25,12 @@ MICRO_BATCH, MICRO_BATCHES = 2, 4
 SETTINGS = {"TRAIN_ITERS": STEPS, "LR_WARMUP_ITERS": WARMUP, "WEIGHT_DECAY": 0.1, "CLIP_GRAD": 0.5}
 
 
-def settings_of(workspace: Workspace, output: Path) -> DataSettings:
+def settings_of(workspace: Workspace, output: Path) -> DataConfig:
     """What the trainer gives its loader."""
     words, environment = command(workspace, output, **SETTINGS, DRY_RUN=1)
     printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     start = next(number for number, word in enumerate(printed) if word.endswith("pretrain_llava.py"))
-    return read_settings(printed[start + 1 :]).data
+    return read_config(printed[start + 1 :]).data
 
 
 def learning_rate(step: int) -> float:
@@ -44,7 +44,7 @@ def learning_rate(step: int) -> float:
     return MIN_LR + (LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (before - WARMUP) / (STEPS - WARMUP)))
 
 
-def plain_loop(folder: Path, workspace: Workspace, settings: DataSettings) -> list[float]:
+def plain_loop(folder: Path, workspace: Workspace, settings: DataConfig) -> list[float]:
     """Mean loss over the labels of each step."""
     from transformers import LlavaForConditionalGeneration
 
@@ -78,13 +78,13 @@ def plain_loop(folder: Path, workspace: Workspace, settings: DataSettings) -> li
     return found
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"TP": 2, "PP": 2}, marks=pytest.mark.slow)])
-def test_fifty_steps_agree_with_a_plain_loop(layout: dict, workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", [{}, pytest.param({"TP": 2, "PP": 2}, marks=pytest.mark.slow)])
+def test_fifty_steps_agree_with_a_plain_loop(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     tiny_models.make_tiny_llava(tmp_path / "hf", "mistral")  # the weights that the workspace's checkpoint holds
     settings = settings_of(workspace, tmp_path / "out")
     assert settings.micro_batch_size == MICRO_BATCH
     expected = plain_loop(tmp_path / "hf", workspace, settings)
-    found = losses(run(workspace, tmp_path / "out", **SETTINGS, **layout))
+    found = losses(run(workspace, tmp_path / "out", **SETTINGS, **parallelism))
     differences = [abs(found[step] / expected[step - 1] - 1) for step in range(1, STEPS + 1)]
     print(f"first step {differences[0]:.1e}, largest {max(differences):.1e}, at the end {differences[-1]:.1e}")
     assert expected[-1] < 0.5 * expected[0], "a run that does not learn proves little"

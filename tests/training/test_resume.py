@@ -11,7 +11,7 @@ from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
 
 ITERATIONS = 40
 SAVE_INTERVAL = 5
-LAYOUTS = {
+PARALLELISMS = {
     "one process": {},
     "two loader workers": {"NUM_WORKERS": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
@@ -31,9 +31,9 @@ def helpers_of_saves() -> set[int]:
     return {int(pid) for pid, parent, args in found if parent == "1" and "multiprocessing.spawn" in args}
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=SLOW.get(name, ())) for name in LAYOUTS])
-def test_kill_and_resume(layout: str, workspace: Workspace, tmp_path: Path) -> None:
-    settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": SAVE_INTERVAL, **LAYOUTS[layout]}
+@pytest.mark.parametrize("parallelism", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARALLELISMS])
+def test_kill_and_resume(parallelism: str, workspace: Workspace, tmp_path: Path) -> None:
+    settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": SAVE_INTERVAL, **PARALLELISMS[parallelism]}
     whole = losses(run(workspace, tmp_path / "whole", **settings))
     before = helpers_of_saves()
     # the process that writes asynchronous saves takes some seconds to begin

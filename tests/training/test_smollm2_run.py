@@ -25,7 +25,7 @@ ITERATIONS = 60
 
 
 @pytest.mark.slow
-def test_a_real_language_model_learns_to_answer_about_pictures(tmp_path: Path) -> None:
+def test_a_real_language_model_learns_to_answer_about_images(tmp_path: Path) -> None:
     llm, clip = save_smollm2(tmp_path / "llm"), make_tiny_clip(tmp_path / "clip")
     convert_to_megatron(llm, clip, tmp_path / "checkpoint", model_size="0.1B", precision="fp32")
     make_digits(tmp_path / "data", copies=1)
@@ -63,9 +63,9 @@ def test_a_real_language_model_learns_to_answer_about_pictures(tmp_path: Path) -
     records = json.loads((tmp_path / "data/heldout/digits.json").read_text())
     for record in itertools.islice(records, 4):
         question, truth = (turn["value"] for turn in record["conversations"][:2])
-        picture = Image.open(tmp_path / "data/heldout/images" / record["image"]).convert("RGB")
+        image = Image.open(tmp_path / "data/heldout/images" / record["image"]).convert("RGB")
         prompt = encoder.prompt([Exchange(question, None)])
-        inputs = processor(text=prompt, images=picture, return_tensors="pt")
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{question!r}: {answer!r}, true is {truth!r}")

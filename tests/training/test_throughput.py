@@ -40,8 +40,8 @@ def llava_7b(side_px: int):
     return read_geometry({"text_config": text, "vision_config": vision, "image_token_index": 32000})
 
 
-def one_record(tokens: int, labels: int, pictures: int = 1) -> Work:
-    return Work(1, tokens, labels, pictures, tokens * (tokens + 1) // 2)
+def one_record(tokens: int, labels: int, images: int = 1) -> Work:
+    return Work(1, tokens, labels, images, tokens * (tokens + 1) // 2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:
     geometry = llava_7b(336)
     alone = one_record(600, 20)
     pair = Work(*(2 * number for number in dataclasses.astuple(alone)))
-    whole = one_record(1200, 40, pictures=2)
+    whole = one_record(1200, 40, images=2)
     saved = whole.pairs - pair.pairs
     assert saved == 600 * 600
     gap = step_flop(geometry, STAGE_2, whole) - step_flop(geometry, STAGE_2, pair)

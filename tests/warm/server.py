@@ -48,8 +48,8 @@ HEAVY = (
 MAY_DIFFER = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PYTHONPATH", "TORCHDYNAMO_DISABLE"))
 # Read by libraries behind Python's back, which no list of questions tells.
 READ_BY_LIBRARIES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "GLIBC_", "LD_", "PYTHONHASH")
-if Path("/dev/nvidiactl").exists():
-    READ_BY_LIBRARIES += ("CUDA_", "NVIDIA_")
+if not Path("/dev/nvidiactl").exists():
+    MAY_DIFFER |= {"CUDA_VISIBLE_DEVICES"}  # there is none to be seen
 
 _asked: set[str] = set()
 

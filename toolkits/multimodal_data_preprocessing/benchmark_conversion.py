@@ -6,7 +6,7 @@ Makes a folder like LLaVA-Pretrain (JPEG files of about 30 kB; a few hundred dif
 and runs, in turn and several times, from a disk cache that holds the source:
 
 - copy: `cp -r` of the finished shards, then `sync` of every copied file;
-- ShardWriter: one process reads the same JSON file with json.load and the same pictures, unchecked, writes the same
+- ShardWriter: one process reads the same JSON file with json.load and the same images, unchecked, writes the same
   parts with webdataset's ShardWriter into shards of the same size, then `sync` of every shard;
 - conversion: convert_llava_pretrain_to_wds.py: streams, checks and counts every record, puts shards, index and account
   on the disk, and then reopens them with energon.
@@ -40,7 +40,7 @@ CONVERTER = Path(__file__).with_name("convert_llava_pretrain_to_wds.py")
 SHARE_OF_COPY = 0.5
 TIMES_SHARD_WRITER = 4.0
 PEAK_MIB = 500
-DISTINCT_PICTURES = 300
+DISTINCT_IMAGES = 300
 SAMPLES_PER_SHARD = 1000
 WORDS = "a the of on with street cat dog red large photo man woman table two tree light water".split()  # noqa: SIM905
 
@@ -54,28 +54,28 @@ class Measured:
 
 
 def make_source(folder: Path, records: int) -> None:
-    """LLaVA-Pretrain in small: pictures in numbered folders, captions in one JSON file."""
+    """LLaVA-Pretrain in small: images in numbered folders, captions in one JSON file."""
     import numpy as np
     from PIL import Image
 
     numbers = np.random.default_rng(0)
-    pictures = []
-    for _ in range(min(records, DISTINCT_PICTURES)):
+    images = []
+    for _ in range(min(records, DISTINCT_IMAGES)):
         # Smooth shapes with a little noise: such a JPEG is as large as a photograph of its size.
         small = numbers.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         pixels = np.asarray(Image.fromarray(small).resize((336, 252), Image.Resampling.BICUBIC)).astype(np.int16)
         pixels = np.clip(pixels + numbers.normal(0, 14, pixels.shape), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=88)
-        pictures.append(buffer.getvalue())
-    words = random.Random(0)
+        images.append(buffer.getvalue())
+    generator = random.Random(0)
     listed = []
     for number in range(records):
         name = f"{number // 1000:05d}/{number:09d}.jpg"
         path = folder / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pictures[number % len(pictures)])
-        caption = " ".join(words.choices(WORDS, k=12))
+        path.write_bytes(images[number % len(images)])
+        caption = " ".join(generator.choices(WORDS, k=12))
         turns = [
             {"from": "human", "value": "<image>\nRender a clear and concise summary of the photo."},
             {"from": "gpt", "value": f"{caption}, number {number}"},
@@ -93,9 +93,9 @@ def write_with_shard_writer(source: Path, output: Path) -> None:
     output.mkdir()
     with webdataset.ShardWriter(str(output / "%06d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0) as writer:
         for number, record in enumerate(json.loads((source / "data.json").read_text())):
-            picture = (source / "images" / record["image"]).read_bytes()
+            image = (source / "images" / record["image"]).read_bytes()
             content = {"id": record["id"], "conversations": record["conversations"], "image": record["image"]}
-            writer.write({"__key__": f"{number:08d}", "jpg": picture, "json": json.dumps(content).encode()})
+            writer.write({"__key__": f"{number:08d}", "jpg": image, "json": json.dumps(content).encode()})
     subprocess.run(["sync", *output.glob("*.tar")], check=True)
     print(f"converted in {time.monotonic() - began:.2f} s")
 
@@ -126,8 +126,8 @@ def peak_mib(command: list[object], output: Path) -> float:
 
 
 def _start(command: list[object]) -> subprocess.Popen:
-    words = list(map(str, command))
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
+    command = list(map(str, command))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
 
 
 def _tree(process: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""Measure the way of pictures into training, side by side with transformers' CLIPImageProcessor (PIL backend).
+"""Measure the way of images into training, side by side with transformers' CLIPImageProcessor (PIL backend).
 
     OMP_NUM_THREADS=1 python toolkits/multimodal_data_preprocessing/benchmark_pictures.py
 
-Prints two tables: JPEG bytes to uint8 [3, 336, 336] on one core, by picture size and over all of them, and the same
-through torch's DataLoader with no, one and two workers.  The pictures are made here, photo-like, from a fixed seed.
+Prints two tables: JPEG bytes to uint8 [3, 336, 336] on one core, by image size and over all of them, and the same
+through torch's DataLoader with no, one and two workers.  The images are made here, photo-like, from a fixed seed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 
-from megatron_patch.data.image import check_picture, open_picture, picture_to_pixels
+from megatron_patch.data.image import check_image, image_to_pixels, open_image
 
 SIDE_PX = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -41,8 +41,8 @@ def photo_like(width: int, height: int, seed: int) -> bytes:
     values = np.zeros((height, width, 3))
     for detail in (4, 16, 64, 256):
         small = random.integers(0, 256, (max(2, height * detail // 500), max(2, width * detail // 500), 3))
-        picture = Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        values += np.asarray(picture, dtype=np.float64) / detail**0.5
+        image = Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        values += np.asarray(image, dtype=np.float64) / detail**0.5
     values = (values - values.min()) * (255 / np.ptp(values))
     buffer = io.BytesIO()
     Image.fromarray(values.astype(np.uint8)).save(buffer, "JPEG", quality=90)
@@ -51,7 +51,7 @@ def photo_like(width: int, height: int, seed: int) -> bytes:
 
 def ours(data: bytes) -> np.ndarray:
     """uint8 [3, 336, 336]: what a loader worker hands over."""
-    return picture_to_pixels(open_picture(data), SIDE_PX, "crop", MEAN)
+    return image_to_pixels(open_image(data), SIDE_PX, "crop", MEAN)
 
 
 def huggingface(normalised: bool) -> Prepare:
@@ -65,19 +65,19 @@ def huggingface(normalised: bool) -> Prepare:
     return lambda data: np.asarray(processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0])
 
 
-def per_second(prepare: Prepare, pictures: Sequence[bytes]) -> float:
-    """Pictures per CPU second of this process in one pass over them."""
+def per_second(prepare: Prepare, images: Sequence[bytes]) -> float:
+    """Images per CPU second of this process in one pass over them."""
     start = time.process_time()
-    for data in pictures:
+    for data in images:
         prepare(data)
-    return len(pictures) / (time.process_time() - start)
+    return len(images) / (time.process_time() - start)
 
 
-class _Pictures(Dataset):
-    """`pictures[number]` -> one batch, uint8 [BATCH_SIZE, 3, 336, 336]; batches are made whole, as the loader does."""
+class _Images(Dataset):
+    """`images[number]` -> one batch, uint8 [BATCH_SIZE, 3, 336, 336]; batches are made whole, as the loader does."""
 
-    def __init__(self, pictures: Sequence[bytes], batches: int) -> None:
-        self._pictures = pictures
+    def __init__(self, images: Sequence[bytes], batches: int) -> None:
+        self._images = images
         self._batches = batches
 
     def __len__(self) -> int:
@@ -86,15 +86,15 @@ class _Pictures(Dataset):
     def __getitem__(self, number: int) -> torch.Tensor:
         pixels = np.empty((BATCH_SIZE, 3, SIDE_PX, SIDE_PX), dtype=np.uint8)
         for row in range(BATCH_SIZE):
-            pixels[row] = ours(self._pictures[(number * BATCH_SIZE + row) % len(self._pictures)])
+            pixels[row] = ours(self._images[(number * BATCH_SIZE + row) % len(self._images)])
         return torch.from_numpy(pixels)
 
 
-def through_loader(pictures: Sequence[bytes], batches: int, workers: int) -> tuple[float, float]:
-    """Pictures per second of wall time once the workers have started, and per CPU second of all processes together."""
+def through_loader(images: Sequence[bytes], batches: int, workers: int) -> tuple[float, float]:
+    """Images per second of wall time once the workers have started, and per CPU second of all processes together."""
     cpu_before = sum(os.times()[:4])
     loader = DataLoader(
-        _Pictures(pictures, batches + 1 + 2 * workers),
+        _Images(images, batches + 1 + 2 * workers),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
@@ -125,29 +125,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{width} x {height}": [photo_like(width, height, seed) for seed in range(options.pictures)]
         for width, height in SIZES
     }
-    everything = [data for pictures in sets.values() for data in pictures]
+    everything = [data for images in sets.values() for data in images]
     ways = {"ours": ours, "uint8": huggingface(False), "float32": huggingface(True)}
     difference = max(int(np.abs(ours(data).astype(int) - ways["uint8"](data).astype(int)).max()) for data in everything)
     rates: dict[tuple[str, str], list[float]] = {}
     loaded: dict[int, list[tuple[float, float]]] = {workers: [] for workers in (0, 1, 2)}
     checked = []
     for _ in tqdm(range(options.rounds), unit="round"):
-        for size, pictures in sets.items():
+        for size, images in sets.items():
             for way, prepare in ways.items():
-                rates.setdefault((size, way), []).append(per_second(prepare, pictures))
+                rates.setdefault((size, way), []).append(per_second(prepare, images))
         for workers, figures in loaded.items():
             figures.append(through_loader(everything, options.batches, workers))
-        checked.append(per_second(check_picture, everything))
+        checked.append(per_second(check_image, everything))
 
     median = {key: statistics.median(figures) for key, figures in rates.items()}
-    for way in ways:  # over all pictures: as many of each size, so the mean of the times
+    for way in ways:  # over all images: as many of each size, so the mean of the times
         median["all", way] = len(sets) / sum(1 / median[size, way] for size in sets)
-    print(
-        f"\nJPEG bytes ({len(everything)} pictures, {len(b''.join(everything)) // len(everything)} bytes on average) "
-    )
-    print(f"to 3 x {SIDE_PX} x {SIDE_PX}, pictures per CPU second of one core, median of {options.rounds} rounds.")
+    print(f"\nJPEG bytes ({len(everything)} images, {len(b''.join(everything)) // len(everything)} bytes on average) ")
+    print(f"to 3 x {SIDE_PX} x {SIDE_PX}, images per CPU second of one core, median of {options.rounds} rounds.")
     print(f"Largest difference to the processor's uint8: {difference}\n")
-    print("| pictures | this toolkit, uint8 | HF processor, float32 | ratio | HF processor, uint8 | ratio |")
+    print("| images | this toolkit, uint8 | HF processor, float32 | ratio | HF processor, uint8 | ratio |")
     print("|---|---|---|---|---|---|")
     for size in [*sets, "all"]:
         own, uint8, float32 = (median[size, way] for way in ("ours", "uint8", "float32"))
@@ -156,12 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"\nThrough torch's DataLoader, batches of {BATCH_SIZE}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     print("(wall time tells only where the cores are free; CPU time tells what two free cores would give):\n")
-    print("| workers | pictures per second | to no worker | per CPU second, all processes |\n|---|---|---|---|")
+    print("| workers | images per second | to no worker | per CPU second, all processes |\n|---|---|---|---|")
     alone = statistics.median(wall for wall, _ in loaded[0])
     for workers, figures in loaded.items():
         wall, cpu = (statistics.median(column) for column in zip(*figures, strict=True))
         print(f"| {workers} | {wall:.0f} | {wall / alone:.2f} | {cpu:.0f} |")
-    print(f"\nThe converter's check without decoding: {statistics.median(checked):.0f} pictures per CPU second.")
+    print(f"\nThe converter's check without decoding: {statistics.median(checked):.0f} images per CPU second.")
     print("What the pixels are and where they differ from LLaVA's: megatron_patch/data/image.py")
 
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_patch.data.records import SPLITS, Ledger, LengthLimit, Options, Progress, convert_source
-from megatron_patch.data.sources import JsonSource, Source
+from megatron_patch.data.preparation.pipeline import SPLITS, LengthLimit, Options, PreparationReport, Progress, prepare
+from megatron_patch.data.preparation.sources import JsonSource, Source
 from megatron_patch.errors import UserError
 
 FINE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
@@ -19,7 +19,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="where the shards go")
     add("--split", default="9,1,0", metavar="A,B,C", help="shares of train, val and test; default: 9,1,0")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="at most; default: 1000")
-    add("--workers", type=int, metavar="N", help="processes that check pictures and write; default: the cores, up to 8")
+    add("--workers", type=int, metavar="N", help="processes that check images and write; default: the cores, up to 8")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
     add(
@@ -40,12 +40,12 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--max-tokens", type=int, metavar="N", help="reject longer records; needs the three options below")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer (llava/ of a checkpoint)")
     add("--template", metavar="T", help="conversation template, as CONVERSATION_TEMPLATE of the launchers")
-    add("--image-tokens", type=int, metavar="P", help="tokens per picture, 576 for CLIP-L/14-336")
+    add("--image-tokens", type=int, metavar="P", help="tokens per image, 576 for CLIP-L/14-336")
     return parser
 
 
 def add_image_root(parser: argparse.ArgumentParser, default: str) -> None:
-    """For sources whose records name their pictures."""
+    """For sources whose records name their images."""
     parser.add_argument(
         "--image-root",
         type=Path,
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tupl
         options = options_of(arguments)
         source, default_output = make(arguments)
         output = arguments.output or default_output
-        ledger = convert_source(source, output, options, show_progress)
+        ledger = prepare(source, output, options, show_progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -106,10 +106,10 @@ def length_limit_of(arguments: argparse.Namespace) -> LengthLimit | None:
 
 def parse_ratio(text: str) -> tuple[int, ...]:
     """`9,1,0` -> (9, 1, 0).  Raises UserError."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--split {text}: wanted whole numbers, shares of train, val and test, as in 9,1,0")
-    return tuple(int(word) for word in words)
+    return tuple(int(part) for part in parts)
 
 
 def parse_share(text: str) -> float:
@@ -132,7 +132,7 @@ def show_progress(total: int) -> Progress:
     return tqdm(total=total, unit=" records", desc="converting", mininterval=0.5)
 
 
-def report(ledger: Ledger, output: Path) -> None:
+def report(ledger: PreparationReport, output: Path) -> None:
     """The account, where everything lies, and what to do next."""
     written = ", ".join(f"{split} {ledger.written[split]}" for split in SPLITS)
     print(f"{ledger.records_in} records in = {sum(ledger.written.values())} written ({written})", end="")

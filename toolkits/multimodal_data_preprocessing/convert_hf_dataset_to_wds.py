@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch.data.sources import Columns, HfDatasetSource
+from megatron_patch.data.preparation.sources import Columns, HfDatasetSource
 from toolkits.multimodal_data_preprocessing.command_line import parser_of, run
 
 
@@ -19,11 +19,11 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="shards go to DIR-wds")
     parser.add_argument("--source-split", metavar="NAME", help="which of its splits, where it has several")
-    parser.add_argument("--image-column", metavar="NAME", help="pictures, lists of pictures, or their file names")
+    parser.add_argument("--image-column", metavar="NAME", help="images, lists of images, or their file names")
     parser.add_argument("--conversation-column", metavar="NAME", help="lists of turns, as ShareGPT or ChatML")
     parser.add_argument("--question-column", metavar="NAME", help="with --answer-column")
     parser.add_argument("--answer-column", metavar="NAME", help="with --question-column")
-    parser.add_argument("--caption-column", metavar="NAME", help="texts about the pictures, without questions")
+    parser.add_argument("--caption-column", metavar="NAME", help="texts about the images, without questions")
     parser.add_argument("--id-column", metavar="NAME", help="the records' own ids")
     parser.add_argument(
         "--image-root",
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[HfDatasetSource, Path]:
-    """The source that the words name.  Raises UserError."""
+    """The source that the arguments name.  Raises UserError."""
     columns = Columns(
         arguments.image_column,
         arguments.conversation_column,

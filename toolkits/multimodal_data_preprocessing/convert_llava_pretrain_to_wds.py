@@ -1,4 +1,4 @@
-"""LLaVA-format JSON and its pictures -> shards that the launchers train on (webdataset + energon's .nv-meta)."""
+"""LLaVA-format JSON and its images -> shards that the launchers train on (webdataset + energon's .nv-meta)."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch.data.sources import LlavaSource
+from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
 from toolkits.multimodal_data_preprocessing.command_line import add_image_root, find_image_roots, parser_of, run
 
@@ -21,7 +21,7 @@ def main() -> int:
         "folder",
         type=Path,
         metavar="DIR",
-        help=f"folder with {' or '.join(KNOWN_NAMES)} (or one *.json) and the pictures; shards go to DIR/wds",
+        help=f"folder with {' or '.join(KNOWN_NAMES)} (or one *.json) and the images; shards go to DIR/wds",
     )
     parser.add_argument("--json", metavar="NAME.json", help="the JSON file, within DIR or a path of its own")
     add_image_root(parser, "DIR/images, then DIR")
@@ -29,10 +29,10 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[LlavaSource, Path]:
-    """The source that the words name.  Raises UserError."""
+    """The source that the arguments name.  Raises UserError."""
     folder = arguments.folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted the one with the JSON file and the pictures")
+        raise UserError(f"{folder}: no such folder; wanted the one with the JSON file and the images")
     source = find_json(folder, arguments.json)
     return LlavaSource(source, find_image_roots(folder, arguments.image_root)), folder / "wds"
 

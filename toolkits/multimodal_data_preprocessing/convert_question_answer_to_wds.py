@@ -1,4 +1,4 @@
-"""Questions and answers as files, k.jpg + k.txt (the answer) + k.json ({"question"}) -> shards for the launchers."""
+"""Prompts and answers as files, k.jpg + k.txt (the answer) + k.json ({"question"}) -> shards for the launchers."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch.data.sources import QuestionAnswerSource
+from megatron_patch.data.preparation.sources import QuestionAnswerSource
 from toolkits.multimodal_data_preprocessing.command_line import parser_of, run
 
 
@@ -24,8 +24,8 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> tuple[QuestionAnswerSource, Path]:
-    """The source that the words name.  Raises UserError."""
-    # Beside the folder, not in it: its tars and pictures would be found as input by the next conversion.
+    """The source that the arguments name.  Raises UserError."""
+    # Beside the folder, not in it: its tars and images would be found as input by the next conversion.
     first = arguments.paths[0].absolute()
     return QuestionAnswerSource(arguments.paths), first.with_name(f"{first.name.removesuffix('.tar')}-wds")
 

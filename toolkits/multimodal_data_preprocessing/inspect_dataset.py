@@ -1,4 +1,4 @@
-"""Show what the model will be trained on: tokens, labels, pictures and lengths, exactly as training makes them.
+"""Show what the model will be trained on: tokens, labels, images and lengths, exactly as training makes them.
 
 A folder that training reads (or a YAML list of such folders):
 
@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.settings import IMAGE_ASPECT_RATIOS, DataSettings
 from megatron_patch.errors import UserError
 
 ALL_TOKENS = 1 << 30  # longest record where --max-length sets no other limit
@@ -58,22 +58,22 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The words of the command line."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="energon folder or YAML, as DATASET_PATH")
     parser.add_argument("--record", type=Path, metavar="R.json", help="one record in LLaVA's form, instead of FOLDER")
     parser.add_argument("--json", action="store_true", help="with --record: print JSON and nothing else")
-    parser.add_argument("--image-root", type=Path, action="append", metavar="DIR", help="with --record: read pictures")
+    parser.add_argument("--image-root", type=Path, action="append", metavar="DIR", help="with --record: read images")
     model = parser.add_argument_group("the model")
     model.add_argument("--checkpoint", type=Path, metavar="CKPT", help="converted checkpoint; gives what follows")
     model.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with the tokenizer")
     model.add_argument("--template", metavar="NAME", help="a conversation template, or a template file")
-    model.add_argument("--image-tokens", type=positive, metavar="N", help="tokens of one picture")
+    model.add_argument("--image-tokens", type=positive, metavar="N", help="tokens of one image")
     model.add_argument("--image-token-id", type=int, metavar="ID", help="id of <image>, where not the tokenizer's")
-    model.add_argument("--side-px", type=positive, metavar="PX", help="pictures become PX x PX; default: 336")
+    model.add_argument("--side-px", type=positive, metavar="PX", help="images become PX x PX; default: 336")
     parser.add_argument("--max-length", type=positive, metavar="N", help="as DECODER_SEQ_LEN; default: no limit")
-    parser.add_argument("--image-conv-front", action="store_true", help="pictures stand before the conversation")
-    parser.add_argument("--image-start-end", action="store_true", help="pictures stand between <im_start>, <im_end>")
+    parser.add_argument("--image-conv-front", action="store_true", help="images stand before the conversation")
+    parser.add_argument("--image-start-end", action="store_true", help="images stand between <im_start>, <im_end>")
     parser.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, default="crop")
     parser.add_argument("--image-tiles", type=grid, default=(1, 1), metavar="COLUMNSxROWS", help="default: 1x1, none")
     parser.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     folder.add_argument("--records", type=numbers, metavar="0,5,17", help="the records to show")
     folder.add_argument("--count", type=positive, default=4, metavar="N", help="records to show otherwise; default: 4")
     folder.add_argument("--all", action="store_true", help=f"figures of all records; default: {LOOKED_AT} of them")
-    folder.add_argument("--skip-pictures", action="store_true", help="figures without reading pictures: quicker")
+    folder.add_argument("--skip-pictures", action="store_true", help="figures without reading images: quicker")
     folder.add_argument("--output", type=Path, metavar="DIR", help="for the report; default: inspect_<FOLDER>_<split>")
     return parser.parse_args()
 
@@ -96,7 +96,7 @@ def positive(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """`0,5,17` -> [0, 5, 17]."""
-    return [int(word) for word in text.split(",")]
+    return [int(part) for part in text.split(",")]
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -108,8 +108,8 @@ def grid(text: str) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ what the model wants
 
 
-def read_model(arguments: argparse.Namespace) -> tuple[DataSettings, Any]:
-    """Settings of the data room and the tokenizer, from the checkpoint or the words.  Raises UserError."""
+def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
+    """Settings of the data room and the tokenizer, from the checkpoint or the arguments.  Raises UserError."""
     from megatron_patch.data.conversation import IMAGE_MARK
     from megatron_patch.tokenizer_files import load_tokenizer
 
@@ -120,8 +120,8 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataSettings, Any]:
     if arguments.tokenizer is not None:
         given["tokenizer_path"] = str(arguments.tokenizer)
     known |= {name: value for name, value in given.items() if value is not None}
-    words = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
-    if missing := [word for name, word in words.items() if name not in known]:
+    options = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
+    if missing := [option for name, option in options.items() if name not in known]:
         raise UserError(f"{', '.join(missing)} missing; give them, or --checkpoint CKPT, whose llava/ folder has them")
     tokenizer = load_tokenizer(known["tokenizer_path"])
     if IMAGE_MARK not in tokenizer.get_vocab():
@@ -130,7 +130,7 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataSettings, Any]:
         # The next id, as hf2mcore_convertor_llava.sh gives it.
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
     known.setdefault("image_token_id", tokenizer.convert_tokens_to_ids(IMAGE_MARK))
-    settings = DataSettings(
+    settings = DataConfig(
         **known,
         image_aspect_ratio=arguments.image_aspect_ratio,
         decoder_seq_len=arguments.max_length or ALL_TOKENS,
@@ -151,7 +151,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a converted checkpoint's llava/ folder says.  Raises UserError."""
     from megatron_patch.arguments import TEMPLATE_OF_MODEL
     from megatron_patch.geometry import read_geometry_of
-    from megatron_patch.training.words import LLAVA_FOLDER, picture_settings
+    from megatron_patch.training.config import LLAVA_FOLDER, image_settings
 
     folder = checkpoint / LLAVA_FOLDER
     if not folder.is_dir():
@@ -160,15 +160,15 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             "training; without one give --tokenizer, --template, --image-tokens and --side-px"
         )
     geometry = read_geometry_of(folder)
-    pictures = picture_settings(folder, geometry.tower.side_px)
-    del pictures["image_std"]  # pictures are normalised on the device
+    images = image_settings(folder, geometry.tower.side_px)
+    del images["image_std"]  # images are normalised on the device
     return {
         "tokenizer_path": str(folder),
         "template": TEMPLATE_OF_MODEL[geometry.language.model_type],
         "image_token_id": geometry.image_token_id,
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,
-        **pictures,
+        **images,
     }
 
 
@@ -177,21 +177,21 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def inspect_record(arguments: argparse.Namespace) -> None:
     """Print one record of a JSON file."""
-    from megatron_patch.data.encoder import RecordEncoder
-    from megatron_patch.data.inspection import describe, find_runs, image_spans, to_terminal, unshifted_labels
+    from megatron_patch.data.loading.inspection import describe, find_spans, image_spans, to_terminal, unshifted_labels
+    from megatron_patch.data.loading.task_encoder import TaskEncoder
 
     settings, tokenizer = read_model(arguments)
-    encoder = RecordEncoder(settings, with_pixels=False, tokenizer=tokenizer)
+    encoder = TaskEncoder(settings, with_pixels=False, tokenizer=tokenizer)
     try:
         record = read_record(arguments.record, arguments.image_root)
-        # Without --image-root the pictures are counted, not read.
+        # Without --image-root the images are counted, not read.
         encoded = encoder.encode_record(record) if arguments.image_root else encoder.encode_text(record)
     except RecordError as error:
         raise UserError(f"{arguments.record}: {error}; training would leave this record out") from None
     if not arguments.json:
         print(describe(encoded, settings.image_tokens))
-        print(to_terminal(find_runs(encoded, tokenizer, settings.image_tokens), in_colours()))
-        print("next: --json prints token ids and labels; a FOLDER in place of --record shows pictures and figures")
+        print(to_terminal(find_spans(encoded, tokenizer, settings.image_tokens), in_colours()))
+        print("next: --json prints token ids and labels; a FOLDER in place of --record shows images and figures")
         return
     tokens = encoded.tokens
     spans = image_spans(encoded, settings.image_tokens)
@@ -206,17 +206,17 @@ def read_record(path: Path, image_roots: Sequence[Path] | None) -> Any:
     """The one record of a JSON file, as training's Record.  Raises UserError and RecordError."""
     from itertools import islice
 
-    from megatron_patch.data.samples import Record, read_exchanges
-    from megatron_patch.data.sources.llava import LlavaSource
+    from megatron_patch.data.preparation.sources.llava import LlavaSource
+    from megatron_patch.data.record import Record, read_exchanges
 
     source = LlavaSource(path, image_roots or [])
     items = list(islice(source.items(), 2))
     if len(items) != 1:
         raise UserError(f"{path}: holds {'no record' if not items else 'several records'}, wanted one")
     found = source.read(items[0])
-    exchanges = read_exchanges(found.conversations, len(found.pictures))
-    pictures = tuple(source.picture(name) for name in found.pictures) if image_roots else ()
-    return Record(str(found.record_id), exchanges, pictures, found.system)
+    exchanges = read_exchanges(found.conversations, len(found.images))
+    images = tuple(source.read_image(name) for name in found.images) if image_roots else ()
+    return Record(str(found.record_id), exchanges, images, found.system)
 
 
 def in_colours() -> bool:
@@ -229,9 +229,9 @@ def in_colours() -> bool:
 
 def inspect_folder(arguments: argparse.Namespace) -> None:
     """Print and write what training makes of a folder."""
-    from megatron_patch.data import inspection
-    from megatron_patch.data.encoder import RecordEncoder
-    from megatron_patch.data.source import Dataset
+    from megatron_patch.data.loading import inspection
+    from megatron_patch.data.loading.dataset import Dataset
+    from megatron_patch.data.loading.task_encoder import TaskEncoder
 
     if arguments.json or arguments.image_root or arguments.image_token_id is not None:
         raise UserError("--json, --image-root and --image-token-id go with --record, not with a folder")
@@ -241,16 +241,16 @@ def inspect_folder(arguments: argparse.Namespace) -> None:
     output = make_output(arguments)
     image_tokens = settings.image_tokens
 
-    painter = RecordEncoder(settings, with_pixels=True, tokenizer=tokenizer)
+    painter = TaskEncoder(settings, with_pixels=True, tokenizer=tokenizer)
     shown = [inspection.show(dataset, painter, index, tokenizer, image_tokens) for index in indices]
     for record in shown:
         print(f"\n== {record.place}")
         told = inspection.describe(record.encoded, image_tokens) if record.encoded else f"left out: {record.problem}"
-        print(f"{told}\n{inspection.to_terminal(record.runs, in_colours())}")
+        print(f"{told}\n{inspection.to_terminal(record.spans, in_colours())}")
 
-    counter = RecordEncoder(settings, with_pixels=False, tokenizer=tokenizer)
-    with_pictures = not arguments.skip_pictures
-    figures = inspection.measure(dataset, counter, counted_records(arguments, len(dataset)), with_pictures)
+    counter = TaskEncoder(settings, with_pixels=False, tokenizer=tokenizer)
+    with_images = not arguments.skip_pictures
+    figures = inspection.collect_figures(dataset, counter, counted_records(arguments, len(dataset)), with_images)
     title = f"{arguments.folder}, split {arguments.split}, template {settings.template}"
     print("\n".join((f"\n== {title}, {len(dataset)} records", *figures.lines())))
 
@@ -311,7 +311,7 @@ def write_files(output: Path, files: dict[str, bytes]) -> None:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
 
 
-def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) -> str:
+def advice(figures: Any, settings: DataConfig, arguments: argparse.Namespace) -> str:
     """The one sentence that says what to do."""
     if figures.without_labels > settings.max_skipped_share * figures.records:
         return (
@@ -325,7 +325,7 @@ def advice(figures: Any, settings: DataSettings, arguments: argparse.Namespace) 
         reason = figures.rejected.most_common(1)[0][0]
         return (
             f"training would stop, as {rejected} of {figures.records} records are unusable, most of them for: {reason};"
-            " mend the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
+            " fix the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
         )
     if figures.truncated > settings.max_skipped_share * figures.records:
         return (

@@ -1,4 +1,4 @@
-"""Asks an exported LLaVA folder questions about pictures and counts the answers that are exactly right.
+"""Asks an exported LLaVA folder questions about images and counts the answers that are exactly right.
 
     python -m examples.llava_mcore.quickstart.answer MODEL QUESTIONS --out DIR [--template v1]
 
@@ -6,7 +6,7 @@ MODEL      a Hugging Face LLaVA folder (LlavaForConditionalGeneration and AutoPr
 QUESTIONS  a folder with digits.json (LLaVA's JSON format, the gpt turns hold the truth) and images/
 DIR        answers.jsonl (every answer) and answers.png (a contact sheet) are written here
 
-Every question is asked twice: about its own picture, and about another picture. A model that looks at the pictures is
+Every question is asked twice: about its own image, and about another image. A model that looks at the images is
 right the first time and falls to chance the second time.
 """
 
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one picture and its true answer."""
+    """One question about one image and its true answer."""
 
     image: str
     text: str
@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """How a question fared over all pictures; shares are 0..1. `chance`: always giving its most frequent answer."""
+    """How a question fared over all images; shares are 0..1. `chance`: always giving its most frequent answer."""
 
     text: str
     count: int
@@ -66,11 +66,11 @@ def read_questions(folder: Path) -> list[Question]:
     return questions
 
 
-def swap_pictures(images: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """Every picture -> another one: a random cycle through all, so that none stays in its place."""
+def swap_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
+    """Every image -> another one: a random cycle through all, so that none stays in its place."""
     order = np.random.default_rng(seed).permutation(sorted(set(images))).tolist()
     if len(order) < 2:
-        raise UserError("swapping pictures needs at least two of them")
+        raise UserError("swapping images needs at least two of them")
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
@@ -102,7 +102,7 @@ def total(scores: Sequence[Score]) -> Score:
 
 
 def table(scores: Sequence[Score]) -> str:
-    lines = [f"{'question':<32}{'asked':>7}{'exact':>9}{'other picture':>15}{'chance':>9}"]
+    lines = [f"{'question':<32}{'asked':>7}{'exact':>9}{'other image':>15}{'chance':>9}"]
     for row in [*scores, total(scores)]:
         lines.append(f"{row.text:<32}{row.count:>7}{row.exact:>9.1%}{row.swapped:>15.1%}{row.chance:>9.1%}")
     return "\n".join(lines)
@@ -115,7 +115,7 @@ def generate(
     encoder: ConversationEncoder,
     asked: Sequence[tuple[Path, str]],
 ) -> list[str]:
-    """(picture file, question) pairs -> answers, greedily, in batches of BATCH.
+    """(image file, question) pairs -> answers, greedily, in batches of BATCH.
 
     The prompt goes the way of every transformers user, text through the processor; its tokens are compared with those
     that the training saw for the same question, since a model answers badly when they differ.
@@ -145,7 +145,7 @@ def generate(
 
 
 def draw_sheet(file: Path, folder: Path, questions: Sequence[Question], answers: Sequence[str], most: int = 40) -> None:
-    """Contact sheet of evenly chosen questions: picture, question, answer (green or red), truth where it differs."""
+    """Contact sheet of evenly chosen questions: image, question, answer (green or red), truth where it differs."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -160,9 +160,9 @@ def draw_sheet(file: Path, folder: Path, questions: Sequence[Question], answers:
         right = answer == question.truth
         axis.imshow(Image.open(folder / "images" / question.image))
         axis.set_title(question.text, fontsize=8)
-        words = answer if right else f"{answer or '(nothing)'}  (truth: {question.truth})"
+        caption = answer if right else f"{answer or '(nothing)'}  (truth: {question.truth})"
         colour = "green" if right else "red"
-        axis.text(0.5, -0.03, words, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
+        axis.text(0.5, -0.03, caption, color=colour, fontsize=10, ha="center", va="top", transform=axis.transAxes)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
@@ -177,7 +177,7 @@ def answer_all(model_folder: Path, folder: Path, out: Path, template: str) -> li
         model = model.cuda()
     config = model.config
     encoder = ConversationEncoder(processor.tokenizer, template, config.image_token_index, config.image_seq_length)
-    other = swap_pictures([question.image for question in questions])
+    other = swap_images([question.image for question in questions])
     images = folder / "images"
     answers = generate(model, processor, encoder, [(images / question.image, question.text) for question in questions])
     swapped = [(images / other[question.image], question.text) for question in questions]
@@ -185,7 +185,7 @@ def answer_all(model_folder: Path, folder: Path, out: Path, template: str) -> li
 
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({**asdict(question), "answer": own, "answer_about_other_picture": swap})
+        json.dumps({**asdict(question), "answer": own, "answer_about_other_image": swap})
         for question, own, swap in zip(questions, answers, swapped_answers, strict=True)
     ]
     partial = out / "answers.jsonl.tmp"
@@ -204,16 +204,16 @@ def main() -> None:
     parser.add_argument(
         "--template", default="v1", choices=sorted(TEMPLATES), help="the one the model was trained with"
     )
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        scores = answer_all(words.model, words.questions, words.out, words.template)
+        scores = answer_all(arguments.model, arguments.questions, arguments.out, arguments.template)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(table(scores))
-    if total(scores).exact < words.at_least:
-        parser.exit(1, f"error: {total(scores).exact:.1%} exactly right, wanted at least {words.at_least:.0%}\n")
+    if total(scores).exact < arguments.at_least:
+        parser.exit(1, f"error: {total(scores).exact:.1%} exactly right, wanted at least {arguments.at_least:.0%}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the quickstart's data: real handwritten digits as coloured pictures, in LLaVA's own JSON format.
+"""Writes the quickstart's data: real handwritten digits as coloured images, in LLaVA's own JSON format.
 
     python -m examples.llava_mcore.quickstart.make_digits OUT
 
@@ -7,7 +7,7 @@ OUT/stage2/   digits.json + images/   conversations of several questions, for th
 OUT/heldout/  digits.json + images/   the same questions about digits that neither stage has seen
 
 The digits are the 1,797 of scikit-learn (8x8 pixels, written by 43 people; UCI Optical Recognition of Handwritten
-Digits). Every fifth original is held out, so training and held-out pictures share none.
+Digits). Every fifth original is held out, so training and held-out images share none.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MAX_ANGLE_DEGREES = 8.0
 COLOUR_JITTER = 10  # of 255, per channel
 
 # Bright inks on dark grounds: the stroke is always lighter, which the tiny tower learns several times faster than both
-# ways round. Every two colours are far apart (tests hold the distance), so each picture has one right answer.
+# ways round. Every two colours are far apart (tests hold the distance), so each image has one right answer.
 INKS = {
     "red": (255, 70, 70),
     "green": (70, 220, 90),
@@ -42,30 +42,30 @@ GROUNDS = {"black": (12, 12, 12), "gray": (75, 75, 75), "navy": (15, 20, 105), "
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What one picture shows."""
+class Drawing:
+    """What one image shows."""
 
     digit: int
     ink: str
     ground: str
 
 
-QUESTIONS: dict[str, Callable[[Picture], str]] = {
-    "Which digit is this?": lambda picture: str(picture.digit),
-    "What colour is the ink?": lambda picture: picture.ink,
-    "What colour is the background?": lambda picture: picture.ground,
-    "Is it even or odd?": lambda picture: "odd" if picture.digit % 2 else "even",
-    "Is it greater than four?": lambda picture: "yes" if picture.digit > 4 else "no",
+QUESTIONS: dict[str, Callable[[Drawing], str]] = {
+    "Which digit is this?": lambda image: str(image.digit),
+    "What colour is the ink?": lambda image: image.ink,
+    "What colour is the background?": lambda image: image.ground,
+    "Is it even or odd?": lambda image: "odd" if image.digit % 2 else "even",
+    "Is it greater than four?": lambda image: "yes" if image.digit > 4 else "no",
 }
 INSTRUCTION = "Describe the picture."  # the plain template drops it, as LLaVA's stage 1 does
 
 
-def caption(picture: Picture) -> str:
-    return f"a {picture.ink} {picture.digit} on {picture.ground}"
+def caption(image: Drawing) -> str:
+    return f"a {image.ink} {image.digit} on {image.ground}"
 
 
-def draw(glyph: np.ndarray, picture: Picture, generator: np.random.Generator, augment: bool) -> Image.Image:
-    """Glyph [8, 8] of 0..16 -> RGB picture of SIDE_PX, in the picture's colours; moved and turned if `augment`."""
+def draw(glyph: np.ndarray, image: Drawing, generator: np.random.Generator, augment: bool) -> Image.Image:
+    """Glyph [8, 8] of 0..16 -> RGB image of SIDE_PX, in the image's colours; moved and turned if `augment`."""
     strength = Image.fromarray((glyph * (255 / 16)).astype(np.uint8)).resize((GLYPH_PX, GLYPH_PX), Image.BICUBIC)
     margin = (SIDE_PX - GLYPH_PX) // 2
     x = y = margin
@@ -77,42 +77,42 @@ def draw(glyph: np.ndarray, picture: Picture, generator: np.random.Generator, au
     alpha[y : y + GLYPH_PX, x : x + GLYPH_PX, 0] = np.asarray(strength) / 255
     ink, ground = (
         np.array(colour) + generator.integers(-COLOUR_JITTER, COLOUR_JITTER, size=3, endpoint=True)
-        for colour in (INKS[picture.ink], GROUNDS[picture.ground])
+        for colour in (INKS[image.ink], GROUNDS[image.ground])
     )
     pixels = ground + alpha * (ink - ground)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def conversation(picture: Picture, generator: np.random.Generator, questions: int) -> list[dict[str, str]]:
+def conversation(image: Drawing, generator: np.random.Generator, questions: int) -> list[dict[str, str]]:
     """So many of the questions in random order, with their answers, as LLaVA's alternating turns."""
     turns = []
     for number, question in enumerate(generator.permutation(list(QUESTIONS))[:questions]):
         mark = "<image>\n" if number == 0 else ""
         turns.append({"from": "human", "value": mark + str(question)})
-        turns.append({"from": "gpt", "value": QUESTIONS[str(question)](picture)})
+        turns.append({"from": "gpt", "value": QUESTIONS[str(question)](image)})
     return turns
 
 
 def write_set(
     folder: Path, originals: list[int], copies: int, seed: int, make_turns: Callable, augment: bool = True
 ) -> None:
-    """Writes `copies` pictures of each original in random order: folder/images/*.png, then folder/digits.json."""
+    """Writes `copies` images of each original in random order: folder/images/*.png, then folder/digits.json."""
     digits = load_digits()
     generator = np.random.default_rng(seed)
     images = folder / "images"
     images.mkdir(parents=True)
     records = []
     for number, original in enumerate(generator.permutation(np.repeat(originals, copies))):
-        picture = Picture(
+        image = Drawing(
             digit=int(digits.target[original]),
             ink=str(generator.choice(list(INKS))),
             ground=str(generator.choice(list(GROUNDS))),
         )
         name = f"{number:06d}.png"
-        draw(digits.images[original], picture, generator, augment).save(images / name, compress_level=1)
-        # The id names the original, so that anyone can see that training and held-out pictures share none.
+        draw(digits.images[original], image, generator, augment).save(images / name, compress_level=1)
+        # The id names the original, so that anyone can see that training and held-out images share none.
         record_id = f"digit{original:04d}-{number:06d}"
-        records.append({"id": record_id, "image": name, "conversations": make_turns(picture, generator)})
+        records.append({"id": record_id, "image": name, "conversations": make_turns(image, generator)})
     (folder / "digits.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 
@@ -130,17 +130,17 @@ def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     train, held_out = split_originals()
 
-    def captioned(picture: Picture, _: np.random.Generator) -> list[dict[str, str]]:
+    def captioned(image: Drawing, _: np.random.Generator) -> list[dict[str, str]]:
         return [
             {"from": "human", "value": f"{INSTRUCTION}\n<image>"},
-            {"from": "gpt", "value": caption(picture)},
+            {"from": "gpt", "value": caption(image)},
         ]
 
-    def asked(picture: Picture, generator: np.random.Generator) -> list[dict[str, str]]:
-        return conversation(picture, generator, questions)
+    def asked(image: Drawing, generator: np.random.Generator) -> list[dict[str, str]]:
+        return conversation(image, generator, questions)
 
-    def asked_everything(picture: Picture, generator: np.random.Generator) -> list[dict[str, str]]:
-        return conversation(picture, generator, len(QUESTIONS))
+    def asked_everything(image: Drawing, generator: np.random.Generator) -> list[dict[str, str]]:
+        return conversation(image, generator, len(QUESTIONS))
 
     write_set(partial / "stage1", train, copies, seed=1, make_turns=captioned)
     write_set(partial / "stage2", train, copies, seed=2, make_turns=asked)
@@ -151,14 +151,14 @@ def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
-    parser.add_argument("--copies", type=int, default=8, help="training pictures per original digit and stage")
-    words = parser.parse_args()
+    parser.add_argument("--copies", type=int, default=8, help="training images per original digit and stage")
+    arguments = parser.parse_args()
     try:
-        make_digits(words.out, words.copies)
+        make_digits(arguments.out, arguments.copies)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     train, held_out = split_originals()
-    print(f"{words.out}: {len(train) * words.copies} pictures for each stage, {len(held_out)} held out")
+    print(f"{arguments.out}: {len(train) * arguments.copies} images for each stage, {len(held_out)} held out")
 
 
 if __name__ == "__main__":

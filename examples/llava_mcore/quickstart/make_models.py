@@ -3,7 +3,7 @@
     python -m examples.llava_mcore.quickstart.make_models OUT --texts DIGITS.json ...
 
 OUT/llm/   LlamaForCausalLM with a byte-level BPE tokenizer learnt from the texts
-OUT/clip/  CLIPVisionModel of 28x28 pictures in 16 patches, with its preprocessor_config.json
+OUT/clip/  CLIPVisionModel of 28x28 images in 16 patches, with its preprocessor_config.json
 
 The tokenizer has no <image> token, like that of every real LLM: the checkpoint converter adds it.
 """
@@ -115,7 +115,7 @@ def texts_of(files: list[Path]) -> Iterator[str]:
         for record in json.loads(file.read_text()):
             for turn in record["conversations"]:
                 text = turn["value"].replace("<image>", "").strip()
-                # With and without a space before: an answer follows "ASSISTANT: ", a caption follows the picture.
+                # With and without a space before: an answer follows "ASSISTANT: ", a caption follows the image.
                 yield from (text, f" {text}")
 
 
@@ -143,14 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="LLaVA JSON files to learn the words from")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        make_models(words.out, words.texts)
+        make_models(arguments.out, arguments.texts)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"{words.out}: llm and clip, untrained, {HIDDEN} wide")
+    print(f"{arguments.out}: llm and clip, untrained, {HIDDEN} wide")
 
 
 if __name__ == "__main__":

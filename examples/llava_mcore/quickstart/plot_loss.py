@@ -47,20 +47,20 @@ def plot(out: Path, runs: list[tuple[str, Path]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("out", type=Path, help="image to write")
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a run's name and its TensorBoard folder")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     runs = []
-    for run in words.runs:
+    for run in arguments.runs:
         name, equals, folder = run.partition("=")
         if not equals or not Path(folder).is_dir():
             parser.exit(2, f"error: {run}: wanted NAME=DIR with an existing TensorBoard folder\n")
         runs.append((name, Path(folder)))
     try:
-        plot(words.out, runs)
+        plot(arguments.out, runs)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    print(words.out)
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ def conversations() -> dict[str, list[tuple[str, str]]]:
     made = {}
     for length, turns in (("one turn", ONE), ("three turns", THREE)):
         (question, answer), *rest = turns
-        made[f"no picture, {length}"] = turns
-        made[f"one picture, {length}"] = [(f"<image>\n{question}", answer), *rest]
+        made[f"no image, {length}"] = turns
+        made[f"one image, {length}"] = [(f"<image>\n{question}", answer), *rest]
         if not rest:
-            made[f"two pictures, {length}"] = [(f"<image>\n<image>\n{question}", answer)]
+            made[f"two images, {length}"] = [(f"<image>\n<image>\n{question}", answer)]
         else:
             middle, (last, end) = rest
-            made[f"two pictures, {length}"] = [(f"<image>\n{question}", answer), middle, (f"<image>\n{last}", end)]
+            made[f"two images, {length}"] = [(f"<image>\n{question}", answer), middle, (f"<image>\n{last}", end)]
     return made
 
 

@@ -91,10 +91,10 @@ def make_source(folder: Path, size: str) -> int:
     folder.mkdir()
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, default=str))
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, IMAGE_TOKEN)}
-    words["<image>"] = IMAGE_TOKEN
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, IMAGE_TOKEN)}
+    vocabulary["<image>"] = IMAGE_TOKEN
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
         **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"},
         additional_special_tokens=["<image>"],
     )
@@ -154,8 +154,8 @@ def measured(command: list[str], log: Path) -> Measured:
 def copy_of(source: Path, target: Path, log: Path) -> Measured:
     """cp and sync of a folder; the copy is removed again."""
     forget(source)
-    words = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
-    result = measured(["sh", "-c", words, "sh", str(source), str(target)], log)
+    command = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
+    result = measured(["sh", "-c", command, "sh", str(source), str(target)], log)
     shutil.rmtree(target)
     return result
 
@@ -163,8 +163,8 @@ def copy_of(source: Path, target: Path, log: Path) -> Measured:
 def conversion(source: Path, target: Path, size: str, back: bool, log: Path) -> Measured:
     forget(source)
     script = Path(__file__).with_name("hf2mcore_convertor_llava.py")
-    words = ["--model-size", size, "--source-llm", str(source), "--target", str(target), "--precision", "bf16"]
-    return measured([sys.executable, str(script), *words, "--no-progress", *(["--mg2hf"] if back else [])], log)
+    command = ["--model-size", size, "--source-llm", str(source), "--target", str(target), "--precision", "bf16"]
+    return measured([sys.executable, str(script), *command, "--no-progress", *(["--mg2hf"] if back else [])], log)
 
 
 def same_samples(one: Path, other: Path, samples: int = 64) -> bool:

@@ -20,7 +20,7 @@ from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
 from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
 
 
-def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-size", required=True, help=f"one of {', '.join(MODEL_SIZES)}; checked against the LLM")
     parser.add_argument("--source-llm", required=True, help="hub folder of an LLM or LLaVA; with --mg2hf a checkpoint")
@@ -57,7 +57,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vision-tower-name", metavar="NAME", help="mm_vision_tower of an original layout")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def _folder(text: str) -> Path | None:
@@ -65,12 +65,12 @@ def _folder(text: str) -> Path | None:
 
 
 def _check_direction(arguments: argparse.Namespace) -> None:
-    """Words of the other direction are refused, not ignored."""
+    """Arguments of the other direction are refused, not ignored."""
     forward, back = ("projector", "mm_projector", "add_tokens", "vision_feature_layer"), ("layout", "vision_tower_name")
     for name in forward if arguments.mg2hf else back:
         if getattr(arguments, name) not in (None, []):
-            word = "--" + name.replace("_", "-")
-            raise UserError(f"{word} is for conversions {'to' if arguments.mg2hf else 'from'} Megatron; leave it out")
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is for conversions {'to' if arguments.mg2hf else 'from'} Megatron; leave it out")
 
 
 def run(arguments: argparse.Namespace) -> None:

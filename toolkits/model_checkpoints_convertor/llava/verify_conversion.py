@@ -3,7 +3,7 @@
     python verify_conversion.py --hf LLAVA_FOLDER --checkpoint CKPT [--tensor-model-parallel-size N] ...
     python verify_conversion.py --hf LLM_FOLDER --hf-clip CLIP_FOLDER --checkpoint CKPT ...
 
-Both models run the same pictures and text in fp32, transformers in this process, Megatron in TP x PP processes that it
+Both models run the same images and text in fp32, transformers in this process, Megatron in TP x PP processes that it
 starts.  Printed: embedding, vision tower, projector, every decoder layer, logits and first loss with the largest
 absolute and relative difference.  Exit code 0: all agree; 1: the first part that differs is named; 2: wrong input.
 
@@ -38,33 +38,33 @@ IGNORE_LABEL = -100
 TEXT_TOKENS = 24
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face LLaVA folder, or the language model's")
     parser.add_argument("--hf-clip", type=Path, help="with a language model: the vision tower's folder")
     parser.add_argument("--checkpoint", type=Path, required=True, help="converted checkpoint")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--image", type=Path, help="a picture; default: two of random pixels")
-    parser.add_argument("--prompt", help="text behind the picture; default: random tokens")
+    parser.add_argument("--image", type=Path, help="an image; default: two of random pixels")
+    parser.add_argument("--prompt", help="text behind the image; default: random tokens")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference / largest value of a part")
     parser.add_argument("--seed", type=int, default=0, help="of the random pixels and tokens")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- what both sides compute
 
 
 def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int) -> dict[str, Tensor]:
-    """tokens, labels int64 [B, S], pixels uint8 [B, 3, side, side]: a picture, then text; no padding anywhere."""
+    """tokens, labels int64 [B, S], pixels uint8 [B, 3, side, side]: an image, then text; no padding anywhere."""
     generator = torch.Generator().manual_seed(arguments.seed)
     side, rows = geometry.tower.side_px, 1 if arguments.image or arguments.prompt else 2
     pixels = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
     if arguments.image:
-        from megatron_patch.data.image import open_picture, picture_to_pixels
+        from megatron_patch.data.image import image_to_pixels, open_image
 
-        picture = open_picture(arguments.image.read_bytes())
-        pixels = torch.from_numpy(picture_to_pixels(picture, side, "crop", (0.0, 0.0, 0.0)))[None]
+        image = open_image(arguments.image.read_bytes())
+        pixels = torch.from_numpy(image_to_pixels(image, side, "crop", (0.0, 0.0, 0.0)))[None]
     text = torch.randint(0, ids, (rows, TEXT_TOKENS), generator=generator)
     if arguments.prompt:
         from transformers import AutoTokenizer
@@ -258,7 +258,7 @@ def compare(case: Case, got: dict[str, Tensor]) -> list[tuple[str, float, float]
     table = []
     for name in ["embedding", "vision tower", "projector", *decoder, "logits", "first loss"]:
         one, other = case.expected[name], got[name]
-        if name == "embedding":  # at pictures it is replaced
+        if name == "embedding":  # at images it is replaced
             one, other = one * is_text, other * is_text
         if name == "logits":  # rows that the conversion added are in no source
             one, other = one[..., : case.vocabulary], other[..., : case.vocabulary]
@@ -283,11 +283,11 @@ def verify(arguments: argparse.Namespace) -> int:
         print(f"{name:<20} {absolute:>13.3e} {relative:>10.2e}{'   <-- differs' if name in wrong else ''}")
     if arguments.hf_clip is not None:
         print("projector: the checkpoint's own on both sides; the sources hold none")
-    layout = f"TP {tensor} x PP {pipeline}"
+    place = f"TP {tensor} x PP {pipeline}"
     if wrong:
-        print(f"DIFFERENT at {layout}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
+        print(f"DIFFERENT at {place}: {wrong[0]} is the first of {len(wrong)} parts above {arguments.tolerance:g}")
         return 1
-    print(f"EQUAL at {layout}: every part within {arguments.tolerance:g} of transformers ({case.dtype} weights, fp32)")
+    print(f"EQUAL at {place}: every part within {arguments.tolerance:g} of transformers ({case.dtype} weights, fp32)")
     return 0
 
 

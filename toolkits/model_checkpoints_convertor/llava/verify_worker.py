@@ -33,7 +33,7 @@ from megatron_patch.checkpoint_files import (  # noqa: E402
 from megatron_patch.conversion.hub_weights import pread_into  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
-from megatron_patch.training.standalone import build_model  # noqa: E402
+from megatron_patch.training.load_model import build_model  # noqa: E402
 from megatron_patch.training.strict_load import check_checkpoint  # noqa: E402
 
 

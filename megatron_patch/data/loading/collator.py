@@ -1,0 +1,90 @@
+"""Rows -> one micro-batch.  B: rows, S: tokens, N: images of all rows."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.task_encoder import EncodedRecord
+from megatron_patch.geometry import IGNORE_LABEL
+
+
+def collate(
+    rows: Sequence[EncodedRecord | None], config: DataConfig, pad_token_id: int, with_pixels: bool
+) -> dict[str, Any]:
+    """Rows (None: a record that was left out, whose place stays as an empty row) -> batch.
+
+    tokens int64 [B, S]; labels int64 [B, S], -100 where nothing is trained; pixels uint8 [N, 3, side_px, side_px] in
+    the order of the placeholders, or None; image_spans int64 [N, 2] (row, first placeholder); record_ids of the B
+    rows ("" for an empty one).  S is the longest row, rounded up to a multiple of length_multiple.
+    """
+    longest = max((len(row.tokens) for row in rows if row is not None), default=1)
+    tokens, labels = _empty(len(rows), _round_up(longest, config.length_multiple), pad_token_id)
+    spans = []
+    for number, row in enumerate(rows):
+        if row is not None:
+            tokens[number, : len(row.tokens)] = row.tokens
+            labels[number, : len(row.labels)] = row.labels
+            spans += [(number, start) for start in row.image_starts]
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "pixels": _pixels(rows, config) if with_pixels else None,
+        "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        "record_ids": ["" if row is None else row.record_id for row in rows],
+    }
+
+
+def collate_packed(
+    records: Sequence[EncodedRecord | None], config: DataConfig, pad_token_id: int, with_pixels: bool
+) -> dict[str, Any]:
+    """Records (None: left out) behind each other in a single row -> batch as in collate(), B = 1, and cu_seqlens.
+
+    cu_seqlens int32 [records + 1]: where each record begins, then S.  A record takes a multiple of record_multiple
+    positions; the last one goes on to the end of the row, and padding is never seen by a token before it.
+    record_ids are those of all records in the row.
+    """
+    kept = [record for record in records if record is not None]
+    lengths = [_round_up(len(record.tokens), config.record_multiple) for record in kept] or [config.record_multiple]
+    lengths[-1] += -sum(lengths) % config.length_multiple
+    bounds = [0, *itertools.accumulate(lengths)]
+    tokens, labels = _empty(1, bounds[-1], pad_token_id)
+    spans = []
+    for start, record in zip(bounds, kept, strict=False):
+        tokens[0, start : start + len(record.tokens)] = record.tokens
+        labels[0, start : start + len(record.labels)] = record.labels
+        spans += [(0, start + first) for first in record.image_starts]
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "pixels": _pixels(kept, config) if with_pixels else None,
+        "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        "record_ids": [record.record_id for record in kept],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+    }
+
+
+def as_it_is(item: Any) -> Any:
+    """Collate function of loaders whose items are whole batches already; torch's own would convert arrays."""
+    return item
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _empty(rows: int, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels [rows, length] that hold nothing."""
+    shape = (rows, length)
+    return np.full(shape, pad_token_id, dtype=np.int64), np.full(shape, IGNORE_LABEL, dtype=np.int64)
+
+
+def _pixels(rows: Sequence[EncodedRecord | None], config: DataConfig) -> torch.Tensor:
+    """Images of all rows, uint8 [N, 3, side_px, side_px]."""
+    none = np.empty((0, 3, config.side_px, config.side_px), dtype=np.uint8)
+    return torch.from_numpy(
+        np.concatenate([none, *(row.pixels for row in rows if row is not None and row.pixels is not None)])
+    )

@@ -1,0 +1,95 @@
+"""What a loader must know, read once and then frozen."""
+
+from dataclasses import dataclass
+
+from megatron_patch.errors import UserError
+
+IMAGE_ASPECT_RATIOS = ("crop", "pad", "stretch")
+ORDERS = ("cyclic", "single", "modality")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Settings of the train and valid loaders; equal config and paths give equal batches on every machine."""
+
+    tokenizer_path: str  # folder that AutoTokenizer reads, `llava/` of a checkpoint
+    template: str  # a name of conversation.TEMPLATES or a template file; `auto` is resolved by the caller
+    image_token_id: int  # id of the `<image>` placeholder
+    image_tokens: int  # placeholders per image: the vision tower's patch count
+    side_px: int  # images become side_px x side_px
+    image_mean: tuple[float, float, float]  # in 0..1, the colour of the padding
+    # crop: as the tower's processor does; pad: to a square with the mean colour first; stretch: squeezed to the square
+    image_aspect_ratio: str
+    decoder_seq_len: int  # longest record in tokens, image placeholders included
+    micro_batch_size: int  # records per batch
+    length_multiple: int  # batch lengths are padded up to a multiple of this
+    seed: int  # of the order of the records
+    num_workers: int  # processes that prepare batches; 0: in this process
+    center_crop: bool = (
+        True  # CLIP's way: shorter side to side_px, then the centre; False, SigLIP's: squeezed to a square
+    )
+    resample: int = 3  # Pillow's number of the filter: 2 bilinear, 3 bicubic
+    max_skipped_share: float = 0.01  # a run stops when more of its records than this had to be skipped
+    image_conv_front: bool = False  # images come before the whole conversation (NeMo's sep_image_conv_front)
+    image_start_end: bool = False  # each image stands between <im_start> and <im_end> (LLaVA's use_im_start_end)
+    apply_exif_orientation: bool = True  # False: images as they lie in the file, as LLaVA's original code
+    tile_columns: int = 1  # with tile_rows: every image becomes columns x rows tiles and a thumbnail
+    tile_rows: int = 1
+    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
+    order: str = "cyclic"
+    step_records: int = 0  # with order=modality: records of an optimizer step
+    mega_batch_mult: int = 50  # with order=modality: steps that are sorted by length together
+    packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
+    record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
+
+    def __post_init__(self) -> None:
+        """Refuse config that cannot work, all at once."""
+        problems = [
+            f"{name} is {getattr(self, name)}, wanted at least {least}"
+            for name, least in (
+                ("image_tokens", 1),
+                ("side_px", 1),
+                ("micro_batch_size", 1),
+                ("length_multiple", 1),
+                ("num_workers", 0),
+                ("seed", 0),
+                ("tile_columns", 1),
+                ("tile_rows", 1),
+            )
+            if getattr(self, name) < least
+        ]
+        if self.resample not in range(6):
+            problems.append(f"resample is {self.resample}, wanted a filter of Pillow, from 0 to 5")
+        for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("order", ORDERS)):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(allowed)}")
+        if self.order == "modality":
+            for name in ("step_records", "mega_batch_mult"):
+                if getattr(self, name) < 1:
+                    problems.append(f"{name} is {getattr(self, name)}, wanted at least 1 with order modality")
+            if self.packing:
+                problems.append("order modality and packing exclude each other: packed rows are all of one length")
+        if not problems and self.longest_record <= self.tokens_per_mark:
+            problems.append(
+                f"decoder_seq_len {self.decoder_seq_len} (in multiples of {self.length_multiple}: "
+                f"{self.longest_record}) leaves no room for text beside the {self.tokens_per_mark} tokens of one "
+                "image; raise DECODER_SEQ_LEN"
+            )
+        if problems:
+            raise UserError("data config: " + "; ".join(problems))
+
+    @property
+    def tiles(self) -> int:
+        """Images that the tower sees for one of the record's: the tiles and the thumbnail, or the image alone."""
+        tiles = self.tile_columns * self.tile_rows
+        return tiles if tiles == 1 else tiles + 1
+
+    @property
+    def tokens_per_mark(self) -> int:
+        """Placeholders that stand for one image of a record."""
+        return self.image_tokens * self.tiles
+
+    @property
+    def longest_record(self) -> int:
+        """Largest multiple of length_multiple within decoder_seq_len, so that padding never exceeds the latter."""
+        return self.decoder_seq_len - self.decoder_seq_len % self.length_multiple

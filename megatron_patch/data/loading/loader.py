@@ -1,0 +1,339 @@
+"""Train and valid loaders over an energon dataset.
+
+Position p of the endless sequence holds one record, or with packing one row of them (order.py).  Micro-batch number k
+of data-parallel rank r of R takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch
+size.  So in a step R ranks see what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's
+number k * R + r, and workers change nothing.
+A record that cannot be used leaves an empty row (packed: a shorter one) behind: counted, named, and nobody else's
+position moves.
+
+The folders are megatron-energon's; its own loader is not used, because its order depends on ranks times workers, its
+state is pickled, must be replayed and fits one parallelism only.  Here the state is one number that fits all.
+"""
+
+import logging
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_patch.data.loading import state as data_state
+from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
+from megatron_patch.data.loading.label_check import check_labels
+from megatron_patch.data.loading.lengths import record_lengths
+from megatron_patch.data.loading.sampler import (
+    BlendSampler,
+    GroupedSampler,
+    PackedSampler,
+    RecordSampler,
+    SequentialSampler,
+    ShuffledSampler,
+)
+from megatron_patch.data.loading.task_encoder import EncodedRecord, TaskEncoder
+from megatron_patch.data.rejection import RecordError, current_reason
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import IGNORE_LABEL
+
+logger = logging.getLogger(__name__)
+
+ALWAYS_TOLERATED = 10  # skipped records below this never stop a run, however few it has seen
+NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
+
+# What a step has to do, for the figures of throughput: records, their tokens without padding, the trained ones,
+# images (tiles are images of their own), and the pairs of tokens of which one sees the other.
+WORK = ("records", "tokens", "labels", "images", "pairs")
+
+Batch = dict[str, Any]
+Skipped = tuple[str, str, str]  # record, reason, detail
+
+
+def build_train_loader(
+    path: str,
+    config: DataConfig,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    with_pixels: bool = True,
+    state_file: str | None = None,
+    state: dict[str, Any] | None = None,
+) -> "TrainLoader":
+    """Endless loader over the train split, from its start or from a saved state.
+
+    Raises UserError: config, data or state do not fit, or training on a first sample could not teach what it should.
+    """
+    dataset = EnergonDataset(path, "train")
+    encoder = TaskEncoder(config, with_pixels)
+    check_labels(dataset, encoder, config.max_skipped_share)
+    order, meaning = _train_order(dataset, encoder, config)
+    loader = TrainLoader(
+        _Batches(dataset, order, encoder, config, with_pixels, config.packing),
+        config,
+        data_parallel_rank,
+        data_parallel_size,
+        meaning,
+    )
+    if state_file is not None:
+        state = data_state.read(state_file)
+    if state is not None:
+        loader.load_state(state)
+    return loader
+
+
+def build_valid_loader(
+    path: str, config: DataConfig, data_parallel_rank: int, data_parallel_size: int, with_pixels: bool = True
+) -> "ValidLoader":
+    """Loader over the val split, never packed, whose every iter() starts at the first record again.
+
+    Raises UserError.
+    """
+    dataset = EnergonDataset(path, "val")
+    batches = _Batches(
+        dataset, _stored(dataset, config), TaskEncoder(config, with_pixels), config, with_pixels, packed=False
+    )
+    return ValidLoader(batches, config, data_parallel_rank, data_parallel_size)
+
+
+def _train_order(dataset: EnergonDataset, encoder: TaskEncoder, config: DataConfig) -> tuple[RecordSampler, str]:
+    """The order of training, and a text that changes whenever its positions come to mean other records."""
+    kind, seed = config.order, config.seed
+    if kind == "modality" and dataset.weights is not None:
+        raise UserError(
+            f"{dataset.path}: folders with weights cannot be grouped by modality, for a step would mix them; "
+            "use blend_epochized with repetitions, or the order cyclic"
+        )
+    if not config.packing and kind != "modality":
+        return _blended(dataset, seed, lambda _, counts: _plain(counts, config)), kind
+    lengths = record_lengths(dataset, encoder, config)
+    if kind == "modality":
+        step, mult = config.step_records, config.mega_batch_mult
+        meaning = f"modality, {step} records a step, {mult} steps together, lengths {lengths.fingerprint}"
+        return GroupedSampler(dataset.shard_counts, seed, lengths, step, mult), meaning
+
+    def packed(start: int, counts: Sequence[int]) -> PackedSampler:
+        own = lengths.part(start, start + sum(counts))
+        return PackedSampler(counts, seed, own, config.longest_record, shuffle=kind == "cyclic")
+
+    meaning = f"{kind}, packed into {config.longest_record} tokens, lengths {lengths.fingerprint}"
+    return _blended(dataset, seed, packed), meaning
+
+
+def _plain(shard_counts: Sequence[int], config: DataConfig) -> RecordSampler:
+    return ShuffledSampler(shard_counts, config.seed) if config.order == "cyclic" else SequentialSampler(shard_counts)
+
+
+def _stored(dataset: EnergonDataset, config: DataConfig) -> RecordSampler:
+    return _blended(dataset, config.seed, lambda _, counts: SequentialSampler(counts))
+
+
+def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[int]], RecordSampler]) -> RecordSampler:
+    """One order over all folders, or with weights one for each, blended; build(first record, records per shard)."""
+    if dataset.weights is None:
+        return build(0, dataset.shard_counts)
+    orders = [build(start, folder.shard_counts) for start, folder in zip(dataset.starts, dataset.folders, strict=False)]
+    return BlendSampler(orders, dataset.starts, dataset.weights, seed)
+
+
+class _Batches(Dataset):
+    """`batches[position]` -> the micro-batch that starts there, with the counts of its records."""
+
+    def __init__(
+        self,
+        dataset: EnergonDataset,
+        order: RecordSampler,
+        encoder: TaskEncoder,
+        config: DataConfig,
+        with_pixels: bool,
+        packed: bool,
+    ) -> None:
+        self.dataset, self.order = dataset, order
+        self._encoder, self._config, self._with_pixels = encoder, config, with_pixels
+        self._collate = collate_packed if packed else collate
+
+    def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
+        rows: list[EncodedRecord | None] = []
+        counts = {"kept": 0, "truncated": 0}
+        skipped: list[Skipped] = []
+        places = range(position, position + self._config.micro_batch_size)
+        for index in (index for place in places for index in self.order[place]):
+            try:
+                row = self._encode(index)
+            except RecordError as error:
+                skipped.append((self.dataset.name(index), error.reason, error.detail))
+                rows.append(None)
+                continue
+            counts["kept"] += 1
+            counts["truncated"] += row.truncated
+            rows.append(row)
+        counts |= _work([row for row in rows if row is not None])
+        pad_token_id = self._encoder.conversation.pad_token_id
+        return self._collate(rows, self._config, pad_token_id, self._with_pixels), counts, skipped
+
+    def _encode(self, index: int) -> EncodedRecord:
+        try:
+            parts = self.dataset[index]
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise RecordError("malformed", f"shard: {type(error).__name__}: {error}") from error
+        if parts is None:
+            raise RecordError("excluded", "by split.yaml")
+        return self._encoder.encode(parts)
+
+
+def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
+    """The WORK of some records."""
+    lengths = [len(row.tokens) for row in rows]
+    return {
+        "records": len(rows),
+        "tokens": sum(lengths),
+        "labels": sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows),
+        "images": sum(len(row.image_starts) for row in rows),
+        "pairs": sum(length * (length + 1) // 2 for length in lengths),
+    }
+
+
+class _Positions(Sampler[int]):
+    """First positions of one rank's micro-batches, for ever."""
+
+    def __init__(self, start: int, stride: int) -> None:
+        self._start = start
+        self._stride = stride
+
+    def __iter__(self) -> Iterator[int]:
+        position = self._start
+        while True:
+            yield position
+            position += self._stride
+
+
+class _Loader:
+    """What train and valid loaders share: positions, workers, and the record counters taken."""
+
+    def __init__(self, batches: _Batches, config: DataConfig, data_parallel_rank: int, data_parallel_size: int) -> None:
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise UserError(f"data-parallel rank {data_parallel_rank} is not within 0..{data_parallel_size - 1}")
+        self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
+        self.work: dict[str, int] = dict.fromkeys(WORK, 0)  # of the batches taken since this process started
+        self._batches = batches
+        self._config = config
+        self._rank = data_parallel_rank
+        self._size = data_parallel_size
+
+    @property
+    def records(self) -> int:
+        """Records of the split."""
+        return len(self._batches.dataset)
+
+    def _iterate(self, position: int) -> Iterator[tuple[Batch, dict[str, int], list[Skipped]]]:
+        """Micro-batches of this rank from a position of the sequence on."""
+        batch_size, workers = self._config.micro_batch_size, self._config.num_workers
+        positions = _Positions(position + self._rank * batch_size, self._size * batch_size)
+        # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
+        generator = torch.Generator().manual_seed(self._config.seed)
+        return iter(
+            DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=positions,
+                num_workers=workers,
+                collate_fn=as_it_is,
+                generator=generator,
+                prefetch_factor=2 if workers else None,
+                multiprocessing_context="fork" if workers else None,
+            )
+        )
+
+    def _count(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
+        """Add a batch that is being handed out; UserError when too many records had to be skipped."""
+        for name, count in counts.items():
+            counters = self.work if name in self.work else self.counts
+            counters[name] += count
+        for record, reason, detail in skipped:
+            if reason == "excluded":  # by the user's own list: counted, but no fault
+                self.counts["excluded"] = self.counts.get("excluded", 0) + 1
+                continue
+            self.counts["skipped"] += 1
+            self.counts[f"skipped: {reason}"] = self.counts.get(f"skipped: {reason}", 0) + 1
+            if self.counts["skipped"] <= NAMED_IN_LOG:
+                logger.warning("%s: record %s skipped: %s: %s", self._batches.dataset.path, record, reason, detail)
+        seen = self.counts["kept"] + self.counts["skipped"]
+        limit = max(ALWAYS_TOLERATED, self._config.max_skipped_share * seen)
+        if self.counts["skipped"] > limit:
+            reasons = "; ".join(f"{name[9:]} {count}" for name, count in self.counts.items() if name[:9] == "skipped: ")
+            record, reason, detail = skipped[-1]
+            share = f"{self._config.max_skipped_share:.0%}"
+            raise UserError(
+                f"{self._batches.dataset.path}: {self.counts['skipped']} of {seen} records had to be skipped "
+                f"({reasons}), the last one {record}: {reason}: {detail}; tolerated are {share}; "
+                "check DECODER_SEQ_LEN, the template, and the ledger beside the shards"
+            )
+
+
+class TrainLoader(_Loader):
+    """Endless iterator over micro-batches; its state is exact for the batches that were taken from it."""
+
+    def __init__(
+        self,
+        batches: _Batches,
+        config: DataConfig,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        meaning: str,
+    ) -> None:
+        super().__init__(batches, config, data_parallel_rank, data_parallel_size)
+        self._meaning = meaning
+        self._position = 0  # where the next micro-batch of rank 0 starts, the same number on every rank
+        self._iterator: Iterator[tuple[Batch, dict[str, int], list[Skipped]]] | None = None
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._iterate(self._position)
+        batch, counts, skipped = next(self._iterator)
+        self._count(counts, skipped)
+        self._position += self._size * self._config.micro_batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the train split so far."""
+        return self._position / self._batches.order.positions
+
+    def save_state(self) -> dict[str, Any]:
+        """Position after the batches taken so far, and this rank's counts; no communication, plain types only."""
+        return {
+            "position": self._position,
+            "data": self._expected_data(),
+            "topology": self._topology(),
+            "counts": dict(self.counts),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was saved, whatever the numbers of ranks and workers and the micro-batch size were.
+
+        Raises UserError when it was saved for other data or another seed.  Counts go on with the same rank of the same
+        number of ranks and start at zero otherwise.
+        """
+        self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
+        self._iterator = None
+        if state["topology"] == self._topology():
+            self.counts = {current_reason(name): count for name, count in state["counts"].items()}
+
+    def _expected_data(self) -> dict[str, Any]:
+        return data_state.describe(self._batches.dataset.fingerprint, self.records, self._config.seed, self._meaning)
+
+    def _topology(self) -> dict[str, int]:
+        return {"data_parallel_rank": self._rank, "data_parallel_size": self._size}
+
+
+class ValidLoader(_Loader):
+    """Every iter() gives the same micro-batches from the first record on, for ever."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.counts = {"kept": 0, "truncated": 0, "skipped": 0}  # each evaluation has counters of its own
+        for batch, counts, skipped in self._iterate(0):
+            self._count(counts, skipped)
+            yield batch

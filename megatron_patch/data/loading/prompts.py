@@ -1,0 +1,76 @@
+"""The first questions of a validation set, as prompts that a model can answer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_patch.data.conversation import Exchange
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.task_encoder import TaskEncoder
+from megatron_patch.data.record import cook
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.templates import IMAGE_MARK
+from megatron_patch.tokenizer_files import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first question of a record.  S: tokens of the prompt, N: images."""
+
+    record_id: str
+    text: str  # without image marks
+    reference: str
+    tokens: np.ndarray  # int64 [S], up to where the answer begins
+    pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
+
+
+class Prompts:
+    """The first usable records of the val split, in stored order, and how answers to them are read."""
+
+    def __init__(self, path: str, config: DataConfig, count: int) -> None:
+        """count: questions wanted; a smaller dataset gives fewer."""
+        self._tokenizer = load_tokenizer(config.tokenizer_path)
+        self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=self._tokenizer)
+        self._tiles = config.tiles
+        dataset = Dataset(path, "val")
+        self.found: list[Question] = []
+        for index in range(len(dataset)):
+            if len(self.found) == count:
+                break
+            parts = dataset[index]
+            if parts is None:  # left out by split.yaml
+                continue
+            try:
+                self.found.append(self._question(parts))
+            except RecordError:  # validation itself counts and names it
+                continue
+
+    def _question(self, parts: dict) -> Question:
+        record = cook(parts)
+        first = record.exchanges[0]
+        images = first.question.count(IMAGE_MARK) * self._tiles
+        pixels = self._encoder.encode_record(record).pixels
+        asked = self._encoder.conversation.encode([Exchange(first.question, None)], record.system)
+        text = first.question.replace(IMAGE_MARK, "").strip()
+        return Question(record.record_id, text, first.answer or "", np.asarray(asked.ids), pixels[:images])
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills the end of a row."""
+        return self._encoder.conversation.pad_token_id
+
+    def is_complete(self, answer: list[int]) -> bool:
+        """Has the model ended its answer (token ids)?  With a template that teaches no ending, at its first newline."""
+        ending = self._encoder.conversation.ending_id
+        if ending is not None:
+            return answer[-1:] == [ending]
+        return "\n" in self._decode(answer).lstrip()
+
+    def text(self, answer: list[int]) -> str:
+        """Token ids of an answer -> its text."""
+        decoded = self._decode(answer).strip()
+        return decoded if self._encoder.conversation.ending_id is not None else decoded.split("\n")[0]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,60 @@
+"""LLaVA's own JSON: a list, or one per line, of {id, image?, conversations: [{from: human or gpt, value}]}."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.data.preparation.json_stream import count_key, stream_records
+from megatron_patch.data.preparation.sources.base import Source, SourceRecord, as_object, describe_file
+from megatron_patch.data.preparation.sources.image_folders import ImageFolders
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.errors import UserError
+
+
+class JsonSource(Source):
+    """A JSON file whose records name images in folders."""
+
+    keys: Sequence[str] = ("conversations",)  # one of them holds the turns of a record
+
+    def __init__(self, path: Path, image_roots: Sequence[Path]) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; wanted the JSON file with the conversations")
+        self._path = path
+        self._folders = ImageFolders(image_roots)
+
+    @property
+    def name(self) -> str:
+        """Path of the JSON file."""
+        return str(self._path)
+
+    def describe(self) -> dict[str, Any]:
+        """File and folders."""
+        return {**describe_file(self._path), "image_roots": self._folders.describe()}
+
+    def count(self) -> int:
+        """Records that have a conversation, counted by its key."""
+        return count_key(self._path, self.keys)
+
+    def items(self) -> Iterator[Any]:
+        """The values of the JSON file."""
+        return stream_records(self._path)
+
+    def read_image(self, reference: str) -> bytes:
+        """Bytes of the file of this name."""
+        return self._folders.read(reference)
+
+
+class LlavaSource(JsonSource):
+    """LLaVA-Pretrain, CC3M-595K, Instruct-150K, mix665k and whatever is written like them."""
+
+    def read(self, item: Any) -> SourceRecord:
+        """The record itself; an image may be one name or a list of names."""
+        record = as_object(item)
+        image = record.get("image")
+        names = [] if image in (None, "") else image if isinstance(image, list) else [image]
+        if not all(isinstance(name, str) and name for name in names):
+            raise RecordError("malformed", "image is neither a file name nor a list of file names")
+        system = record.get("system")
+        if system is not None and not isinstance(system, str):
+            raise RecordError("malformed", f"system is {type(system).__name__}, wanted text")
+        return SourceRecord(record.get("id"), record.get("conversations"), image if names else None, names, system)

@@ -1,0 +1,114 @@
+"""Puts the callbacks of a run around Megatron's loop: loss spikes, graceful stop, checkpoint retention; log, summary,
+sample answers, traces.
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_patch.data.loading.loader import TrainLoader
+from megatron_patch.errors import UserError
+from megatron_patch.model.llava import Frozen
+from megatron_patch.training import checkpoint_retention, graceful_stop, loss_spikes
+from megatron_patch.training.config import RunConfig
+from megatron_patch.training.logging import RunLog
+from megatron_patch.training.profiling import Tracer
+from megatron_patch.training.sample_generation import SampleGeneration
+
+
+def _with_history(
+    load_checkpoint: Callable[..., Any], guard: loss_spikes.Guard, folder: str | None
+) -> Callable[..., Any]:
+    """Wrap Megatron's load_checkpoint -> (iteration, ...): a resumed run judges losses like one never stopped."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = load_checkpoint(*args, **kwargs)
+        if folder and result[0] > 0:
+            guard.history.losses.extend(checkpoint_retention.read_notes(Path(folder), result[0]).get("losses", []))
+        return result
+
+    return wrapped
+
+
+def install_safeguards(training: ModuleType, args: argparse.Namespace) -> Callable[[], None]:
+    """Wrap the functions of megatron.training.training that its loop calls; removes what a killed save left.
+
+    Returns what to call when the run is over.
+    """
+    asked = {number for numbers in args.skip_train_iteration_range for number in numbers}
+    guard = loss_spikes.Guard(
+        args.on_bad_loss, args.spike_factor, asked | loss_spikes.read_windows(args.save), args.bad_batches_file
+    )
+    training.train_step = guard.guard(training.train_step)
+    training.load_checkpoint = _with_history(training.load_checkpoint, guard, args.load)
+    limit = graceful_stop.TimeLimit(args.stop_at)
+    save, decide = training.save_checkpoint_and_time, training.checkpoint_and_decide_exit
+    if not args.save:
+        training.checkpoint_and_decide_exit = graceful_stop.stop_in_time(decide, save, lambda _: False, limit)
+        return lambda: None
+    folder = Path(args.save)
+    if os.environ.get("RANK", "0") == "0" and (broken := checkpoint_retention.tidy(folder)):
+        print(f"removed {', '.join(broken)} from {folder}: a save that was cut off", flush=True)
+    keeper = checkpoint_retention.Keeper(
+        folder, args.keep_last, args.keep_best, lambda: {"losses": [*guard.history.losses]}
+    )
+    training.evaluate = keeper.watch_evaluation(training.evaluate)
+    training.evaluate_and_print_results = keeper.number_evaluation(training.evaluate_and_print_results)
+    save = graceful_stop.measure_saves(keeper.save(save), limit)
+    training.save_checkpoint_and_time = save
+    training.checkpoint_and_decide_exit = graceful_stop.stop_in_time(decide, save, keeper.wants_save, limit)
+    return keeper.settle
+
+
+@contextlib.contextmanager
+def reporting(
+    training: ModuleType,
+    settings: RunConfig,
+    args: argparse.Namespace,
+    frozen: Frozen,
+    loader: Callable[[], TrainLoader | None],
+) -> Iterator[dict[str, Any]]:
+    """Listen to megatron.training.training while a run lasts, then sum it up.
+
+    Args:
+        args: Megatron's, with ours among them.
+        loader: this process's training loader, None where there is none.
+
+    Yields:
+        Further arguments for pretrain().
+    Raises:
+        UserError: the validation set cannot be read, or traces have no place.
+    """
+    if args.trace_iterations and args.output_path is None:
+        raise UserError("--trace-iterations needs --output-path, below which traces are written")
+    log = RunLog(settings.geometry, frozen, loader, args.output_path)
+    log.listen(training)
+    tracer = None
+    if args.trace_iterations and args.rank in args.trace_ranks:
+        tracer = Tracer(*args.trace_iterations, args.rank, args.output_path / "profile")
+        training.train_step = tracer.around(training.train_step)
+    hooks = {}
+    if args.sample_answers and settings.valid_dataset_path:
+        answers = SampleGeneration(
+            settings.valid_dataset_path,
+            settings.data,
+            args.sample_answers,
+            args.tensor_model_parallel_size,
+            args.output_path,
+        )
+        hooks = {"non_loss_data_func": answers.generate, "process_non_loss_data_func": answers.tell}
+    try:
+        yield hooks
+    except SystemExit as leaving:  # how Megatron ends a run early: 0 after a signal or a limit that it kept
+        if not leaving.code:
+            log.finish("stopped before the end")
+        raise
+    else:
+        log.finish("complete")
+    finally:
+        if tracer is not None:
+            tracer.finish()

@@ -1,0 +1,290 @@
+"""What a run needs to know before Megatron starts: our arguments, the `llava/` folder, arguments derived from both."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_patch import device
+from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
+from megatron_patch.checkpoint_files import TRACKER, newest_iteration
+from megatron_patch.data.loading.blend import read_parts
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
+from megatron_patch.model_sizes import check_model_size
+from megatron_patch.training.offload import offload_arguments
+
+LLAVA_FOLDER = "llava"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Read once, checked once."""
+
+    geometry: LlavaGeometry
+    llava_folder: Path  # configs, tokenizer and processor that this run uses and saves with its checkpoints
+    train_dataset_path: str
+    valid_dataset_path: str | None  # None: nothing is evaluated
+    data: DataConfig
+    pixel_std: tuple[float, float, float]
+    megatron_arguments: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
+
+
+def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
+    """Our own arguments, and those of Megatron's that settings follow from; the rest is passed over."""
+    parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    # Megatron's arguments that decide where things lie and how batches look; its own parser sees them again later
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--seq-length", type=int, required=True)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--eval-iters", type=int, default=0)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    for kind in ("tensor-model", "pipeline-model", "context"):
+        parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
+    parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
+    parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    parser.add_argument("--fp8-format")
+    parser.add_argument("--use-torch-fsdp2", action="store_true")
+    parser.add_argument("--use-megatron-fsdp", action="store_true")
+    parser.add_argument("--wandb-project")
+    parser.add_argument("--fine-grained-activation-offloading", action="store_true")
+    return parser.parse_known_args(argv)[0]
+
+
+def has_checkpoint(folder: Path | None) -> bool:
+    """True when `folder` holds a finished checkpoint: the tracker file is written last."""
+    return folder is not None and (folder / TRACKER).is_file()
+
+
+def _llava_folder(arguments: argparse.Namespace) -> Path:
+    """Where configs and tokenizer come from: the checkpoint resumed, else the one started from."""
+    if has_checkpoint(arguments.load):
+        return arguments.load / LLAVA_FOLDER
+    if arguments.init_from != "none":
+        start = Path(arguments.init_from)
+        if not has_checkpoint(start):
+            raise UserError(
+                f"PRETRAIN_CHECKPOINT_PATH {start}: no {TRACKER} in it, so no finished checkpoint; "
+                "convert one with hf2mcore_convertor_llava.sh, or pass `none` to start from random weights"
+            )
+        return start / LLAVA_FOLDER
+    if not arguments.tokenizer_path:
+        raise UserError(
+            "PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer"
+        )
+    return Path(arguments.tokenizer_path)
+
+
+def projector_is_fresh(checkpoint: Path) -> bool:
+    """Is this the converter's output with a projector that no training has seen?"""
+    provenance = checkpoint / "llava" / "provenance.json"
+    if newest_iteration(checkpoint).name != "release" or not provenance.is_file():
+        return False
+    return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
+
+
+def image_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
+    """pixel_mean, pixel_std, center_crop and resample of RunConfig."""
+    where = llava_folder / "preprocessor_config.json"
+    if not where.is_file():
+        raise UserError(f"{where}: no such file; it holds the pixel statistics of the vision tower, convert again")
+    config = json.loads(where.read_text())
+    center_crop = config.get("do_center_crop", "crop_size" in config)
+    size, square = config.get("size"), {"height": side_px, "width": side_px}
+    wanted = (side_px, {"shortest_edge": side_px}) if center_crop else (side_px, square)
+    if size not in wanted or (center_crop and config.get("crop_size") not in (side_px, square)):
+        raise UserError(
+            f"{where}: size is {size}, crop_size {config.get('crop_size')}; for {side_px} x {side_px} px set "
+            f"size {wanted[1]}{f' and crop_size {square}' if center_crop else ''}"
+        )
+    return {
+        "image_mean": tuple(config["image_mean"]),
+        "image_std": tuple(config["image_std"]),
+        "center_crop": center_crop,
+        "resample": config.get("resample", 3),
+    }
+
+
+def _check_transformer_engine(arguments: argparse.Namespace) -> None:
+    """What the parser accepts without Transformer Engine and Megatron then quietly leaves out, or fails on late."""
+    if device.have_transformer_engine():
+        return
+    for given, what in ((arguments.fp8_format, "PR=fp8"), (arguments.fine_grained_activation_offloading, "AC=offload")):
+        if given:
+            raise UserError(
+                f"{what} needs Transformer Engine, which does not import here; install it for this machine's CUDA "
+                "(bash examples/setup_environment.sh says how), or choose another value"
+            )
+
+
+def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
+    """The decoder's numbers as arguments for Megatron's parser.
+
+    Raises:
+        UserError: `decoder_seq_len` (tokens) exceeds the positions or the attention window the model was trained with.
+    """
+    if decoder_seq_len > language.max_positions:
+        raise UserError(
+            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model has {language.max_positions} positions; "
+            f"choose at most {language.max_positions}"
+        )
+    if language.sliding_window is not None and decoder_seq_len > language.sliding_window:
+        raise UserError(
+            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model attends within a sliding window of "
+            f"{language.sliding_window} tokens, which is not built here; choose at most {language.sliding_window}"
+        )
+    arguments = [
+        *("--num-layers", language.layers, "--hidden-size", language.hidden),
+        *("--ffn-hidden-size", language.ffn_hidden, "--num-attention-heads", language.heads),
+        *("--kv-channels", language.head_dim, "--max-position-embeddings", language.max_positions),
+        *("--normalization", "RMSNorm", "--norm-epsilon", language.norm_epsilon),
+        *("--position-embedding-type", "rope", "--rotary-base", int(language.rope_base)),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", language.vocabulary),
+        *("--swiglu", "--disable-bias-linear"),
+    ]
+    if language.groups != language.heads:
+        arguments += ["--group-query-attention", "--num-query-groups", language.groups]
+    if language.qkv_bias:
+        arguments.append("--add-qkv-bias")
+    if language.qk_norm:
+        arguments.append("--qk-layernorm")
+    if language.rope_factor is not None:
+        arguments += ["--use-rope-scaling", "--rope-scaling-factor", language.rope_factor]
+    if not language.tied_embeddings:
+        arguments.append("--untie-embeddings-and-output-weights")
+    return [str(argument) for argument in arguments]
+
+
+def read_config(argv: list[str]) -> RunConfig:
+    """Settings of a run from its command line (without the program's name).
+
+    Raises:
+        UserError: something is missing or does not fit; nothing has been created yet.
+    """
+    arguments = parse_own_arguments(argv)
+    folder = _llava_folder(arguments)
+    geometry = read_geometry_of(folder)
+    geometry.check_parallel(
+        arguments.tensor_model_parallel_size,
+        arguments.pipeline_model_parallel_size,
+        arguments.decoder_first_pipeline_num_layers,
+        arguments.num_virtual_stages_per_pipeline_rank or 1,
+    )
+    starting = arguments.init_from != "none" and not has_checkpoint(arguments.load)
+    if starting and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
+        raise UserError(
+            f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from}: its projector is new, and no stage 1 has trained it; "
+            "start from the checkpoint of stage 1, or pass --allow-fresh-projector after the 23rd argument"
+        )
+    if arguments.model_size:
+        check_model_size(arguments.model_size, geometry.language.parameters)
+    _check_transformer_engine(arguments)
+    for given, option, reason in (
+        (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
+        (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
+    ):
+        if given:
+            raise UserError(f"{option} is not offered: with megatron-core 0.19.2 it {reason}; use DO=true, TP or PP")
+    if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "
+            "run `pip install wandb`, or set WANDB_MODE=disabled"
+        )
+    tower = geometry.tower
+    if arguments.image_tokens is not None and arguments.image_tokens != tower.image_tokens:
+        raise UserError(
+            f"SEQ_LEN is {arguments.image_tokens}, the vision tower makes {tower.image_tokens} tokens of an image "
+            f"({tower.side_px} px in patches of {tower.patch_px}); pass {tower.image_tokens}"
+        )
+    for name, split in (("train_dataset_path", "train"), ("valid_dataset_path", "val")):
+        if split == "val" and not arguments.eval_iters:
+            continue
+        for part in read_parts(getattr(arguments, name), split):
+            if not (Path(part.path) / ".nv-meta").is_dir():
+                raise UserError(
+                    f"{name.upper()} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
+                    "converter of toolkits/multimodal_data_preprocessing"
+                )
+    derived = [
+        *device.megatron_arguments(),
+        *decoder_arguments(geometry.language, arguments.seq_length),
+        *offload_arguments(
+            arguments.optimizer_offload_policy,
+            geometry.language,
+            arguments.tensor_model_parallel_size,
+            arguments.pipeline_model_parallel_size,
+            int(os.environ.get("WORLD_SIZE", "1")),
+            arguments.context_parallel_size,
+        ),
+        *("--dataloader-type", "external"),
+        # loss_spikes.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
+        *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
+    ]
+    if arguments.init_from != "none":
+        derived += ["--pretrained-checkpoint", arguments.init_from]
+    images = image_settings(folder, tower.side_px)
+    pixel_std = images.pop("image_std")
+    return RunConfig(
+        geometry,
+        folder,
+        arguments.train_dataset_path,
+        arguments.valid_dataset_path if arguments.eval_iters else None,
+        _data_settings(arguments, geometry, folder, images),
+        pixel_std,
+        megatron_arguments=(*derived, *argv),
+    )
+
+
+def _data_settings(
+    arguments: argparse.Namespace, geometry: LlavaGeometry, llava_folder: Path, images: dict[str, Any]
+) -> DataConfig:
+    """What the data room needs to know; `images`: image_mean, center_crop and resample."""
+    template = arguments.conversation_template
+    if template == "auto":
+        tokenizer = llava_folder / "tokenizer.json"
+        speaks_llama_3 = tokenizer.is_file() and b"<|start_header_id|>" in tokenizer.read_bytes()
+        template = "llama_3" if speaks_llama_3 else TEMPLATE_OF_MODEL[geometry.language.model_type]
+    # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
+    sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
+    context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
+    return DataConfig(
+        tokenizer_path=str(llava_folder),
+        template=template,
+        image_token_id=geometry.image_token_id,
+        image_tokens=geometry.tower.image_tokens,
+        side_px=geometry.tower.side_px,
+        image_aspect_ratio=arguments.image_aspect_ratio,
+        decoder_seq_len=arguments.seq_length,
+        micro_batch_size=arguments.micro_batch_size,
+        length_multiple=sequence * context,
+        record_multiple=context,
+        seed=arguments.seed,
+        num_workers=arguments.num_workers,
+        max_skipped_share=arguments.max_skipped_share,
+        image_conv_front=arguments.image_conv_front,
+        image_start_end=arguments.image_start_end,
+        apply_exif_orientation=not arguments.ignore_exif_orientation,
+        tile_columns=arguments.image_tiles[0],
+        tile_rows=arguments.image_tiles[1],
+        order=arguments.data_order,
+        step_records=arguments.global_batch_size,
+        mega_batch_mult=arguments.mega_batch_mult,
+        packing=arguments.packing,
+        **images,
+    )
+
+
+def refuse(error: UserError) -> None:
+    """Print the one sentence and exit with code 2; rank 0 alone speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

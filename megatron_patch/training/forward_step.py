@@ -1,0 +1,87 @@
+"""One micro-batch: from the loader to every tensor-parallel peer, through the model, to a sum of losses."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_patch import device
+from megatron_patch.model.llava import LlavaModel
+from megatron_patch.training import loss_spikes
+
+LOSS = "lm loss"  # its name in the log, TensorBoard and results of evaluations
+HEADER = 5  # B, S, N, image side, entries of cu_seqlens (0: not packed)
+
+
+def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]:
+    """Send the micro-batch of tensor-parallel rank 0 to its peers.
+
+    Args:
+        batch: on rank 0 tokens [B, S], labels [B, S] int64, pixels [N, 3, side, side] uint8 or None, and for a packed
+            row cu_seqlens [records + 1] int32; elsewhere None.
+
+    Returns:
+        The same tensors on this process's device; cu_seqlens is None when not packed, pixels where there are none.
+    """
+    here = device.current_device()
+    parallel = mpu.get_tensor_model_parallel_world_size() > 1
+    source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+
+    def send(tensor: Tensor) -> Tensor:
+        if parallel and tensor.numel():
+            torch.distributed.broadcast(tensor, source, group=group)
+        return tensor
+
+    if batch is None:
+        size, length, images, side, entries = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        text = torch.empty(2, size, length, dtype=torch.int64, device=here)
+        pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=here)
+        cu_seqlens = torch.empty(entries, dtype=torch.int32, device=here)
+    else:
+        text = torch.stack([batch["tokens"], batch["labels"]]).to(here, non_blocking=True)
+        pixels, cu_seqlens = (
+            torch.empty(nothing, dtype=dtype, device=here) if batch.get(name) is None else batch[name].to(here)
+            for name, nothing, dtype in (("pixels", (0, 3, 0, 0), torch.uint8), ("cu_seqlens", 0, torch.int32))
+        )
+        header = [*text.shape[1:], pixels.shape[0], pixels.shape[-1], cu_seqlens.shape[0]]
+        send(torch.tensor(header, dtype=torch.int64, device=here))
+    text, pixels, cu_seqlens = send(text), send(pixels), send(cu_seqlens)
+    packed = cu_seqlens if cu_seqlens.numel() else None
+    return {"tokens": text[0], "labels": text[1], "pixels": pixels, "cu_seqlens": packed}
+
+
+def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Model output [2] -> (sum of losses in nats, number of labels, what to report).
+
+    Megatron divides gradients and the reported sum by the number of labels of all ranks and micro-batches.
+    `record_ids` (known on tensor-parallel rank 0 alone) are named when the loss turns out bad.
+    """
+    # a clone, since the pipeline frees outputs and refuses views
+    total, count = output[0].clone(), output[1].detach()
+    sums = torch.stack([total.detach(), count])
+    loss_spikes.note(record_ids, sums)
+    return total, count.to(torch.int), {LOSS: sums}
+
+
+def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tuple[Tensor, Callable]:
+    """Megatron's hook: one micro-batch through the part of the model on this pipeline stage."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
+    batch, record_ids = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}, ()
+    if first or last or get_args().packing:  # packed rows: every stage must know where records begin
+        own = next(data_iterator) if data_iterator is not None else None
+        record_ids = own["record_ids"] if own is not None else ()
+        batch = broadcast_batch(own)
+    timers("batch-generator").stop()
+    output = model(
+        tokens=batch["tokens"] if first else None,
+        labels=batch["labels"] if last else None,
+        pixels=batch["pixels"] if first else None,
+        cu_seqlens=batch["cu_seqlens"],
+    )
+    return output, functools.partial(loss_function, record_ids=record_ids)

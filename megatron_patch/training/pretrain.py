@@ -1,0 +1,124 @@
+"""A run from its command line to Megatron's pretrain()."""
+
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_patch import device, patches
+from megatron_patch.arguments import add_arguments
+from megatron_patch.errors import UserError
+from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
+from megatron_patch.training.loader_state import DATA_FOLDER
+
+# Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
+WEIGHT_FILES = ("model*.safetensors", "*.index.json", "*.bin", "*.pt")
+
+
+def _silence_known_warnings() -> None:
+    # Each says that Apex or Transformer Engine is absent, which the device room has decided already.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig.*")
+
+
+def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
+    """Copy configs and tokenizer beside the checkpoints to come, whole or not at all."""
+    if save is None:
+        return
+    target = Path(save) / LLAVA_FOLDER
+    if target.exists() or target.resolve() == settings.llava_folder.resolve():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(settings.llava_folder, unfinished, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    unfinished.rename(target)
+
+
+def train_llava() -> None:
+    """Train as sys.argv says.  Exits with code 2 and one sentence when the arguments do not fit."""
+    try:
+        settings = read_config(sys.argv[1:])
+        patches.check_version()
+    except UserError as error:
+        refuse(error)
+    sys.argv[1:] = settings.megatron_arguments
+    _silence_known_warnings()
+    patches.apply_all(device.backend().NAME)
+
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import training
+    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.global_vars import get_args
+
+    from megatron_patch.data.loading.loader import TrainLoader
+    from megatron_patch.model.llava import Frozen, LlavaModel
+    from megatron_patch.training.callbacks import install_safeguards, reporting
+    from megatron_patch.training.data_provider import build_loaders
+    from megatron_patch.training.ema import track_ema
+    from megatron_patch.training.forward_step import forward_step
+    from megatron_patch.training.parameter_groups import keep_typed, read_overrides, with_modules
+    from megatron_patch.training.strict_load import strict
+
+    def build_llava(
+        pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
+    ) -> LlavaModel:
+        args = get_args()
+        config = config or core_transformer_config_from_args(args)
+        config.variable_seq_lengths = True  # batches are as long as their longest record
+        return LlavaModel(
+            config,
+            settings.geometry,
+            args.padded_vocab_size,
+            settings.data.image_mean,
+            settings.pixel_std,
+            frozen,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            tower_recompute=args.vision_tower_recompute,
+        )
+
+    loaders = []  # this process's training iterator, once Megatron has asked for it
+
+    def train_loader() -> TrainLoader | None:
+        return loaders[0].loader if loaders and loaders[0] else None
+
+    def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
+        if torch.distributed.get_rank() == 0:
+            _save_llava_folder(settings, get_args().save)
+        train, valid, test = build_loaders(settings, vp_stage)
+        loaders.append(train)
+        return train, valid, test
+
+    args = parse_and_validate_args(add_arguments)
+    frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
+    if args.save:
+        args.dataloader_save = str(
+            Path(args.save) / DATA_FOLDER
+        )  # Megatron saves the loaders' state with each checkpoint
+    training.load_checkpoint = keep_typed(strict(training.load_checkpoint))
+    training.get_standard_config_overrides = with_modules(
+        training.get_standard_config_overrides, lambda: read_overrides(get_args())
+    )
+    track_ema(training, args)
+    settle = install_safeguards(training, args)
+    try:
+        with reporting(training, settings, args, frozen, train_loader) as hooks:
+            training.pretrain(
+                pretrain_cfg_container_from_args(args),
+                provide_loaders,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                model_provider=build_llava,
+                **hooks,
+            )
+    except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
+        refuse(error)
+    finally:
+        settle()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

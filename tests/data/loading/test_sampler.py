@@ -1,0 +1,152 @@
+"""Orders: every record at one position of an epoch, whatever the order; rows full; steps of one kind."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from megatron_patch.data.loading import sampler
+from megatron_patch.data.loading.sampler import (
+    BLEND_BLOCK,
+    BlendSampler,
+    GroupedSampler,
+    PackedSampler,
+    RecordLengths,
+    RecordSampler,
+    SequentialSampler,
+    ShuffledSampler,
+    pack,
+)
+from megatron_patch.errors import UserError
+
+CAPACITY = 100
+
+
+def lengths_of(tokens: list[int], seed: int = 0) -> RecordLengths:
+    images = np.random.RandomState(seed).randint(0, 2, len(tokens))
+    return RecordLengths(np.array(tokens, dtype=np.int32), images.astype(np.int32))
+
+
+def epoch_of(chosen: RecordSampler, number: int) -> list[tuple[int, ...]]:
+    return [chosen[number * chosen.positions + offset] for offset in range(chosen.positions)]
+
+
+def flat(groups: list[tuple[int, ...]]) -> list[int]:
+    return [index for group in groups for index in group]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    shards=st.lists(st.lists(st.integers(0, CAPACITY), max_size=9), min_size=1, max_size=30),
+    seed=st.integers(0, 2**40),
+    window=st.integers(1, 40),
+    step=st.integers(1, 7),
+)
+def test_every_epoch_of_every_order_holds_every_record_once(
+    shards: list[list[int]], seed: int, window: int, step: int
+) -> None:
+    shards[0].append(1)
+    counts = [len(shard) for shard in shards]
+    lengths = lengths_of([length for shard in shards for length in shard])
+    saved, sampler.WINDOW_RECORDS = sampler.WINDOW_RECORDS, window
+    try:
+        for build in (
+            lambda: ShuffledSampler(counts, seed),
+            lambda: SequentialSampler(counts),
+            lambda: GroupedSampler(counts, seed, lengths, step, 3),
+            lambda: PackedSampler(counts, seed, lengths, CAPACITY, shuffle=True),
+            lambda: PackedSampler(counts, seed, lengths, CAPACITY, shuffle=False),
+        ):
+            chosen = build()
+            for number in (0, 1, 5):
+                groups = epoch_of(chosen, number)
+                assert sorted(flat(groups)) == list(range(sum(counts)))
+                assert all(lengths.tokens[list(group)].sum() <= CAPACITY for group in groups)
+            assert [chosen[p] for p in range(3)] == [build()[p] for p in range(3)]
+    finally:
+        sampler.WINDOW_RECORDS = saved
+
+
+def test_the_orders_are_the_same_for_ever() -> None:
+    """Saved positions rely on it: when this fails, raise state.FORMAT."""
+    shuffled = ShuffledSampler([4, 4, 4], 7)
+    assert flat(shuffled[p] for p in range(14)) == [1, 7, 8, 9, 0, 5, 11, 4, 3, 2, 6, 10, 7, 2]
+    lengths = lengths_of([50, 20, 70, 30, 90, 10, 40, 60, 25, 35, 45, 55])
+    packed = PackedSampler([4, 4, 4], 7, lengths, CAPACITY, shuffle=True)
+    rows = [(1, 8), (3, 2), (11, 10), (9, 0), (5, 4), (7, 6), (7, 6), (5, 4)]
+    assert [packed[p] for p in range(8)] == rows
+    grouped = GroupedSampler([4, 4, 4], 7, lengths, 2, 2)
+    assert flat(grouped[p] for p in range(14)) == [0, 11, 5, 6, 2, 4, 1, 8, 9, 7, 10, 3, 7, 2]
+    blend = BlendSampler([ShuffledSampler([3], 7), SequentialSampler([4])], [0, 3], [2, 1], 7)
+    assert flat(blend[p] for p in range(14)) == [2, 1, 0, 3, 2, 4, 1, 0, 5, 1, 2, 6, 3, 4]
+
+
+def test_packed_rows_change_their_order_but_not_their_records() -> None:
+    lengths = lengths_of([30] * 300)
+    packed = PackedSampler([10] * 30, 3, lengths, CAPACITY, shuffle=True)
+    first, second = epoch_of(packed, 0), epoch_of(packed, 1)
+    assert first != second and sorted(first) == sorted(second)
+    assert {len(row) for row in first} == {3}
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096])
+def test_rows_are_at_least_95_percent_full_on_a_realistic_mix(capacity: int) -> None:
+    """Lengths like LLaVA-1.5's instruction mix: three of four with 576 image tokens, texts log-normal around 150."""
+    random = np.random.RandomState(1)
+    texts = np.clip(random.lognormal(5.0, 0.9, 20_000), 20, capacity - 600).astype(np.int32)
+    images = (random.rand(20_000) < 0.75).astype(np.int32)
+    lengths = RecordLengths(texts + 576 * images, images)
+    packed = PackedSampler([1000] * 20, 1, lengths, capacity, shuffle=True)
+    rows = epoch_of(packed, 0)
+    fullness = lengths.tokens.sum() / (len(rows) * capacity)
+    assert fullness == pytest.approx(packed.fullness)
+    print(f"rows of {capacity}: {fullness:.1%} full, {20_000 / len(rows):.1f} records each")
+    assert fullness >= 0.95
+
+
+def test_packing_takes_the_fullest_row_that_fits() -> None:
+    assert pack(np.arange(5), np.array([60, 50, 40, 50, 100]), CAPACITY) == [(4,), (0, 2), (1, 3)]
+
+
+def test_grouped_steps_hold_one_modality_and_like_lengths() -> None:
+    random = np.random.RandomState(2)
+    tokens = random.randint(10, 500, 1000).astype(np.int32)
+    lengths = RecordLengths(tokens, random.randint(0, 2, 1000).astype(np.int32))
+    grouped = GroupedSampler([100] * 10, 5, lengths, step_records=8, mega_batch_mult=10)
+    records = flat(epoch_of(grouped, 0))
+    steps = [records[start : start + 8] for start in range(0, 1000, 8)]
+    mixed = [step for step in steps if len({int(lengths.images[index]) for index in step}) > 1]
+    assert len(mixed) <= 2  # what did not fill a step
+    spread = np.median([np.ptp(tokens[step]) for step in steps])
+    assert spread < 0.2 * np.ptp(tokens), spread
+    middles = np.array([tokens[step].mean() for step in steps])
+    assert abs(np.corrcoef(middles, np.arange(len(middles)))[0, 1]) < 0.3, "steps are in order of their length"
+    assert records != flat(epoch_of(grouped, 1))
+
+
+def test_a_blend_keeps_its_weights_and_loses_no_record() -> None:
+    orders = [ShuffledSampler([30], 1), ShuffledSampler([100], 1), SequentialSampler([7])]
+    blend = BlendSampler(orders, [0, 30, 130], [3, 1, 1], seed=9)
+    seen = flat(blend[position] for position in range(5 * BLEND_BLOCK))
+    folders = np.digitize(seen, [30, 130])
+    assert np.bincount(folders).tolist() == [3000, 1000, 1000]
+    assert np.bincount(folders[:BLEND_BLOCK]).tolist() == [600, 200, 200]
+    for folder, (start, size) in enumerate([(0, 30), (30, 100), (130, 7)]):
+        own = [index for index in seen if start <= index < start + size]
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(start, start + size)), folder
+    assert flat(blend[p] for p in (4999, 3, 1500)) == [seen[4999], seen[3], seen[1500]], "reading at random differs"
+
+
+def test_a_weight_that_would_never_be_drawn_is_refused() -> None:
+    with pytest.raises(UserError, match="less than 1/1000"):
+        BlendSampler([SequentialSampler([5]), SequentialSampler([5])], [0, 5], [1, 5000], seed=0)
+
+
+def test_lengths_have_a_fingerprint_of_their_own() -> None:
+    lengths = lengths_of([5, 6, 7])
+    other = dataclasses.replace(lengths, tokens=lengths.tokens + np.int32(1))
+    assert lengths.fingerprint == lengths_of([5, 6, 7]).fingerprint != other.fingerprint

@@ -1,0 +1,94 @@
+"""What is refused before Megatron starts, and the words that follow from a checkpoint."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import LanguageGeometry, read_geometry_of
+from megatron_patch.training.config import decoder_arguments, read_config
+from megatron_patch.training.offload import offload_arguments, offload_fraction
+from tests.training.launching import Workspace, run
+
+
+def argv(workspace: Workspace, **changes: str) -> list[str]:
+    """Words of a run as the launcher passes them, in short."""
+    words = {
+        "--init-from": str(workspace.checkpoint),
+        "--train-dataset-path": str(workspace.dataset),
+        "--valid-dataset-path": str(workspace.dataset),
+        "--seq-length": "128",
+        "--image-tokens": "16",
+        "--model-size": "tiny",
+    } | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return [word for pair in words.items() for word in pair if word]
+
+
+def language(workspace: Workspace) -> LanguageGeometry:
+    return read_geometry_of(workspace.checkpoint / "llava").language
+
+
+def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
+    settings = read_config(argv(workspace))
+    assert settings.data.template == "mistral"
+    assert settings.data.image_mean == (0.48145466, 0.4578275, 0.40821073)
+    words = list(settings.megatron_arguments)
+    for name, value in (("--num-layers", "4"), ("--num-query-groups", "2"), ("--rotary-base", "1000000")):
+        assert words[words.index(name) + 1] == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_tokens": "576"}, "SEQ_LEN is 576.*makes 16 tokens"),
+        ({"seq_length": "4096"}, "DECODER_SEQ_LEN is 4096.*512 positions"),
+        ({"model_size": "7B"}, "MODEL_SIZE 7B.*pass tiny"),
+        ({"tensor_model_parallel_size": "3"}, "TP 3 cannot cut"),
+        ({"pipeline_model_parallel_size": "3"}, "PP 3 does not divide"),
+        ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not offered"),
+        ({"use_megatron_fsdp": ""}, "--use-megatron-fsdp is not offered"),
+        ({"fp8_format": "hybrid"}, "PR=fp8 needs Transformer Engine"),
+        ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*no GPU"),
+        ({"train_dataset_path": "/nonexistent"}, "TRAIN_DATASET_PATH.*no .nv-meta"),
+        ({"init_from": "/nonexistent"}, "PRETRAIN_CHECKPOINT_PATH.*no finished checkpoint"),
+        ({"init_from": "none"}, "TOKENIZER_PATH is not set"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
+    with pytest.raises(UserError, match=message):
+        read_config(argv(workspace, **changes))
+
+
+def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
+    windowed = dataclasses.replace(language(workspace), sliding_window=64)
+    assert decoder_arguments(windowed, 64)
+    with pytest.raises(UserError, match="sliding window of 64"):
+        decoder_arguments(windowed, 65)
+
+
+def test_a_refusal_of_the_entry_is_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
+    """Through the launcher: a checkpoint whose tower is unknown, which only the entry reads."""
+    shutil.copytree(workspace.checkpoint, tmp_path / "checkpoint")
+    where = tmp_path / "checkpoint/llava/config.json"
+    config = json.loads(where.read_text())
+    config["vision_config"]["model_type"] = "resnet"
+    where.write_text(json.dumps(config))
+    other = Workspace(tmp_path / "checkpoint", workspace.dataset)
+    printed = run(other, tmp_path / "out", expected_exit=2, CHECK="true", TRAIN_ITERS=3)
+    assert printed.startswith("error: ") and "'resnet'" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out/checkpoint").exists()
+
+
+def test_offload_fraction_grows_as_memory_shrinks() -> None:
+    billion, gib = 10**9, 2**30
+    assert offload_fraction(7 * billion, 8, 80 * gib) == 0.0
+    # state 84 GB, room 0.65 * 80 GiB - 42 GB = 13.8 GB: 84% is missing, rounded up to a twentieth
+    assert offload_fraction(7 * billion, 1, 80 * gib) == pytest.approx(0.85)
+    assert offload_fraction(13 * billion, 1, 80 * gib) == 1.0
+
+
+def test_no_offload_needs_no_words(workspace: Workspace) -> None:
+    assert offload_arguments("false", language(workspace), 1, 1, 1, 1) == []

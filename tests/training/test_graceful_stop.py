@@ -1,0 +1,146 @@
+"""A signal or the time limit: one more iteration, a checkpoint, exit code 0, nothing lost.  A death: told at once."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.training.graceful_stop import TimeLimit
+from tests.training.launching import Workspace, command, losses, run
+from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
+
+ITERATIONS = 60
+STEPS = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EVAL_ITERS": 0, "NUM_WORKERS": 2}
+
+
+def processes_of(output: Path) -> dict[int, str]:
+    """Process ids and words of all processes that name `output`."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
+    return {pid: words for pid, words in found.items() if str(output) in words}
+
+
+def ranks_of(output: Path) -> list[int]:
+    """Process ids of the ranks, without torchrun, which names their program too."""
+    found = processes_of(output)
+    return [pid for pid, words in found.items() if "pretrain_llava.py" in words and "megatron_patch.launch" not in words]
+
+
+class Started:
+    """A run under way."""
+
+    def __init__(self, workspace: Workspace, output: Path, **changes: object) -> None:
+        words, environment = command(workspace, output, **changes)
+        self.log = output.parent / f"{output.name}.printed"
+        self.stream = self.log.open("w")
+        self.process = subprocess.Popen(words, env=environment, stdout=self.stream, stderr=subprocess.STDOUT)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 240
+        while not re.search(text, self.printed):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed[-4000:]
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=240)
+        self.stream.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    run(workspace, output, **STEPS)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("number", "everywhere"),
+    [
+        (signal.SIGTERM, True),  # schedulers: every process of the job, loader workers and helpers too
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_within_an_iteration(number, everywhere, workspace, whole: Path, tmp_path: Path) -> None:
+    started = Started(workspace, tmp_path / "out", **STEPS)
+    started.wait_for(r"iteration +4/")
+    seen = max(losses(started.printed))
+    for process in processes_of(tmp_path / "out") if everywhere else [started.process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+    assert started.end() == 0, started.printed[-4000:]
+    stopped = re.search(rf"stopped after iteration (\d+) of {ITERATIONS}, for a signal asked for it", started.printed)
+    assert stopped and int(stopped[1]) <= seen + 3, (seen, stopped)  # what runs on while the signal is sent included
+    assert max(losses(started.printed)) == int(stopped[1]) < ITERATIONS
+    again = losses(run(workspace, tmp_path / "out", **STEPS))
+    assert min(again) == int(stopped[1]) + 1
+    assert_same_bits(tensors_of_run(tmp_path / "out", ITERATIONS), tensors_of_run(whole, ITERATIONS))
+
+
+@pytest.mark.slow
+def test_signal_before_the_first_iteration(workspace: Workspace, tmp_path: Path) -> None:
+    started = Started(workspace, tmp_path / "out", **STEPS)
+    while not ranks_of(tmp_path / "out"):
+        time.sleep(0.05)
+    time.sleep(1)
+    started.process.send_signal(signal.SIGUSR1)
+    assert started.end() == 0 and "stopped after iteration 1 of" in started.printed
+
+
+@pytest.mark.slow
+def test_time_limit_leaves_room_for_the_save(workspace: Workspace, tmp_path: Path) -> None:
+    end = time.time() + 40
+    words = ["--stop-at", f"{end:.0f}"]
+    printed = run(workspace, tmp_path / "out", words=words, **{**STEPS, "TRAIN_ITERS": 100000, "SAVE_INTERVAL": 50})
+    assert time.time() < end
+    assert "for the time limit is near; it is saved" in printed
+    last = max(losses(printed))
+    assert (tmp_path / "out/checkpoint/latest_checkpointed_iteration.txt").read_text() == str(last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{"TP": 2}, {"NPROC_PER_NODE": 2}])
+def test_a_death_ends_all_and_is_told(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
+    started = Started(workspace, tmp_path / "out", **{**STEPS, "TRAIN_ITERS": 100000, "NUM_WORKERS": 0}, **parallelism)
+    started.wait_for(r"iteration +4/")
+    victim = max(ranks_of(tmp_path / "out"))
+    begin = time.monotonic()
+    subprocess.run(["kill", "-KILL", str(victim)], check=True)
+    assert started.end() == 128 + signal.SIGKILL
+    assert time.monotonic() - begin < 60
+    last = started.printed.splitlines()[-1]
+    assert re.match(r"rank \d was killed by SIGKILL \(out of memory\?\), and the run with it; its log: /", last), last
+    assert not processes_of(tmp_path / "out")
+
+
+def test_time_limit_by_the_clock() -> None:
+    clock = [0.0]
+    limit = TimeLimit(1000.0, lambda: clock[0])
+    stops = []
+    for step in range(1, 101):
+        clock[0] = 10.0 * step
+        if step == 20:
+            clock[0] += 60.0
+            limit.saved(60.0)
+        elif step > 20:
+            clock[0] += 60.0
+        stops.append(limit.iterated())
+    first = 10.0 * (stops.index(True) + 1) + 60.0
+    assert first == 920.0  # 60 for the save and two iterations of 10 make 1000
+    never = TimeLimit(None, lambda: 1e12)
+    assert not never.iterated()
+    unmeasured = TimeLimit(1000.0, iter([0.0, 890.0 / 3 * 2, 890.0]).__next__)
+    assert [unmeasured.iterated(), unmeasured.iterated()] == [True, True]  # a tenth for the save, two of 593

@@ -1,0 +1,77 @@
+"""The same run under every parallelism: same data, same initial weights, same losses.
+
+Tolerance 1e-4 relative over 20 iterations of AdamW in fp32: sums are taken in other orders, and Adam's division by the
+root of the second moment magnifies that for gradients near zero; up to 2e-5 is seen.
+
+`bash tests/run_tests.sh --all tests/training/test_parallelism.py -s` prints the whole table.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.training.launching import Workspace, losses, run
+
+ITERATIONS = 20
+ONE_PROCESS = {
+    "all trained": {},
+    "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
+    "stage 2": {"FREEZE_VISION_TOWER": "true"},
+    "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
+}
+PARALLELISMS = {
+    "TP2 + SP": {"TP": 2},
+    "PP2": {"PP": 2},
+    "PP2, uneven": {"PP": 2, "FIRST_STAGE_LAYERS": 1},
+    "PP2, interleaved": {"PP": 2, "VIRTUAL_STAGES": 2},
+    "CP2": {"CP": 2},
+    "DP2": {"NPROC_PER_NODE": 2},
+    "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+    "TP2 x PP2": {"TP": 2, "PP": 2},
+    "TP2 x DP2 + distributed optimizer": {"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"},
+    "CP2 x TP2": {"CP": 2, "TP": 2},
+    "recompute selective": {"AC": "sel"},
+    "recompute full": {"AC": "full", "RECOMPUTE_LAYERS": 2},
+    "recompute full of the tower, selective of the LLM": {"AC": "sel", "TOWER_AC": "full"},
+}
+OF_OTHERS = ("TP2 + SP", "PP2", "CP2", "DP2 + distributed optimizer", "TP2 x PP2")
+ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
+    (case, parallelism) for case in ("stage 1", "stage 2", "packed") for parallelism in OF_OTHERS
+]
+# The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
+DEFAULT = [
+    ("all trained", parallelism) for parallelism in ("TP2 + SP", "PP2, interleaved", "DP2 + distributed optimizer")
+]
+
+
+@pytest.fixture(scope="module")
+def of_one_process(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, float]]:
+    """Losses of one process by case, each run once."""
+    known: dict[str, dict[int, float]] = {}
+
+    def find(case: str) -> dict[int, float]:
+        if case not in known:
+            output = tmp_path_factory.mktemp("single") / "out"
+            known[case] = losses(run(workspace, output, TRAIN_ITERS=ITERATIONS, **ONE_PROCESS[case]))
+        return known[case]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("case", "parallelism"), [pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.slow) for row in ROWS]
+)
+def test_losses_equal_a_single_process(
+    case: str, parallelism: str, workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
+) -> None:
+    alone = of_one_process(case)
+    assert sorted(alone) == list(range(1, ITERATIONS + 1))
+    assert min(alone.values()) < 0.95 * alone[1], "a run that does not learn proves little"
+    settings = {**ONE_PROCESS[case], **PARALLELISMS[parallelism]}
+    found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, **settings))
+    assert sorted(found) == sorted(alone)
+    differences = {i: abs(found[i] / alone[i] - 1) for i in found}
+    worst = max(differences, key=differences.get)
+    print(f"{case}, {parallelism}: largest relative difference {differences[worst]:.1e} at iteration {worst}")
+    assert differences[worst] <= 1e-4, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"

@@ -1,0 +1,42 @@
+"""A run that goes on under another parallelism: weights, optimizer, schedule, data of the run that was never stopped.
+
+Tolerance 1e-4 relative as in test_parallelism.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.launching import Workspace, losses, run
+
+ITERATIONS = 16
+SETTINGS = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 8, "DO": "true"}
+CHANGES = {
+    "TP2 to one process": ({"TP": 2}, {}),
+    "one process to PP2": ({}, {"PP": 2}),
+    "DP2 to TP2": ({"NPROC_PER_NODE": 2}, {"TP": 2}),
+    "PP2 to DP2": ({"PP": 2}, {"NPROC_PER_NODE": 2}),
+    "TP2 x PP2 to CP2 x DP2": ({"TP": 2, "PP": 2}, {"CP": 2, "NPROC_PER_NODE": 4}),
+}
+DEFAULT = ("PP2 to DP2",)
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one process that is never stopped."""
+    return losses(run(workspace, tmp_path_factory.mktemp("whole") / "out", **SETTINGS))
+
+
+@pytest.mark.parametrize("change", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in CHANGES])
+def test_a_run_goes_on_under_another_layout(
+    change: str, whole: dict[int, float], workspace: Workspace, tmp_path: Path
+) -> None:
+    before, after = CHANGES[change]
+    # The first half ends by the iteration limit of Megatron's own, so that the schedule is that of the whole run.
+    first = {**SETTINGS, **before}
+    assert len(losses(run(workspace, tmp_path / "out", words=["--exit-interval", "8"], **first))) == 8
+    rest = losses(run(workspace, tmp_path / "out", **SETTINGS, **after))
+    assert sorted(rest) == list(range(9, ITERATIONS + 1))
+    worst = max(abs(rest[step] / whole[step] - 1) for step in rest)
+    print(f"{change}: largest relative difference {worst:.1e}")
+    assert worst <= 1e-4
