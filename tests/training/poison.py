@@ -27,7 +27,7 @@ def poisoned_workspace(folder: Path) -> Workspace:
     convert_to_megatron(source, None, folder / "checkpoint", precision="fp32", model_size="tiny")
     write_dataset(folder / "records", records=48)
     records = folder / "records" / "records.json"
-    question = f"What colour is the image {TOKEN}?"
+    question = f"What colour is the picture {TOKEN}?"
     text = records.read_text().split(f'"id": "{RECORD}"')
     records.write_text(f'"id": "{RECORD}"'.join([text[0], text[1].replace("What colour is the picture?", question, 1)]))
     converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"

@@ -27,7 +27,11 @@ def python() -> str:
     global _folder
     _folder = folder = Path(tempfile.mkdtemp(prefix="warm"))
     shim = folder / "python"
-    lines = [f"#!{sys.executable} -IS", f"REAL_PYTHON = {sys.executable!r}", f"SERVER_SOCKET = {str(folder / 'socket')!r}"]
+    lines = [
+        f"#!{sys.executable} -IS",
+        f"REAL_PYTHON = {sys.executable!r}",
+        f"SERVER_SOCKET = {str(folder / 'socket')!r}",
+    ]
     shim.write_text("\n".join([*lines, (HERE / "shim.py").read_text()]))
     shim.chmod(0o755)
     environment = {**os.environ, **ENVIRONMENT}
