@@ -1,4 +1,4 @@
-"""What makes a loss NaN: one record, which alone uses a token whose embedding is NaN; or weights, whatever the record."""
+"""What makes a loss NaN: one record, which alone uses a token whose embedding is NaN, or weights that always do."""
 
 import subprocess
 import sys

@@ -27,12 +27,8 @@ def python() -> str:
     global _folder
     _folder = folder = Path(tempfile.mkdtemp(prefix="warm"))
     shim = folder / "python"
-    lines = [
-        f"#!{sys.executable} -IS",
-        f"REAL_PYTHON = {sys.executable!r}",
-        f"SERVER_SOCKET = {str(folder / 'socket')!r}",
-    ]
-    shim.write_text("\n".join([*lines, (HERE / "shim.py").read_text()]))
+    call = f"main({sys.executable!r}, {str(folder / 'socket')!r})"
+    shim.write_text("\n".join([f"#!{sys.executable} -IS", (HERE / "shim.py").read_text(), call, ""]))
     shim.chmod(0o755)
     environment = {**os.environ, **ENVIRONMENT}
     environment.pop("PYTHONPATH", None)

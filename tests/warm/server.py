@@ -2,8 +2,8 @@
 
     python -u server.py DESCRIPTOR LOG ROOM
 
-Listens on the socket DESCRIPTOR until its standard input ends.  Every line of LOG is an answer.  ROOM is a long argument without meaning: the
-space in which a forked process writes its own command line, so that ps, pgrep and pkill see what runs there.
+Listens on the socket DESCRIPTOR until its standard input ends; every line of LOG is an answer.  ROOM is a long argument
+without meaning: the space in which a forked process writes its own command line, so that ps and pkill see it there.
 
 Imported are the packages of others only, and of those not megatron.core: a process that is forked here meets
 megatron_patch.device.install(), Megatron and its patches in the order of a fresh start.
@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+import shim  # beside this file
 
 HEAVY = (
     *("torch", "torch._dynamo", "torch._inductor.utils", "torch.utils.tensorboard", "torch.utils.cpp_extension"),
@@ -279,10 +281,6 @@ def main(descriptor: str, log: str) -> Request:
     own_path = sys.path[1:]  # [0] is this file's folder
     listener = socket.socket(fileno=int(descriptor))
     imported = import_all()
-    # The shim's own view of its surroundings, so that both look the same way.
-    source = (Path(__file__).parent / "shim.py").read_text().replace("\nmain()\n", "\n")
-    shim = types.ModuleType("shim")
-    exec(source, shim.__dict__)
     gc.collect()
     gc.freeze()
     request = serve(listener, Path(log), imported, shim.surroundings())

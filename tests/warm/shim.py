@@ -1,19 +1,18 @@
 """Stands in for `python` in the tests: has the fork server run the same command line in a process that is warm.
 
-interpreter.py writes an executable whose first lines set REAL_PYTHON and SERVER_SOCKET and whose rest is this file.  It
-hands over arguments, environment, folder and every open descriptor, forwards signals, and ends as that process ended.
-Anything that the server cannot do faithfully is run by the real interpreter instead: other options, short
-programs, another namespace, other limits, another value of a variable that an import has read.
+interpreter.py writes an executable of this file and a call of main().  It hands over arguments, environment, folder and
+every open descriptor, forwards signals, and ends as that process ended.  What the server cannot do faithfully is run by
+the real interpreter instead: other options, short programs, another namespace, other limits, another value of a
+variable that an import has read.
 """
 
+import contextlib
 import marshal
 import os
 import signal
 import socket
 import sys
-
-REAL_PYTHON: str
-SERVER_SOCKET: str
+from pathlib import Path
 
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 HARMLESS = ("-u", "-B")  # the server writes unbuffered; whether bytecode is kept changes no result
@@ -25,14 +24,8 @@ ENDS_WITH_PARENT = ("pretrain_llava.py",)
 def surroundings() -> list:
     """What a process of the server has of its own, and must have alike."""
     spaces = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("mnt", "user", "pid", "net", "ipc", "uts", "cgroup")]
-    limits, group = (open(f"/proc/self/{name}").read() for name in ("limits", "cgroup"))
+    limits, group = (Path(f"/proc/self/{name}").read_text() for name in ("limits", "cgroup"))
     return [spaces, limits, group, os.getresuid(), os.getresgid(), sorted(os.sched_getaffinity(0)), os.nice(0)]
-
-
-def run_cold() -> None:
-    """Become the real interpreter."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    os.execv(REAL_PYTHON, [REAL_PYTHON, *sys.argv[1:]])
 
 
 def is_worth_it(words: list[str]) -> bool:
@@ -66,7 +59,7 @@ def inherited() -> list[int]:
     return sorted(found)
 
 
-def ask() -> tuple[socket.socket, int] | None:
+def ask(server_socket: str) -> tuple[socket.socket, int] | None:
     """The connection and a descriptor of the process that the server has started, None if it has not."""
     numbers = inherited()
     umask = os.umask(0o077)
@@ -75,7 +68,7 @@ def ask() -> tuple[socket.socket, int] | None:
     request = marshal.dumps((sys.argv[0], sys.argv[1:], os.getcwd(), environment, umask, surroundings(), numbers))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.connect(SERVER_SOCKET)
+        connection.connect(server_socket)
         socket.send_fds(connection, [len(request).to_bytes(8, "little")], numbers)
         connection.sendall(request)
         answer, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
@@ -84,21 +77,21 @@ def ask() -> tuple[socket.socket, int] | None:
     return (connection, descriptors[0]) if answer == b"w" else None
 
 
-def main() -> None:
+def main(real_python: str, server_socket: str) -> None:
+    """Run the command line of this process, by the server or by the real interpreter; ends the process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     words = sys.argv[1:]
-    started = ask() if is_worth_it(words) else None
+    started = ask(server_socket) if is_worth_it(words) else None
     if started is None:
-        run_cold()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        os.execv(real_python, [real_python, *words])
     connection, process = started
     if any(SPAWN in word or word.endswith(ENDS_WITH_PARENT) for word in words[:3]):
         end_with_parent()
 
     def forward(number: int, _: object) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and its status is under way
             signal.pidfd_send_signal(process, number)
-        except ProcessLookupError:
-            pass  # it has ended, and its status is under way
 
     for number in FORWARDED:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -115,6 +108,3 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(os.WEXITSTATUS(status))
-
-
-main()
