@@ -297,11 +297,13 @@ def status_of(program: Callable[[], None]) -> int:
             return error.code or 0
         print(error.code, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return -signal.SIGINT
     except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__.tb_next.tb_next)  # without the frames of this file
-        return 1
+        own = 3  # frames of this file: here, the lambda below, run()
+        trace = error.__traceback__
+        while trace and own:
+            trace, own = trace.tb_next, own - 1
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
