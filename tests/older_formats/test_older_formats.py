@@ -35,6 +35,14 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in lengths)
 
 
+def assert_same_files(one: Path, other: Path) -> None:
+    """Two energon folders of the same names and bytes."""
+    names = files_of(one)
+    assert names == files_of(other)
+    same, different, unread = filecmp.cmpfiles(one, other, names, shallow=False)
+    assert same and not different and not unread, different + unread
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_dataset_has_the_same_figures(folder: Path, split: str) -> None:
     assert older.inspect(folder, split) == EXPECTED["inspect"][split]
@@ -46,11 +54,16 @@ def test_the_killed_conversion_goes_on(folder: Path) -> None:
     done = subprocess.run(older.convert_records(folder, "again", "--resume"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert older.conversion_report(done.stdout) == EXPECTED["conversion"]
-    assert files_of(again) == files_of(whole)
-    _, different, unread = filecmp.cmpfiles(whole, again, files_of(whole), shallow=False)
-    assert not different and not unread
+    assert_same_files(again, whole)
     kept = [name for name, written in before.items() if (again / name).stat().st_mtime_ns == written]
     assert len(before) - 1 <= len(kept) < len(list(again.glob("*.tar"))), "the journal's shards were written again"
+
+
+def test_a_new_conversion_gives_the_old_bytes(folder: Path) -> None:
+    """Reasons of rejections and shards alike: an interrupted conversion may mix what both versions wrote."""
+    done = subprocess.run(older.convert_records(folder, "anew"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(folder / "records/anew", folder / "records/wds")
 
 
 def resume(folder: Path, name: str, settings: dict[str, object], **changes: object) -> str:
