@@ -1,5 +1,6 @@
 """The layers around Megatron's training loop in a real run, and a start with a Megatron that lacks one of them."""
 
+import importlib.util
 import os
 import re
 import socket
@@ -7,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from megatron.core import dist_checkpointing
 
 from megatron_patch.patches.touch_points import LOOP, TOUCH_POINTS
 from tests.device.test_cpu import in_new_process
@@ -61,7 +61,7 @@ def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH: the installed megatron, whose train_step has another name."""
-    installed = Path(dist_checkpointing.__file__).parents[2]
+    installed = Path(next(iter(importlib.util.find_spec("megatron.core").submodule_search_locations))).parent
     folder = tmp_path_factory.mktemp("renamed")
     (folder / "megatron/training").mkdir(parents=True)
     for source in (*installed.iterdir(), *(installed / "training").iterdir()):
