@@ -32,7 +32,7 @@ for name in {names}:
 
 
 def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> None:
-    options = {"TRAIN_ITERS": 1, "EMA_DECAY": "0.9", "PROFILE": "1-1"}
+    options = {"TRAIN_ITERS": 2, "LR_WARMUP_ITERS": 0, "EMA_DECAY": "0.9", "PROFILE": "1-2"}
     words, environment = command(workspace, tmp_path / "out", **options, DRY_RUN=1)
     printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     start = next(number for number, word in enumerate(printed) if word.endswith("pretrain_llava.py"))
