@@ -1,42 +1,31 @@
-"""Changes to megatron-core, one file each: why, where upstream, and how to see that it is no longer needed.
+"""Changes to Megatron.
 
-A patch module has `TARGETS` (module, dotted name) pairs that must exist, `applies(backend)` and `apply()`.
-They are written for one version of megatron-core; another one is refused, because a patch that silently misses its
-target is worse than none.
+touch_points.py                 every symbol of Megatron that this toolkit replaces or wraps, and why; the check of them
+allow_cpu_initialization.py     Megatron starts without CUDA
+cpu_rng_state.py                random states without CUDA
+distributed_optimizer_state.py  Adam's step in the distributed optimizer
+interleaved_loader_state.py     the loader's state of an interleaved pipeline
+parameter_group_keys.py         a resume with another learning rate
+skip_compile_helpers.py         no `make` at the start
+whole_tracker.py                the tracker file is written whole
+
+Beside the list, one file for each mistake of Megatron, with `apply()`: what is wrong, and where upstream.  They are
+written for one version of megatron-core; another one is refused, because a patch that silently misses its target is
+worse than none.
 """
 
 import importlib
 import importlib.metadata
-from functools import reduce
-from types import ModuleType
 
 from megatron_patch.errors import UserError
-from megatron_patch.patches import (
-    allow_cpu_initialization,
-    cpu_rng_state,
-    distributed_optimizer_state,
-    interleaved_loader_state,
-    parameter_group_keys,
-    skip_compile_helpers,
-    whole_tracker,
-)
-
-MEGATRON_CORE_VERSION = "0.19.2"
-ALL: tuple[ModuleType, ...] = (
-    allow_cpu_initialization,
-    cpu_rng_state,
-    distributed_optimizer_state,
-    interleaved_loader_state,
-    parameter_group_keys,
-    skip_compile_helpers,
-    whole_tracker,
-)
+from megatron_patch.patches import touch_points
+from megatron_patch.patches.touch_points import MEGATRON_CORE_VERSION, TOUCH_POINTS
 
 _applied: set[str] = set()
 
 
 def check_version(installed: str | None = None) -> None:
-    """Refuse any megatron-core but the one these patches were written for.
+    """Refuse any megatron-core but the one the touch points were written for.
 
     Raises:
         UserError: another version is installed, or none.
@@ -53,35 +42,33 @@ def check_version(installed: str | None = None) -> None:
         )
 
 
-def check_targets(patch: ModuleType) -> None:
-    """Raise UserError when a symbol that `patch` replaces is not there."""
-    for module_name, attribute in patch.TARGETS:
-        module = importlib.import_module(module_name)
-        try:
-            reduce(getattr, attribute.split("."), module)
-        except AttributeError:
-            raise UserError(
-                f"patch {patch.__name__}: {module_name}.{attribute} does not exist in the installed megatron-core; "
-                f"install megatron-core=={MEGATRON_CORE_VERSION}"
-            ) from None
-
-
-def apply_all(backend: str) -> list[str]:
-    """Apply every patch that `backend` ("cpu" or "cuda") needs; returns their names.  Later calls do nothing.
+def check(backend: str) -> None:
+    """Refuse a Megatron that `backend` ("cpu" or "cuda") cannot work with.  Imports nothing of it.
 
     Raises:
         UserError: wrong megatron-core version or a missing symbol.
     """
     check_version()
-    names = []
-    for patch in ALL:
-        name = patch.__name__.rsplit(".", 1)[-1]
-        if not patch.applies(backend):
-            continue
-        names.append(name)
-        if name in _applied:
-            continue
-        check_targets(patch)
-        patch.apply()
-        _applied.add(name)
+    touch_points.check(backend)
+
+
+def listed(backend: str) -> list[str]:
+    """Names of the patches that `backend` needs, as TOUCH_POINTS lists them."""
+    layers = [layer for point in TOUCH_POINTS for layer in point.layers if layer.backend in (None, backend)]
+    names = [layer.place.removeprefix("patches.") for layer in layers if layer.place.startswith("patches.")]
+    return list(dict.fromkeys(names))
+
+
+def apply_all(backend: str) -> list[str]:
+    """Apply every patch that `backend` needs; returns their names.  Later calls do nothing.
+
+    Raises:
+        UserError: as check().
+    """
+    check(backend)
+    names = listed(backend)
+    for name in names:
+        if name not in _applied:
+            importlib.import_module(f"{__name__}.{name}").apply()
+            _applied.add(name)
     return names

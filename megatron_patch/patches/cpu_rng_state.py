@@ -1,15 +1,11 @@
 """megatron-core 0.19.2, core/tensor_parallel/random.py:135: _set_cuda_rng_state defers its work to CUDA's start.
 
 Without CUDA that start never comes, so the tracker's fork() would leave dropout and initialisation in the wrong state.
-Remove when test_rng_tracker_restores_the_state passes without this file.
 """
 
-TARGETS = (("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),)
+from megatron_patch.patches import touch_points
 
-
-def applies(backend: str) -> bool:
-    """Only without CUDA."""
-    return backend == "cpu"
+RANDOM = "megatron.core.tensor_parallel.random"
 
 
 def apply() -> None:
@@ -17,12 +13,11 @@ def apply() -> None:
     import logging
 
     import torch
-    from megatron.core.tensor_parallel import random
 
     def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         del device, graph_safe
         torch.set_rng_state(new_state)
 
-    random._set_cuda_rng_state = set_rng_state
+    touch_points.replace(RANDOM, "_set_cuda_rng_state", "patches.cpu_rng_state", set_rng_state)
     # fork() warns whenever "the CPU state changed within a GPU context"; here the two are one
-    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    logging.getLogger(RANDOM).setLevel(logging.ERROR)

@@ -6,36 +6,20 @@ With torch's own Adam (neither Transformer Engine nor Apex installed, on any dev
   - gives all parameters the same step tensor in load_state_dict(), so each of them advances the others' step;
   - asks the loaded state for a `step` that it does not hold in _set_main_param_and_optimizer_states().
 A resume then crashes or goes on with a wrong Adam step: the first iteration looks right, the tenth does not.
-Remove when test_kill_and_resume passes without this file for the distributed optimizer.
 """
 
-import functools
+from collections.abc import Callable
 
-TARGETS = (
-    ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"),
-    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict"),
-    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict"),
-    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._set_main_param_and_optimizer_states"),
-)
-
-
-def applies(backend: str) -> bool:
-    """Wherever torch's own Adam is used: decided in apply(), since it takes an import of megatron to know."""
-    del backend
-    return True
+from megatron_patch.patches import touch_points
 
 
 def apply() -> None:
-    """Give every parameter a state of its own, with its own step."""
+    """Give every parameter a state of its own, with its own step; nothing unless torch's own Adam is used."""
     import torch
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return  # their FusedAdam keeps the step in the parameter group
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    original_state_dict = optimizer_class.state_dict
-    original_load = optimizer_class.load_state_dict
-    original_set = optimizer_class._set_main_param_and_optimizer_states
 
     def seed_adam_state(self: object) -> None:
         for group in self.optimizer.param_groups:
@@ -47,34 +31,44 @@ def apply() -> None:
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
 
-    @functools.wraps(original_state_dict)
-    def state_dict(self: object) -> dict:
-        seed_adam_state(self)
-        if self.optimizer.state:
-            return original_state_dict(self)
-        # No parameter here, so no step of our own; the groups still carry one for the ranks that load them.
-        inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
-        for group in inner["param_groups"]:
-            del group["params"]
-            group["step"] = 0.0
-        state = {"optimizer": inner}
-        if self.grad_scaler:
-            state["grad_scaler"] = self.grad_scaler.state_dict()
-        return state
+    def with_state(original: Callable[..., dict]) -> Callable[..., dict]:
+        def state_dict(self: object) -> dict:
+            seed_adam_state(self)
+            if self.optimizer.state:
+                return original(self)
+            # No parameter here, so no step of our own; the groups still carry one for the ranks that load them.
+            inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+            for group in inner["param_groups"]:
+                del group["params"]
+                group["step"] = 0.0
+            state = {"optimizer": inner}
+            if self.grad_scaler:
+                state["grad_scaler"] = self.grad_scaler.state_dict()
+            return state
 
-    @functools.wraps(original_load)
-    def load_state_dict(self: object, state_dict: dict) -> None:
-        seed_adam_state(self)
-        original_load(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].detach().clone()
+        return state_dict
 
-    @functools.wraps(original_set)
-    @torch.no_grad()
-    def set_states(self: object, model_param: torch.nn.Parameter, tensors: dict) -> None:
-        # None means "leave the step as load_state_dict() set it from the parameter group"
-        original_set(self, model_param, {"step": None, **tensors})
+    def with_own_steps(original: Callable[..., None]) -> Callable[..., None]:
+        def load_state_dict(self: object, state_dict: dict) -> None:
+            seed_adam_state(self)
+            original(self, state_dict)
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].detach().clone()
 
-    optimizer_class.state_dict = state_dict
-    optimizer_class.load_state_dict = load_state_dict
-    optimizer_class._set_main_param_and_optimizer_states = set_states
+        return load_state_dict
+
+    def without_asking_for_step(original: Callable[..., None]) -> Callable[..., None]:
+        @torch.no_grad()
+        def set_states(self: object, model_param: torch.nn.Parameter, tensors: dict) -> None:
+            # None means "leave the step as load_state_dict() set it from the parameter group"
+            original(self, model_param, {"step": None, **tensors})
+
+        return set_states
+
+    for method, wrapper in (
+        ("state_dict", with_state),
+        ("load_state_dict", with_own_steps),
+        ("_set_main_param_and_optimizer_states", without_asking_for_step),
+    ):
+        where = touch_points.DISTRIBUTED_OPTIMIZER, f"DistributedOptimizer.{method}"
+        touch_points.wrap(*where, "patches.distributed_optimizer_state", wrapper)

@@ -1,28 +1,24 @@
 """megatron-core 0.19.2, training/checkpointing.py:1218: maybe_save_dataloader_state() knows one iterator only.
 
 An interleaved pipeline has a list of them, one per virtual stage, and every save ends in an AttributeError.  The first
-virtual stage's is the one whose state counts.  Remove when test_parallelism's interleaved run saves without it.
+virtual stage's is the one whose state counts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-TARGETS = (("megatron.training.checkpointing", "maybe_save_dataloader_state"),)
-
-
-def applies(backend: str) -> bool:
-    """Everywhere: this is not about the device."""
-    del backend
-    return True
+from megatron_patch.patches import touch_points
 
 
 def apply() -> None:
     """Hand over the first iterator of a list."""
-    from megatron.training import checkpointing
 
-    save_state = checkpointing.maybe_save_dataloader_state
+    def wrapper(save_state: Callable[..., None]) -> Callable[..., None]:
+        def save_state_of_first(train_iterator: Any, *args: Any, **kwargs: Any) -> None:
+            first = train_iterator[0] if isinstance(train_iterator, list) else train_iterator
+            save_state(first, *args, **kwargs)
 
-    def save_state_of_first(train_iterator: Any, *args: Any, **kwargs: Any) -> None:
-        first = train_iterator[0] if isinstance(train_iterator, list) else train_iterator
-        save_state(first, *args, **kwargs)
+        return save_state_of_first
 
-    checkpointing.maybe_save_dataloader_state = save_state_of_first
+    where = touch_points.CHECKPOINTING, "maybe_save_dataloader_state"
+    touch_points.wrap(*where, "patches.interleaved_loader_state", wrapper)

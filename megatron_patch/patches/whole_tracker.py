@@ -1,23 +1,16 @@
 """megatron-core 0.19.2, training/checkpointing.py:1010: the tracker file is emptied, then written.
 
 A kill or a full disk in between leaves an empty one, and the run can neither be resumed nor exported.  It is written
-beside and renamed instead.  Remove when save_checkpoint does so itself.
+beside and renamed instead.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from megatron_patch.checkpoint_files import TRACKER
-
-TARGETS = (("megatron.training.checkpointing", "maybe_msc"),)
-
-
-def applies(backend: str) -> bool:
-    """Everywhere: this is not about the device."""
-    del backend
-    return True
+from megatron_patch.patches import touch_points
 
 
 @contextlib.contextmanager
@@ -32,13 +25,12 @@ def _whole(path: str) -> Iterator[IO[str]]:
 
 def apply() -> None:
     """Replace the `open` that checkpointing.py uses, for the tracker alone."""
-    from megatron.training import checkpointing
 
-    client = checkpointing.maybe_msc
-    usual = client.open
+    def wrapper(usual: Callable[..., Any]) -> Callable[..., Any]:
+        def open_tracker_whole(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            tracker = mode == "w" and os.path.basename(str(path)) == TRACKER
+            return _whole(str(path)) if tracker else usual(path, mode, *args, **kwargs)
 
-    def open_tracker_whole(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        tracker = mode == "w" and os.path.basename(str(path)) == TRACKER
-        return _whole(str(path)) if tracker else usual(path, mode, *args, **kwargs)
+        return open_tracker_whole
 
-    client.open = open_tracker_whole
+    touch_points.wrap(touch_points.CHECKPOINTING, "maybe_msc.open", "patches.whole_tracker", wrapper)

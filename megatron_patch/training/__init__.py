@@ -1,5 +1,7 @@
 """From a command line to Megatron's own training loop.
 
+What is wrapped of that loop, in which order and why stands in patches/touch_points.py.
+
 config.py                checks, and the arguments for Megatron's parser that follow from checkpoint and device
 preflight.py             the same checks alone, before any process is started
 pretrain.py              puts everything together and calls Megatron's pretrain()

@@ -4,15 +4,18 @@ sample answers, traces.
 
 import argparse
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from megatron.training import training
 
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
 from megatron_patch.model.llava import Frozen
+from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training import checkpoint_retention, graceful_stop, loss_spikes
 from megatron_patch.training.config import RunConfig
 from megatron_patch.training.logging import RunLog
@@ -34,8 +37,8 @@ def _with_history(
     return wrapped
 
 
-def install_safeguards(training: ModuleType, args: argparse.Namespace) -> Callable[[], None]:
-    """Wrap the functions of megatron.training.training that its loop calls; removes what a killed save left.
+def install_safeguards(args: argparse.Namespace) -> Callable[[], None]:
+    """Wrap the functions that Megatron's training loop calls; removes what a killed save left.
 
     Returns what to call when the run is over.
     """
@@ -43,12 +46,18 @@ def install_safeguards(training: ModuleType, args: argparse.Namespace) -> Callab
     guard = loss_spikes.Guard(
         args.on_bad_loss, args.spike_factor, asked | loss_spikes.read_windows(args.save), args.bad_batches_file
     )
-    training.train_step = guard.guard(training.train_step)
-    training.load_checkpoint = _with_history(training.load_checkpoint, guard, args.load)
+    wrap(LOOP, "train_step", "training.loss_spikes", guard.guard)
+    wrap(LOOP, "load_checkpoint", "training.callbacks", lambda load: _with_history(load, guard, args.load))
     limit = graceful_stop.TimeLimit(args.stop_at)
-    save, decide = training.save_checkpoint_and_time, training.checkpoint_and_decide_exit
+
+    def stop_in_time(wants_save: Callable[[int], bool]) -> None:
+        # the save with the layers that are around it by then
+        keywords = {"save": training.save_checkpoint_and_time, "wants_save": wants_save, "limit": limit}
+        stopping = functools.partial(graceful_stop.stop_in_time, **keywords)
+        wrap(LOOP, "checkpoint_and_decide_exit", "training.graceful_stop", stopping)
+
     if not args.save:
-        training.checkpoint_and_decide_exit = graceful_stop.stop_in_time(decide, save, lambda _: False, limit)
+        stop_in_time(lambda _: False)
         return lambda: None
     folder = Path(args.save)
     if os.environ.get("RANK", "0") == "0" and (broken := checkpoint_retention.tidy(folder)):
@@ -56,23 +65,23 @@ def install_safeguards(training: ModuleType, args: argparse.Namespace) -> Callab
     keeper = checkpoint_retention.Keeper(
         folder, args.keep_last, args.keep_best, lambda: {"losses": [*guard.history.losses]}
     )
-    training.evaluate = keeper.watch_evaluation(training.evaluate)
-    training.evaluate_and_print_results = keeper.number_evaluation(training.evaluate_and_print_results)
-    save = graceful_stop.measure_saves(keeper.save(save), limit)
-    training.save_checkpoint_and_time = save
-    training.checkpoint_and_decide_exit = graceful_stop.stop_in_time(decide, save, keeper.wants_save, limit)
+    wrap(LOOP, "evaluate", "training.checkpoint_retention", keeper.watch_evaluation)
+    wrap(LOOP, "evaluate_and_print_results", "training.checkpoint_retention", keeper.number_evaluation)
+    wrap(LOOP, "save_checkpoint_and_time", "training.checkpoint_retention", keeper.save)
+    measured = functools.partial(graceful_stop.measure_saves, limit=limit)
+    wrap(LOOP, "save_checkpoint_and_time", "training.graceful_stop", measured)
+    stop_in_time(keeper.wants_save)
     return keeper.settle
 
 
 @contextlib.contextmanager
 def reporting(
-    training: ModuleType,
     settings: RunConfig,
     args: argparse.Namespace,
     frozen: Frozen,
     loader: Callable[[], TrainLoader | None],
 ) -> Iterator[dict[str, Any]]:
-    """Listen to megatron.training.training while a run lasts, then sum it up.
+    """Listen to Megatron's training loop while a run lasts, then sum it up.
 
     Args:
         args: Megatron's, with ours among them.
@@ -86,11 +95,11 @@ def reporting(
     if args.trace_iterations and args.output_path is None:
         raise UserError("--trace-iterations needs --output-path, below which traces are written")
     log = RunLog(settings.geometry, frozen, loader, args.output_path)
-    log.listen(training)
+    log.listen()
     tracer = None
     if args.trace_iterations and args.rank in args.trace_ranks:
         tracer = Tracer(*args.trace_iterations, args.rank, args.output_path / "profile")
-        training.train_step = tracer.around(training.train_step)
+        wrap(LOOP, "train_step", "training.profiling", tracer.around)
     hooks = {}
     if args.sample_answers and settings.valid_dataset_path:
         answers = SampleGeneration(

@@ -7,7 +7,6 @@ kept in fp32, whatever the weights are in: a step of bf16 is larger than what on
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_patch.checkpoint_files import TRACKER
+from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training.checkpoint_retention import folder_name
 from megatron_patch.training.loader_state import replace_text
 
@@ -96,34 +96,42 @@ class MovingAverage:
         return True
 
 
-def track_ema(training: ModuleType, args: Any) -> None:
-    """Wrap loading, steps and saves of Megatron's training module; nothing without --ema-decay."""
+def track_ema(args: Any) -> None:
+    """Wrap loading, steps and saves of Megatron's training loop; nothing without --ema-decay."""
     if not args.ema_decay:
         return
     kept: list[MovingAverage] = []
-    load_checkpoint, train_step, save = training.load_checkpoint, training.train_step, training.save_checkpoint_and_time
 
-    def load_and_begin(model: list[torch.nn.Module], *arguments: Any, **named: Any) -> Any:
-        result = load_checkpoint(model, *arguments, **named)
-        iteration = result[0]
-        kept[:] = [MovingAverage(model, args.ema_decay)]
-        if iteration > 0 and not kept[0].load(Path(args.load), iteration):
-            print_rank_0(f" no average beside the checkpoint of iteration {iteration}: it begins with the weights")
-        return result
+    def with_loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def load_and_begin(model: list[torch.nn.Module], *arguments: Any, **named: Any) -> Any:
+            result = load_checkpoint(model, *arguments, **named)
+            iteration = result[0]
+            kept[:] = [MovingAverage(model, args.ema_decay)]
+            if iteration > 0 and not kept[0].load(Path(args.load), iteration):
+                print_rank_0(f" no average beside the checkpoint of iteration {iteration}: it begins with the weights")
+            return result
 
-    def step_and_average(forward_step: Callable, iterator: Any, model: Any, *arguments: Any, **named: Any) -> Any:
-        result = train_step(forward_step, iterator, model, *arguments, **named)
-        if not kept:  # neither resumed nor started from a checkpoint
-            kept.append(MovingAverage(model, args.ema_decay))
-        elif not result[1]:  # skipped_iter
-            kept[0].update()
-        return result
+        return load_and_begin
 
-    def save_with_average(iteration: int, *arguments: Any, **named: Any) -> Any:
-        if kept:
-            kept[0].save(Path(args.save), iteration)
-        return save(iteration, *arguments, **named)
+    def with_update(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step_and_average(forward_step: Callable, iterator: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+            result = train_step(forward_step, iterator, model, *arguments, **named)
+            if not kept:  # neither resumed nor started from a checkpoint
+                kept.append(MovingAverage(model, args.ema_decay))
+            elif not result[1]:  # skipped_iter
+                kept[0].update()
+            return result
 
-    training.load_checkpoint = load_and_begin
-    training.train_step = step_and_average
-    training.save_checkpoint_and_time = save_with_average
+        return step_and_average
+
+    def with_saving(save: Callable[..., Any]) -> Callable[..., Any]:
+        def save_with_average(iteration: int, *arguments: Any, **named: Any) -> Any:
+            if kept:
+                kept[0].save(Path(args.save), iteration)
+            return save(iteration, *arguments, **named)
+
+        return save_with_average
+
+    wrap(LOOP, "load_checkpoint", "training.ema", with_loading)
+    wrap(LOOP, "train_step", "training.ema", with_update)
+    wrap(LOOP, "save_checkpoint_and_time", "training.ema", with_saving)

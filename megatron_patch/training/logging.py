@@ -2,10 +2,8 @@
 summary at the end; and losses that a resumed run prints like one never stopped.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from megatron.training.utils import is_last_rank, print_rank_last
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.model.llava import Frozen
+from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training import record_counters, summary
 from megatron_patch.training.forward_step import LOSS
 from megatron_patch.training.progress import ProgressBar
@@ -52,27 +51,31 @@ class RunLog:
         self._loss: torch.Tensor | None = None
         self._validation_loss: float | None = None
 
-    def listen(self, training: ModuleType) -> None:
-        """Wrap the hooks of megatron.training.training."""
-        training.training_log = self._around_log(training.training_log)
-        training.evaluate = self._around_evaluate(training.evaluate)
-        training.evaluate_and_print_results = self._aside("evaluating", training.evaluate_and_print_results)
-        training.save_checkpoint = self._aside("saving", training.save_checkpoint)
-        training.train = self._around_train(training.train)
-        training.checkpoint_and_decide_exit = self._around_exit(training.checkpoint_and_decide_exit)
+    def listen(self) -> None:
+        """Wrap the functions of Megatron's training loop."""
+        for symbol, wrapper in (
+            ("training_log", self._around_log),
+            ("evaluate", self._around_evaluate),
+            ("evaluate_and_print_results", self._aside("evaluating")),
+            ("save_checkpoint", self._aside("saving")),
+            ("train", self._around_train),
+            ("checkpoint_and_decide_exit", self._around_exit),
+        ):
+            wrap(LOOP, symbol, "training.logging", wrapper)
 
-    def _aside(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self._watch.side_job(name):
-                return function(*args, **kwargs)
+    def _aside(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def around(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with self._watch.side_job(name):
+                    return function(*args, **kwargs)
 
-        return wrapped
+            return wrapped
+
+        return around
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """The whole loop."""
 
-        @functools.wraps(train)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._watch.training_begins()
             return train(*args, **kwargs)
@@ -82,7 +85,6 @@ class RunLog:
     def _around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
         """training_log(loss_dict, total_loss_dict, learning_rate, iteration, ...)"""
 
-        @functools.wraps(training_log)
         def wrapped(
             loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *args: Any, **kwargs: Any
         ) -> Any:
@@ -112,7 +114,6 @@ class RunLog:
     def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """evaluate(...) -> (losses by name, ..., ...)"""
 
-        @functools.wraps(evaluate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
             if result[0] and LOSS in result[0]:
@@ -124,7 +125,6 @@ class RunLog:
     def _around_exit(self, decide: Callable[..., bool]) -> Callable[..., bool]:
         """checkpoint_and_decide_exit(model, optimizer, opt_param_scheduler, iteration, ...)"""
 
-        @functools.wraps(decide)
         def wrapped(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any) -> bool:
             leaving = decide(model, optimizer, scheduler, iteration, *args, **kwargs)
             if leaving or iteration == get_args().train_iters:

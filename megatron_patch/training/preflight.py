@@ -2,6 +2,7 @@
 
 import sys
 
+from megatron_patch import device, patches
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.data.loading.loader import build_train_loader, build_valid_loader
 from megatron_patch.errors import UserError
@@ -12,12 +13,14 @@ from megatron_patch.training.loader_state import read_saved_state
 def check_llava(argv: list[str]) -> None:
     """Check the arguments of a run, without the program's name.
 
-    Checkpoint, tokenizer, template and datasets fit together, a first sample of the records carries labels, and the
-    data position of a run to be resumed belongs to this data.  Lengths that packing or grouping need are measured here,
-    so that no rank waits for another.  Exits with code 2 and one sentence when something does not fit.
+    Megatron has every symbol that is wrapped, checkpoint, tokenizer, template and datasets fit together, a first sample
+    of the records carries labels, and the data position of a run to be resumed belongs to this data.  Lengths that
+    packing or grouping need are measured here, so that no rank waits for another.  Exits with code 2 and one sentence
+    when something does not fit.
     """
     try:
         settings = read_config(argv)
+        patches.check(device.backend().NAME)
         load = parse_own_arguments(argv).load
         state = None
         if has_checkpoint(load):

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import UserError
+from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
 
@@ -39,7 +40,7 @@ def train_llava() -> None:
     """Train as sys.argv says.  Exits with code 2 and one sentence when the arguments do not fit."""
     try:
         settings = read_config(sys.argv[1:])
-        patches.check_version()
+        patches.check(device.backend().NAME)
     except UserError as error:
         refuse(error)
     sys.argv[1:] = settings.megatron_arguments
@@ -100,14 +101,19 @@ def train_llava() -> None:
         args.dataloader_save = str(
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
-    training.load_checkpoint = keep_typed(strict(training.load_checkpoint))
-    training.get_standard_config_overrides = with_modules(
-        training.get_standard_config_overrides, lambda: read_overrides(get_args())
+    # The order of these lines is that of the layers, as TOUCH_POINTS lists them: innermost first.
+    wrap(LOOP, "load_checkpoint", "training.strict_load", strict)
+    wrap(LOOP, "load_checkpoint", "training.parameter_groups", keep_typed)
+    wrap(
+        LOOP,
+        "get_standard_config_overrides",
+        "training.parameter_groups",
+        lambda standard: with_modules(standard, lambda: read_overrides(get_args())),
     )
-    track_ema(training, args)
-    settle = install_safeguards(training, args)
+    track_ema(args)
+    settle = install_safeguards(args)
     try:
-        with reporting(training, settings, args, frozen, train_loader) as hooks:
+        with reporting(settings, args, frozen, train_loader) as hooks:
             training.pretrain(
                 pretrain_cfg_container_from_args(args),
                 provide_loaders,

@@ -4,7 +4,6 @@ Megatron has one too (--use-pytorch-profiler), but it counts iterations from thi
 and loses what it has when the run ends within the range.  For Nsight Systems its ranges (--profile) are used.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ class Tracer:
     def around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """train_step that is traced from `first` to `last`."""
 
-        @functools.wraps(train_step)
         def wrapped(*args: Any, iteration: int, **kwargs: Any) -> Any:
             if self._profile is None and self._first <= iteration + 1 <= self._last:
                 self._profile = torch.profiler.profile(record_shapes=True)
