@@ -73,7 +73,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor])
 
 
 def assert_same_run(one: Path, two: Path, iteration: int) -> None:
-    """Two outputs hold the same at `iteration`, whole: weights, optimizer, random state, schedule, arguments."""
+    """Two outputs hold the same at `iteration`: weights, optimizer, other states, data position and record counters."""
     assert_same_bits(tensors_of_run(one, iteration), tensors_of_run(two, iteration))
     left, right = states_of_run(one, iteration), states_of_run(two, iteration)
     for part in ("rng_state", "random_rng_state", "np_rng_state", "torch_rng_state", "rng_tracker_states"):
@@ -82,6 +82,11 @@ def assert_same_run(one: Path, two: Path, iteration: int) -> None:
         assert any(part in name for name in left), f"no {part} to compare"
     assert left.keys() == right.keys(), sorted(left.keys() ^ right.keys())[:8]
     different = {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+    ranks = list((one / "checkpoint/data" / f"iter_{iteration:07d}").rglob("train_dataloader_*.pt"))
+    assert ranks, "no data position to compare"
+    for rank in ranks:
+        same = two / rank.relative_to(one)
+        assert torch.load(rank, weights_only=True) == torch.load(same, weights_only=True), f"{rank.name} differs"
     unknown = {name: str(pair)[:200] for name, pair in different.items() if argument(name) not in MAY_DIFFER}
     assert not unknown, unknown
 

@@ -1,5 +1,7 @@
 """A run that goes on under another parallelism: weights, optimizer, schedule, data and record counters of the run that
 was never stopped; random state only with the same TP x PP, as the log then says.
+
+Tolerance 6.7e-6 relative, ten times what is seen.
 """
 
 import re
@@ -42,4 +44,4 @@ def test_a_run_goes_on_under_another_layout(change: str, whole: str, workspace: 
     assert ("RNG state will be ignored" in printed) == other_random_state
     worst = max(abs(rest[step] / expected[step] - 1) for step in rest)
     print(f"{change}: largest relative difference {worst:.1e}")
-    assert worst <= 1e-4
+    assert worst <= 6.7e-6
