@@ -112,6 +112,6 @@ def test_turns_that_the_template_cannot_hold_are_refused_at_the_start(workspace:
     several = Workspace(workspace.checkpoint, root / "wds")
     words = {"CONVERSATION_TEMPLATE": "plain", "CHECK": "true", "TRAIN_ITERS": 3}
     printed = run(several, tmp_path / "out", expected_exit=2, **words)
-    sentence = r"error: .*: 18 of 54 records looked at cannot be used \(turns 18; .*; choose a CONVERSATION_TEMPLATE"
+    sentence = r"error: .*: 20 of 54 records looked at cannot be used \(turns 20; .*; choose a CONVERSATION_TEMPLATE"
     assert re.match(sentence, printed) and printed.count("\n") == 1, printed
     assert not (tmp_path / "out").exists()
