@@ -101,6 +101,7 @@ def test_options_of_the_conversion(inputs: Inputs):
     first = words.index("--add-tokens") + 1
     assert words[first : first + 4] == ["<extra_id_0>..<extra_id_7>", "*", "$(touch", "x)"]
     back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "HF_CKPT_PATH": str(inputs.llm)}
+    back["SOURCE_CLIP_CKPT_PATH"] = "none"
     layout = {"EXPORT_LAYOUT": "original_without_tower", "VISION_TOWER_NAME": "openai/clip-vit-large-patch14-336"}
     words = dry_run(CONVERTER, inputs.conversion(**back), **layout)
     assert value_after(words, "--layout") == "original_without_tower"
