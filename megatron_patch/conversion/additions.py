@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_patch.errors import UserError
 
 _RANGE = re.compile(r"(?P<head>.*?)(?P<first>0|[1-9]\d*)(?P<tail>\D*)\.\.(?P=head)(?P<last>0|[1-9]\d*)(?P=tail)")
+DEFAULT_SEED = 1234
 _MOST_TOKENS = 100_000  # a slip of the finger in a range should not make an embedding of a billion rows
 
 
@@ -20,6 +21,7 @@ class Additions:
         tokens: special tokens, appended to the tokenizer in this order, before `<image>`.
         projector: kind of the projector; None: the kind of projector_file, else mlp2x_gelu.
         projector_file: an mm_projector.bin to start from; None: a new projector drawn from `seed`.
+        seed: of a new projector; None: DEFAULT_SEED.
         feature_layer: vision_feature_layer for a tower of its own folder; None: -2, LLaVA's.
         vocabulary_multiple: the embedding is given unused rows up to a multiple of this.
     """
@@ -27,7 +29,7 @@ class Additions:
     tokens: tuple[str, ...] = ()
     projector: str | None = None
     projector_file: Path | None = None
-    seed: int = 1234
+    seed: int | None = None
     vocabulary_multiple: int = 1
     feature_layer: int | None = None
 

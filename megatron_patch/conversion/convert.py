@@ -160,7 +160,7 @@ def convert_to_megatron(
     mm_projector: str | Path | None = None,
     add_tokens: Sequence[str] = (),
     vision_feature_layer: int | None = None,
-    seed: int = 1234,
+    seed: int | None = None,
     checkpoint_format: str = "torch_dist",
     progress: bool = False,
 ) -> Report:
@@ -174,11 +174,11 @@ def convert_to_megatron(
         model_size: a name of model_sizes.MODEL_SIZES, checked against the LLM.
         precision: fp16, bf16 or fp32; bytes are copied untouched where the source has it already.
         tensor_parallel, pipeline_parallel: checked against the model.
-        projector: of the new projector, mlp2x_gelu (None) or linear; a LLaVA brings its own.
+        projector: kind of the new projector, mlp2x_gelu (None) or linear; refused with a LLaVA, which brings its own.
         mm_projector: an mm_projector.bin to start from, instead of a new projector.
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
         vision_feature_layer: hidden layer of source_clip that the projector sees; None: -2, LLaVA's.
-        seed: of the new projector's weights.
+        seed: of the new projector's weights; None: 1234.  Refused where there is no new one.
         checkpoint_format: torch_dist, read at any TP and PP; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.conversion import hub_files, original_layout
-from megatron_patch.conversion.additions import Additions
+from megatron_patch.conversion.additions import DEFAULT_SEED, Additions
 from megatron_patch.conversion.hub_weights import Stored, account, in_memory, open_hub_weights, row_blocks
 from megatron_patch.conversion.mm_projector import read_projector
 from megatron_patch.conversion.openai_clip import open_openai_clip
@@ -95,6 +95,11 @@ def _refuse_additions(folder: Path, additions: Additions) -> None:
             f"{folder} is a whole LLaVA, whose config names the layer its projector was trained for; leave the vision "
             f"feature layer {additions.feature_layer} out"
         )
+    for what, value in (("kind", additions.projector), ("seed", additions.seed)):
+        if value is not None:
+            raise UserError(
+                f"{folder} is a whole LLaVA with its own projector; leave the projector's {what} {value} out"
+            )
 
 
 # ---------------------------------------------------------------- the three kinds of sources
@@ -110,7 +115,10 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
     check_known("LLM model_type", hub_files.model_type(llm), LANGUAGE_MODELS)
     hub_files.tower_config(clip)  # refuses what is no tower
     projector, from_file = additions.projector or "mlp2x_gelu", None
+    seed = DEFAULT_SEED if additions.seed is None else additions.seed
     if additions.projector_file is not None:
+        if additions.seed is not None:
+            raise UserError(f"{additions.projector_file} is no new projector to be drawn; leave the seed {seed} out")
         projector, from_file = _projector_of(additions)
     tokens = hub_files.prepare_tokenizer(llm, additions.tokens)
     stored_rows = hub_files.full_config(llm)["vocab_size"]
@@ -129,9 +137,9 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
 
     sources, notes = {"llm": llm, "clip": clip}, list(tokens.notes)
     if from_file is None:
-        weights |= _new_projector(geometry, additions.seed)
-        origin = {"origin": "new", "initialisation": "torch.nn.Linear", "seed": additions.seed}
-        notes.append(f"new projector {projector}: torch.nn.Linear's own initialisation, seed {additions.seed}")
+        weights |= _new_projector(geometry, seed)
+        origin = {"origin": "new", "initialisation": "torch.nn.Linear", "seed": seed}
+        notes.append(f"new projector {projector}: torch.nn.Linear's own initialisation, seed {seed}")
     else:
         wanted_projector = [tensor for tensor in wanted if tensor.name.startswith("multi_modal_projector.")]
         weights |= account("projector", from_file, wanted_projector)

@@ -43,7 +43,7 @@ def build_stage0(
     vocabulary_multiple: int = 1,
     add_tokens: Sequence[str] = (),
     mm_projector: str | Path | None = None,
-    seed: int = 1234,
+    seed: int | None = None,
     shard_bytes: int = 5 * 10**9,
     progress: bool = False,
 ) -> Report:
@@ -58,7 +58,7 @@ def build_stage0(
         precision: fp16, bf16 or fp32; None: that of the LLM.
         vocabulary_multiple: embedding and head are given unused rows up to a multiple of this.
         add_tokens: special tokens (see additions.read_tokens) that stand before `<image>`.
-        mm_projector: an mm_projector.bin to start from, instead of a new projector drawn from `seed`.
+        mm_projector: an mm_projector.bin to start from, instead of a new projector drawn from `seed` (None: 1234).
         shard_bytes: largest size of one weight file.
         progress: show a bar on stderr.
     Raises:

@@ -67,7 +67,7 @@ def build_loaders(
     if not (first or last or args.packing):
         return None, None, None
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    state = read_saved_state(Path(args.load), args.iteration, rank) if args.iteration > 0 else None
+    state = read_saved_state(Path(args.load), args.iteration, rank, size) if args.iteration > 0 else None
     train = build_train_loader(settings.train_dataset_path, settings.data, rank, size, with_pixels=first, state=state)
     valid = None
     if settings.valid_dataset_path:

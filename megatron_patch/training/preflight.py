@@ -25,7 +25,7 @@ def check_llava(argv: list[str]) -> None:
         state = None
         if has_checkpoint(load):
             newest = newest_iteration(load).name
-            state = read_saved_state(load, int(newest.removeprefix("iter_")), 0) if newest != "release" else None
+            state = read_saved_state(load, int(newest.removeprefix("iter_")), 0, 1) if newest != "release" else None
         build_train_loader(settings.train_dataset_path, settings.data, 0, 1, with_pixels=False, state=state)
         if settings.valid_dataset_path:
             build_valid_loader(settings.valid_dataset_path, settings.data, 0, 1, with_pixels=False)

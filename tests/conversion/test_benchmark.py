@@ -46,11 +46,38 @@ def test_the_large_size_is_a_7b(tool):
     assert 2 * parameters <= tool.ROOM["7B"]
 
 
-def test_differences_are_seen(tool, tmp_path):
-    for name, byte in (("one", 0), ("other", 1)):
+def test_every_byte_is_compared(tool, tmp_path):
+    """One byte of 300 MiB (sparse files), wherever it lies, and a file too few."""
+    for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        data = bytearray(3 * 2**20)
-        data[2**20] = byte
-        (tmp_path / name / "model.safetensors").write_bytes(data)
-    assert tool.same_samples(tmp_path / "one", tmp_path / "one")
-    assert not tool.same_samples(tmp_path / "one", tmp_path / "other")
+        for part in ("a", "b"):
+            with open(tmp_path / name / f"model-{part}.safetensors", "wb") as file:
+                file.truncate(150 * 2**20)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert tool.same_bytes(one, other)
+    for place in (0, 2 * 2**20 + 17, 100 * 2**20 + 1, 150 * 2**20 - 1):
+        for byte, same in ((b"\1", False), (b"\0", True)):
+            with open(other / "model-b.safetensors", "r+b") as file:
+                file.seek(place)
+                file.write(byte)
+            assert tool.same_bytes(one, other) == same, place
+    (other / "model-a.safetensors").unlink()
+    assert not tool.same_bytes(one, other) and not tool.same_bytes(tmp_path, tmp_path)
+
+
+def test_an_export_that_differs_is_no_success(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--size", "tiny", "--work", str(tmp_path)])
+    monkeypatch.setattr(tool, "SHARE_OF_COPY", 0.0)
+    converted = tool.conversion
+
+    def spoil(source, target, *words):
+        result = converted(source, target, *words)
+        for path in target.glob("*.safetensors"):  # of the export; the checkpoint has none
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        return result
+
+    monkeypatch.setattr(tool, "conversion", spoil)
+    assert tool.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT EQUAL: the export differs from the source"

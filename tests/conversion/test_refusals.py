@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -157,6 +158,91 @@ def test_wrong_words(hub, refused, words, texts):
 
 def test_a_llava_brings_its_own_tower(hub, refused):
     refused("whole LLaVA", words=forward(hub("llava_llama"), hub("clip"), refused.target))
+
+
+# Every option of the command line and the conversions that take it: parts (LLM and tower), llava (a whole one), hub and
+# original (exports).  The others refuse it, with words of the last column in their sentence; what a row's value is
+# checked against, such as TP, is no ignored argument.
+EVERY = "parts llava hub original"
+OPTIONS = {
+    "--model-size": (["tiny"], EVERY, ""),
+    "--source-llm": ([], EVERY, ""),
+    "--source-clip": ([], "parts", "--source-clip|own tower"),
+    "--target": ([], EVERY, ""),
+    "--tensor-model-parallel-size": (["2"], EVERY, ""),
+    "--pipeline-model-parallel-size": (["2"], EVERY, ""),
+    "--mg2hf": ([], "hub original", ""),
+    "--precision": (["fp32"], EVERY, ""),
+    "--hf-checkpoint": ([], "hub original", "--hf-checkpoint"),
+    "--projector": (["mlp2x_gelu"], "parts", "--projector|kind mlp2x_gelu"),
+    "--mm-projector": ([], "parts", "--mm-projector|own projector"),
+    "--add-tokens": (["<box>"], "parts llava", "--add-tokens"),
+    "--vision-feature-layer": (["-1"], "parts", "--vision-feature-layer|feature layer -1"),
+    "--seed": (["1234"], "parts", "--seed|seed 1234"),
+    "--format": (["torch_dist"], "parts llava", "--format"),
+    "--layout": (["original"], "hub original", "--layout"),
+    "--vision-tower-name": (["x/clip"], "original", "--vision-tower-name|tower's name 'x/clip'"),
+    "--no-progress": ([], EVERY, ""),
+}
+DIRECTIONS = EVERY.split()
+
+
+@pytest.fixture(scope="module")
+def sources(hub, tmp_path_factory):
+    """(direction -> arguments that are enough, option -> its value): a conversion of each kind."""
+    folder = tmp_path_factory.mktemp("sources")
+    convert_to_megatron(hub("llama"), hub("clip"), folder / "ckpt", model_size="tiny", precision="fp32")
+    text, tower = json.loads((hub("llama") / "config.json").read_text()), 48
+    projector = {
+        f"model.mm_projector.{name}": torch.ones(shape)
+        for name, shape in {
+            "0.weight": (text["hidden_size"], tower),
+            "0.bias": (text["hidden_size"],),
+            "2.weight": (text["hidden_size"], text["hidden_size"]),
+            "2.bias": (text["hidden_size"],),
+        }.items()
+    }
+    torch.save(projector, folder / "mm_projector.bin")
+    back = ["--source-llm", folder / "ckpt", "--mg2hf"]
+    enough = {
+        "parts": ["--source-llm", hub("llama"), "--source-clip", hub("clip")],
+        "llava": ["--source-llm", hub("llava_llama")],
+        "hub": back,
+        "original": [*back, "--layout", "original", "--vision-tower-name", "x/clip"],
+    }
+    values = {
+        "--source-clip": hub("clip"),
+        "--hf-checkpoint": hub("llama"),
+        "--mm-projector": folder / "mm_projector.bin",
+    }
+    return {name: [*words, "--model-size", "tiny", "--precision", "fp32"] for name, words in enough.items()}, values
+
+
+def test_the_table_of_options_is_whole(command):
+    _, out, _ = command("--help")
+    assert set(re.findall(r"^  (--[a-z0-9-]+)", out, re.MULTILINE)) == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("option", [name for name, (_, taken, _) in OPTIONS.items() if taken != EVERY])
+def test_an_option_is_taken_or_refused(sources, refused, command, option, direction):
+    enough, values = sources
+    value, taken, sentence = OPTIONS[option]
+    if option == "--mg2hf":
+        return  # chooses the direction
+    words = [*enough[direction], "--target", refused.target, option, *([values[option]] if option in values else value)]
+    if direction in taken.split():
+        code, _, err = command(*words)
+        assert code == 0, err
+        return
+    err = refused("error: ", words=words)
+    assert err.count("\n") == 1 and any(part in err for part in sentence.split("|")), err
+
+
+def test_a_seed_draws_nothing_beside_a_projector(sources, refused):
+    enough, values = sources
+    words = [*enough["parts"], "--target", refused.target, "--mm-projector", values["--mm-projector"], "--seed", 7]
+    refused("mm_projector.bin is no new projector", "leave the seed 7 out", words=words)
 
 
 def test_existing_targets(hub, tmp_path, command):

@@ -68,13 +68,16 @@ def test_the_guides_conversion_lines(inputs: Inputs, shell: str):
     words = dry_run(CONVERTER, inputs.conversion(), shell)
     program = f"{ROOT}/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
     assert words[words.index(program) + 1 :] == [
-        *("--model-size", "7B", "--source-llm", str(inputs.llm), "--source-clip", str(inputs.clip)),
+        *("--model-size", "7B", "--source-llm", str(inputs.llm)),
         *("--target", str(inputs.output), "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "1"),
-        *("--precision", "bf16"),
+        *("--precision", "bf16", "--source-clip", str(inputs.clip)),
     ]
     back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "SOURCE_CLIP_CKPT_PATH": "none"}
     words = dry_run(CONVERTER, inputs.conversion(**back, HF_CKPT_PATH=str(inputs.llm)), shell)
-    assert words[-3:] == ["--mg2hf", "--hf-checkpoint", str(inputs.llm)]
+    assert words[-3:] == ["--mg2hf", "--hf-checkpoint", str(inputs.llm)] and "--source-clip" not in words
+    unused = back | {"SOURCE_CLIP_CKPT_PATH": str(inputs.clip), "HF_CKPT_PATH": str(inputs.llm)}
+    told = start(CONVERTER, inputs.conversion(**unused), DRY_RUN="1")
+    assert told.stdout.splitlines() == words and "SOURCE_CLIP_CKPT_PATH is not used with mg2hf=true" in told.stderr
     (inputs.llm / "config.json").write_text('{\n  "model_type" : "llava"}')
     assert value_after(dry_run(CONVERTER, inputs.conversion(SOURCE_CLIP_CKPT_PATH="none")), "--source-clip") == "none"
 
@@ -98,6 +101,7 @@ def test_options_of_the_conversion(inputs: Inputs):
     first = words.index("--add-tokens") + 1
     assert words[first : first + 4] == ["<extra_id_0>..<extra_id_7>", "*", "$(touch", "x)"]
     back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "HF_CKPT_PATH": str(inputs.llm)}
+    back["SOURCE_CLIP_CKPT_PATH"] = "none"
     layout = {"EXPORT_LAYOUT": "original_without_tower", "VISION_TOWER_NAME": "openai/clip-vit-large-patch14-336"}
     words = dry_run(CONVERTER, inputs.conversion(**back), **layout)
     assert value_after(words, "--layout") == "original_without_tower"

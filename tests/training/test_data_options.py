@@ -8,7 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.data.preparation.shard_writer import tar_header
+from tests.data.factories import make_records
 from tests.training.launching import Workspace, losses, run
 
 ITERATIONS = 12
@@ -100,4 +102,16 @@ def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -
 def test_a_template_that_leaves_no_label_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     printed = run(workspace, tmp_path / "out", expected_exit=2, CHECK="true", DECODER_SEQ_LEN=20, TRAIN_ITERS=3)
     assert re.search(r"\d+ of \d+ records looked at carry no label", printed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_turns_that_the_template_cannot_hold_are_refused_at_the_start(workspace: Workspace, tmp_path: Path) -> None:
+    """Data of stage 2 under the template of stage 1: a third of the records have two questions."""
+    root = make_records(tmp_path / "records", 60)
+    convert(root / "data.json", [root / "images"], root / "wds")
+    several = Workspace(workspace.checkpoint, root / "wds")
+    words = {"CONVERSATION_TEMPLATE": "plain", "CHECK": "true", "TRAIN_ITERS": 3}
+    printed = run(several, tmp_path / "out", expected_exit=2, **words)
+    sentence = r"error: .*: 20 of 54 records looked at cannot be used \(turns 20; .*; choose a CONVERSATION_TEMPLATE"
+    assert re.match(sentence, printed) and printed.count("\n") == 1, printed
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """The same run under every parallelism: same data, same initial weights, same losses.
 
-Tolerance 1e-4 relative over 20 iterations of AdamW in fp32: sums are taken in other orders, and Adam's division by the
-root of the second moment magnifies that for gradients near zero; up to 2e-5 is seen.
+Tolerance 7e-6 relative over 20 iterations of AdamW in fp32, ten times what is seen: sums are taken in other orders, and
+Adam's division by the root of the second moment magnifies that for gradients near zero.
 
 `bash tests/run_tests.sh --all tests/training/test_parallelism.py -s` prints the whole table.
 """
@@ -76,4 +76,4 @@ def test_losses_equal_a_single_process(
     differences = {i: abs(found[i] / alone[i] - 1) for i in found}
     worst = max(differences, key=differences.get)
     print(f"{case}, {parallelism}: largest relative difference {differences[worst]:.1e} at iteration {worst}")
-    assert differences[worst] <= 1e-4, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"
+    assert differences[worst] <= 7e-6, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"

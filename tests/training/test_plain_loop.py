@@ -1,8 +1,9 @@
 """Fifty steps of AdamW: our trainer against a plain PyTorch loop over transformers' LlavaForConditionalGeneration.
 
 The loop has nothing of Megatron's: transformers' model and loss positions, torch's AdamW and clipping, the schedule by
-its formula.  Only the batches are the loader's.  Tolerance 1e-3 relative, for Adam magnifies differences of summation
-in gradients near zero, step after step (2.5e-5 is seen); the first step, with none behind it, must agree within 1e-6.
+its formula.  Only the batches are the loader's.  Tolerance 2.5e-4 relative, for Adam magnifies differences of summation
+in gradients near zero, step after step (2.5e-5 is seen); the first step, with none behind it, must agree within 3.6e-7
+(3.6e-8 is seen).
 """
 
 import json
@@ -88,5 +89,5 @@ def test_fifty_steps_agree_with_a_plain_loop(parallelism: dict, workspace: Works
     differences = [abs(found[step] / expected[step - 1] - 1) for step in range(1, STEPS + 1)]
     print(f"first step {differences[0]:.1e}, largest {max(differences):.1e}, at the end {differences[-1]:.1e}")
     assert expected[-1] < 0.5 * expected[0], "a run that does not learn proves little"
-    assert differences[0] <= 1e-6
-    assert max(differences) <= 1e-3
+    assert differences[0] <= 3.6e-7
+    assert max(differences) <= 2.5e-4

@@ -1,4 +1,6 @@
-"""SIGKILL, then the same command: the losses of the run that was never killed, to the last printed digit."""
+"""SIGKILL, then the same command: the losses of the run that was never killed, to the last printed digit, and at the
+end the same checkpoint: weights, optimizer, random state, schedule and counters.
+"""
 
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 
 from tests.training.conftest import write_dataset
 from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
+from tests.training.stored_checkpoint import assert_same_run
 
 ITERATIONS = 40
 SAVE_INTERVAL = 5
@@ -47,6 +50,7 @@ def test_kill_and_resume(parallelism: str, workspace: Workspace, tmp_path: Path)
     assert len(again) >= ITERATIONS - kill_at
     different = {i: (again[i], whole[i]) for i in again if again[i] != whole[i]}
     assert not different, f"resumed and uninterrupted losses differ: {different}"
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", ITERATIONS)
 
 
 def test_another_dataset_is_refused_on_resume(workspace: Workspace, tmp_path: Path) -> None:

@@ -313,7 +313,9 @@ def write_files(output: Path, files: dict[str, bytes]) -> None:
 
 def advice(figures: Any, settings: DataConfig, arguments: argparse.Namespace) -> str:
     """The one sentence that says what to do."""
-    if figures.without_labels > settings.max_skipped_share * figures.records:
+    from megatron_patch.data.loading.label_check import too_many
+
+    if too_many(figures.without_labels, figures.records, settings.max_skipped_share):
         return (
             f"training would refuse this: {figures.without_labels} of {figures.records} records carry no label; raise "
             "DECODER_SEQ_LEN (--max-length here) or choose another template, and look again"

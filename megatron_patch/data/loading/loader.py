@@ -23,7 +23,7 @@ from megatron_patch.data.loading import state as data_state
 from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
-from megatron_patch.data.loading.label_check import check_labels
+from megatron_patch.data.loading.label_check import ALWAYS_TOLERATED, check_labels
 from megatron_patch.data.loading.lengths import record_lengths
 from megatron_patch.data.loading.sampler import (
     BlendSampler,
@@ -40,7 +40,6 @@ from megatron_patch.geometry import IGNORE_LABEL
 
 logger = logging.getLogger(__name__)
 
-ALWAYS_TOLERATED = 10  # skipped records below this never stop a run, however few it has seen
 NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
 
 # What a step has to do, for the figures of throughput: records, their tokens without padding, the trained ones,
@@ -214,6 +213,7 @@ class _Loader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise UserError(f"data-parallel rank {data_parallel_rank} is not within 0..{data_parallel_size - 1}")
         self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
+        self.inherited: dict[str, int] = {}  # counts among those of a run with another number of ranks
         self.work: dict[str, int] = dict.fromkeys(WORK, 0)  # of the batches taken since this process started
         self._batches = batches
         self._config = config
@@ -257,14 +257,15 @@ class _Loader:
             self.counts[f"skipped: {reason}"] = self.counts.get(f"skipped: {reason}", 0) + 1
             if self.counts["skipped"] <= NAMED_IN_LOG:
                 logger.warning("%s: record %s skipped: %s: %s", self._batches.dataset.path, record, reason, detail)
-        seen = self.counts["kept"] + self.counts["skipped"]
+        own = {name: count - self.inherited.get(name, 0) for name, count in self.counts.items()}
+        seen = own["kept"] + own["skipped"]
         limit = max(ALWAYS_TOLERATED, self._config.max_skipped_share * seen)
-        if self.counts["skipped"] > limit:
-            reasons = "; ".join(f"{name[9:]} {count}" for name, count in self.counts.items() if name[:9] == "skipped: ")
+        if skipped and own["skipped"] > limit:
+            reasons = "; ".join(f"{name[9:]} {own[name]}" for name in own if name[:9] == "skipped: " and own[name])
             record, reason, detail = skipped[-1]
             share = f"{self._config.max_skipped_share:.0%}"
             raise UserError(
-                f"{self._batches.dataset.path}: {self.counts['skipped']} of {seen} records had to be skipped "
+                f"{self._batches.dataset.path}: {own['skipped']} of {seen} records had to be skipped "
                 f"({reasons}), the last one {record}: {reason}: {detail}; tolerated are {share}; "
                 "check DECODER_SEQ_LEN, the template, and the ledger beside the shards"
             )
@@ -309,18 +310,21 @@ class TrainLoader(_Loader):
             "data": self._expected_data(),
             "topology": self._topology(),
             "counts": dict(self.counts),
+            "inherited": dict(self.inherited),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved, whatever the numbers of ranks and workers and the micro-batch size were.
 
-        Raises UserError when it was saved for other data or another seed.  Counts go on with the same rank of the same
-        number of ranks and start at zero otherwise.
+        Raises UserError when it was saved for other data or another seed.  Counts go on where the state is this rank's
+        own (state.redistribute makes it so) and start at zero otherwise.
         """
         self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
         self._iterator = None
         if state["topology"] == self._topology():
-            self.counts = {current_reason(name): count for name, count in state["counts"].items()}
+            zeros = dict.fromkeys(("kept", "truncated", "skipped"), 0)
+            self.counts = zeros | {current_reason(name): count for name, count in state["counts"].items()}
+            self.inherited = {current_reason(name): count for name, count in state.get("inherited", {}).items()}
 
     def _expected_data(self) -> dict[str, Any]:
         return data_state.describe(self._batches.dataset.fingerprint, self.records, self._config.seed, self._meaning)

@@ -1,8 +1,11 @@
 """The data position as a dict of plain numbers and strings, which torch.load(weights_only=True) reads back."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.rejection import current_reason
 from megatron_patch.errors import UserError
 
 FORMAT = 1  # raise it whenever a position would come to mean another record
@@ -36,6 +39,22 @@ def check(state: Any, expected: dict[str, Any], path: str) -> int:
             f"({'; '.join(differences)}); resume with the same data and seed, or start with a new OUTPUT_BASEPATH"
         )
     return int(state["position"])
+
+
+def redistribute(states: Sequence[dict[str, Any]], rank: int, size: int) -> dict[str, Any]:
+    """What data-parallel rank `rank` of `size` goes on with after another number of ranks, from the states of these.
+
+    Rank 0 inherits the counts of all, the others none, so that the sum over the ranks goes on.  `inherited` keeps them
+    out of the limit of skipped records, which is a rank's own.
+
+    Args:
+        states: of all ranks that saved, rank 0's first; any rank but 0 may leave out the others.
+    """
+    total: Counter[str] = Counter()
+    for state in states if rank == 0 else ():
+        total.update({current_reason(name): count for name, count in state["counts"].items()})
+    topology = {"data_parallel_rank": rank, "data_parallel_size": size}
+    return {**states[0], "topology": topology, "counts": dict(total), "inherited": dict(total)}
 
 
 def read(file: str) -> dict[str, Any]:

@@ -63,9 +63,13 @@ def test_damaged_shards_are_named_not_silent(folder: str, settings: DataConfig, 
 
 def test_more_damage_than_tolerated_stops_the_run(folder: str, settings: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "wds")
-    for number in (1, 2):
-        (tmp_path / f"wds/train-00000{number}.tar").write_bytes(b"")
     loader = build_train_loader(str(tmp_path / "wds"), changed(settings, num_workers=1), 0, 1)
+    for number in (1, 2):  # after the look at the start
+        (tmp_path / f"wds/train-00000{number}.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"11 of \d+ records had to be skipped \(malformed 11\).*tolerated are 1%"):
         for _ in range(50):
             next(loader)
+    with pytest.raises(
+        UserError, match=r"20 of 93 records looked at cannot be used \(malformed 20; .*leave such records"
+    ):
+        build_train_loader(str(tmp_path / "wds"), settings, 0, 1)

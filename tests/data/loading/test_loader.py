@@ -13,11 +13,15 @@ import torch
 from megatron.energon import traverse_metadataset
 
 from megatron_patch.data.loading import DataConfig, build_train_loader, build_valid_loader
+from megatron_patch.data.loading import state as data_state
 from megatron_patch.data.loading.blend import read_parts
+from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.loading.label_check import too_many
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
+from megatron_patch.training.loader_state import read_saved_state
 from tests.data.factories import changed, make_records
 
 TRAIN, VALID = 93, 10
@@ -122,6 +126,74 @@ def test_resume_with_other_ranks_workers_and_batch_size_loses_and_repeats_nothin
     assert len(set(first + rest[: TRAIN - 36])) == TRAIN
 
 
+def test_counts_go_on_under_another_number_of_ranks(folder: str, settings: DataConfig, tmp_path: Path) -> None:
+    """2 ranks, then 1, then 2, over an epoch and a half of data with bad records: sums as of one rank never stopped."""
+    chosen = changed(settings, micro_batch_size=1, max_skipped_share=0.5)
+    damaged = spoilt(folder, tmp_path / "wds", every=7)
+    alone = build_train_loader(damaged, chosen, 0, 1)
+    states: list[dict] = []
+    for size, steps in ((2, 20), (1, 30), (2, 35)):
+        if states:
+            laid_down(states, tmp_path / "data/iter_0000005")
+        loaders = []
+        for rank in range(size):
+            state = read_saved_state(tmp_path, 5, rank, size) if states else None
+            loaders.append(build_train_loader(damaged, chosen, rank, size, state=state))
+        for _ in range(steps):
+            for one in loaders:
+                next(one)
+                next(alone)
+        states = [one.save_state() for one in loaders]
+        total = sum((Counter(one.counts) for one in loaders), Counter())
+        assert total == Counter(alone.counts)
+    assert total["skipped"] == total["skipped: not an image"] >= 10 and total["kept"] + total["skipped"] == 140
+    inherited = states[0]["inherited"]
+    assert inherited["kept"] + inherited["skipped"] == 70 and states[1]["inherited"] == {}
+    laid_down(states, tmp_path / "data/iter_0000005")
+    again = [
+        build_train_loader(damaged, chosen, rank, 2, state=read_saved_state(tmp_path, 5, rank, 2)) for rank in (0, 1)
+    ]
+    assert [one.save_state() for one in again] == states, "as many ranks: each goes on with its own"
+    (tmp_path / "data/iter_0000005/mp_rank_00/train_dataloader_dprank001.pt").unlink()
+    with pytest.raises(UserError, match="no data position of rank 1 in the checkpoint"):
+        read_saved_state(tmp_path, 5, 0, 1)
+
+
+def test_inherited_counts_stop_no_rank(folder: str, settings: DataConfig, tmp_path: Path) -> None:
+    """Each of four ranks may skip ten records; the one rank that goes on has forty behind it and may skip ten more."""
+    chosen = changed(settings, micro_batch_size=1)
+    state = build_train_loader(folder, chosen, 0, 1).save_state()
+    told = {"kept": 10, "truncated": 0, "skipped": 10, "skipped: turns": 10}
+    state = data_state.redistribute([{**state, "counts": told}] * 4, 0, 1)
+    loader = build_train_loader(folder, chosen, 0, 1, state=state)
+    assert loader.counts == {"kept": 40, "truncated": 0, "skipped": 40, "skipped: turns": 40}
+    take(loader, 5)
+    loader._count({}, [("r", "turns", "many")] * 10)
+    assert loader.counts["skipped"] == 50
+    with pytest.raises(UserError, match=r"11 of 16 records had to be skipped \(turns 11\)"):
+        loader._count({}, [("r", "turns", "many")])
+
+
+def laid_down(states: list[dict], folder: Path) -> None:
+    """Save states of all ranks as Megatron does."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "mp_rank_00").mkdir(parents=True)
+    for rank, state in enumerate(states):
+        torch.save({"dataloader_state_dict": state}, folder / f"mp_rank_00/train_dataloader_dprank{rank:03d}.pt")
+
+
+def spoilt(folder: str, copy: Path, every: int) -> str:
+    """A copy of a folder in which one record in `every` has lost its image, where it had one."""
+    shutil.copytree(folder, copy)
+    whole = EnergonFolder(folder, "train")
+    for index in range(0, len(whole), every):
+        image = whole[index].get("jpg")
+        if image is not None:
+            tar = copy / whole[index]["__shard__"]
+            tar.write_bytes(tar.read_bytes().replace(image, b"\0" * len(image)))
+    return str(copy)
+
+
 def test_state_holds_plain_types_only(folder: str, settings: DataConfig) -> None:
     loader = build_train_loader(folder, settings, 0, 1)
     take(loader, 3)
@@ -192,6 +264,44 @@ def test_long_records_are_cut_counted_and_left_out_when_nothing_is_left(folder: 
     assert cut.counts["kept"] + cut.counts["skipped"] == TRAIN
     with pytest.raises(UserError, match=r"93 of 93 records looked at carry no label .*raise DECODER_SEQ_LEN"):
         build_train_loader(folder, changed(settings, decoder_seq_len=40), 0, 1)
+
+
+def test_data_that_cannot_be_used_is_refused_at_the_start(folder: str, settings: DataConfig, tmp_path: Path) -> None:
+    """Every third record has two turns, which `plain` does not hold; a run would end after some batches."""
+    words = (
+        r"33 of 93 records looked at cannot be used \(turns 33; the last one: turns: .*tolerated are 1%; choose a CONV"
+    )
+    with pytest.raises(UserError, match=words):
+        build_train_loader(folder, changed(settings, template="plain"), 0, 1)
+    assert build_train_loader(folder, changed(settings, template="plain", max_skipped_share=0.36), 0, 1)
+    damaged = spoilt(folder, tmp_path / "damaged", every=1)  # texts alone would not show it
+    with pytest.raises(UserError, match=r"of 93 records looked at cannot be used \(not an image \d\d; .*leave such"):
+        build_train_loader(damaged, settings, 0, 1)
+
+
+def test_nothing_usable_is_refused_whatever_is_tolerated(settings: DataConfig, tmp_path: Path) -> None:
+    root = make_records(tmp_path, 3)
+    convert(root / "data.json", [root / "images"], root / "wds", ratio=(1,))
+    damaged = spoilt(str(root / "wds"), tmp_path / "damaged", every=1)
+    few = build_train_loader(damaged, changed(settings, max_skipped_share=1.0), 0, 1)
+    assert few.records == 3, "one of the three has no image"
+    with pytest.raises(UserError, match="2 of 3 records looked at cannot be used"):
+        build_train_loader(damaged, settings, 0, 1)
+    for tar in Path(damaged).glob("*.tar"):
+        tar.write_bytes(b"\0" * tar.stat().st_size)
+    with pytest.raises(UserError, match=r"3 of 3 records looked at cannot be used \(malformed 3"):
+        build_train_loader(damaged, changed(settings, max_skipped_share=1.0), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "share", "many"),
+    [
+        *((10, 500, 0.01, False), (11, 500, 0.01, True), (30, 500, 0.06, False), (31, 500, 0.06, True)),
+        *((10, 20, 0.01, False), (11, 20, 0.01, True), (2, 3, 0.01, True), (3, 3, 1.0, False), (0, 0, 0.01, False)),
+    ],
+)
+def test_a_few_bad_records_are_tolerated(count: int, of: int, share: float, many: bool) -> None:
+    assert too_many(count, of, share) == many
 
 
 def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: DataConfig) -> None:

@@ -92,8 +92,8 @@ def test_packed_rows_change_their_order_but_not_their_records() -> None:
     assert {len(row) for row in first} == {3}
 
 
-@pytest.mark.parametrize("capacity", [2048, 4096])
-def test_rows_are_at_least_95_percent_full_on_a_realistic_mix(capacity: int) -> None:
+@pytest.mark.parametrize(("capacity", "least"), [(2048, 0.96), (4096, 0.998)])
+def test_rows_are_nearly_full_on_a_realistic_mix(capacity: int, least: float) -> None:
     """Lengths like LLaVA-1.5's instruction mix: three of four with 576 image tokens, texts log-normal around 150."""
     random = np.random.RandomState(1)
     texts = np.clip(random.lognormal(5.0, 0.9, 20_000), 20, capacity - 600).astype(np.int32)
@@ -104,7 +104,7 @@ def test_rows_are_at_least_95_percent_full_on_a_realistic_mix(capacity: int) -> 
     fullness = lengths.tokens.sum() / (len(rows) * capacity)
     assert fullness == pytest.approx(packed.fullness)
     print(f"rows of {capacity}: {fullness:.1%} full, {20_000 / len(rows):.1f} records each")
-    assert fullness >= 0.95
+    assert fullness >= least
 
 
 def test_packing_takes_the_fullest_row_that_fits() -> None:

@@ -3,12 +3,14 @@
     python benchmark_conversion.py --size 7B [--work FOLDER]
 
 Makes a LLaVA of random bf16 weights, converts it to a Megatron checkpoint and back with the public command, each time
-right after copying the same files, all from a disk cache emptied of them.  The peak is the resident memory of the
+right after copying the same files, all from a disk cache emptied of them; at the end every byte of the export is
+compared with the source.  The peak is the resident memory of the
 converting process as the kernel counts it (VmHWM, imports included).  Needs three times the size on the disk;
 everything is deleted at the end, also after a failure.  Exit code 0: both targets are met; 1: not; 2: no room.
 """
 
 import argparse
+import filecmp
 import json
 import os
 import re
@@ -167,23 +169,12 @@ def conversion(source: Path, target: Path, size: str, back: bool, log: Path) -> 
     return measured([sys.executable, str(script), *command, "--no-progress", *(["--mg2hf"] if back else [])], log)
 
 
-def same_samples(one: Path, other: Path, samples: int = 64) -> bool:
-    """Are both folders' weight files alike in size and in `samples` pieces of 1 MiB each?"""
-    piece = 2**20
+def same_bytes(one: Path, other: Path) -> bool:
+    """Are both folders' weight files equal, every byte of them?"""
     names = sorted(path.name for path in one.glob("*.safetensors"))
-    if names != sorted(path.name for path in other.glob("*.safetensors")):
+    if not names or names != sorted(path.name for path in other.glob("*.safetensors")):
         return False
-    for name in names:
-        size = (one / name).stat().st_size
-        if size != (other / name).stat().st_size:
-            return False
-        with open(one / name, "rb") as first, open(other / name, "rb") as second:
-            for number in range(samples):
-                for file in (first, second):
-                    file.seek(max(0, size - piece) * number // max(1, samples - 1))
-                if first.read(piece) != second.read(piece):
-                    return False
-    return True
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
 
 
 def benchmark(size: str, work: Path) -> bool:
@@ -209,7 +200,7 @@ def benchmark(size: str, work: Path) -> bool:
             f"{nbytes / 1e9 / plain.seconds:>6.2f} {share:>6.0%} {ours.peak_mib:>9.0f}",
             flush=True,
         )
-    if not same_samples(source, exported):
+    if not same_bytes(source, exported):
         print("NOT EQUAL: the export differs from the source")
         return False
     goal = f"at least {SHARE_OF_COPY:.0%} of the speed of cp + sync, at most {PEAK_MIB} MiB"

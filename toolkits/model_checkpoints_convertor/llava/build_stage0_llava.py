@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
     )
     parser.add_argument("--mm-projector", metavar="FILE", help="an mm_projector.bin instead of a new projector")
-    parser.add_argument("--seed", type=int, default=1234, help="of the new projector's weights")
+    parser.add_argument("--seed", type=int, help="of the new projector's weights; default: 1234")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args()
 

@@ -43,12 +43,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
     )
     parser.add_argument("--vision-feature-layer", type=int, help="of --source-clip, for the projector; default: -2")
-    parser.add_argument("--seed", type=int, default=1234, help="of a new projector's weights")
+    parser.add_argument("--seed", type=int, help="of a new projector's weights; default: 1234")
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        default=FORMATS[0],
-        help="torch_dist: read with any TP and PP; torch: one file per rank of the TP and PP given; exports read both",
+        help="torch_dist (default): read with any TP and PP; torch: one file per rank of the TP and PP given; exports "
+        "see it themselves",
     )
     parser.add_argument(
         "--layout",
@@ -64,11 +64,15 @@ def _folder(text: str) -> Path | None:
     return None if text in ("none", "") else Path(text)
 
 
+# Options of one direction only; "none" and [] are the same as leaving them out.
+TO_MEGATRON = ("source_clip", "projector", "mm_projector", "add_tokens", "vision_feature_layer", "seed", "format")
+FROM_MEGATRON = ("hf_checkpoint", "layout", "vision_tower_name")
+
+
 def _check_direction(arguments: argparse.Namespace) -> None:
-    """Arguments of the other direction are refused, not ignored."""
-    forward, back = ("projector", "mm_projector", "add_tokens", "vision_feature_layer"), ("layout", "vision_tower_name")
-    for name in forward if arguments.mg2hf else back:
-        if getattr(arguments, name) not in (None, []):
+    """Refuse arguments of the other direction; what a source has no use for, its conversion refuses."""
+    for name in TO_MEGATRON if arguments.mg2hf else FROM_MEGATRON:
+        if getattr(arguments, name) not in (None, [], "none", ""):
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is for conversions {'to' if arguments.mg2hf else 'from'} Megatron; leave it out")
 
@@ -106,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
             add_tokens=arguments.add_tokens,
             vision_feature_layer=arguments.vision_feature_layer,
             seed=arguments.seed,
-            checkpoint_format=arguments.format,
+            checkpoint_format=arguments.format or FORMATS[0],
             **common,
         )
         shown = shlex.quote(os.path.abspath(arguments.target))

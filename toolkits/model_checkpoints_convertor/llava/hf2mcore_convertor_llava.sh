@@ -82,11 +82,16 @@ environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}")
 command=(
     "${arg[PYTHON]}" -u "$repository/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
     --model-size "${arg[MODEL_SIZE]}"
-    --source-llm "${arg[SOURCE_LLM_CKPT_PATH]}" --source-clip "${arg[SOURCE_CLIP_CKPT_PATH]}"
+    --source-llm "${arg[SOURCE_LLM_CKPT_PATH]}"
     --target "${arg[TARGET_CKPT_PATH]}"
     --tensor-model-parallel-size "${arg[TP]}" --pipeline-model-parallel-size "${arg[PP]}"
     --precision "${arg[PR]}"
 )
+if [[ ${arg[mg2hf]} == false ]]; then
+    command+=(--source-clip "${arg[SOURCE_CLIP_CKPT_PATH]}")
+elif [[ ${arg[SOURCE_CLIP_CKPT_PATH]} != none ]]; then
+    printf 'SOURCE_CLIP_CKPT_PATH is not used with mg2hf=true: the checkpoint holds its vision tower\n' >&2
+fi
 [[ -z ${arg[PROJECTOR]} ]] || command+=(--projector "${arg[PROJECTOR]}")
 [[ -z ${arg[PROJECTOR_PATH]} ]] || command+=(--mm-projector "${arg[PROJECTOR_PATH]}")
 [[ -z ${arg[VISION_FEATURE_LAYER]} ]] || command+=(--vision-feature-layer "${arg[VISION_FEATURE_LAYER]}")
