@@ -3,6 +3,8 @@
 #   bash tests/run_tests.sh                 all that are not marked slow
 #   bash tests/run_tests.sh --all           the slow proofs too
 #   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
+#   bash tests/run_tests.sh --mutants       breaks one line at a time and looks whether the tests notice (a quarter hour)
+#   bash tests/run_tests.sh --mutants TEXT  only those whose name, file or tests hold the text
 set -euo pipefail
 cd "$(dirname "$0")/.."
 selection=(-m "not slow")
@@ -14,4 +16,7 @@ PYTHON=$("$BASH" examples/setup_environment.sh)
 export PYTHON
 # Many tests start two processes: one thread each, or they fight over the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ ${1:-} == --mutants ]]; then
+    exec "$PYTHON" tests/run_mutants.py "${@:2}"
+fi
 exec "$PYTHON" -m pytest "${selection[@]}" "$@"
