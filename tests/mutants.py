@@ -382,7 +382,7 @@ DATA_OPTIONS = [
     ),
     *of(
         CONFIG,
-        effect("CONVERSATION_TEMPLATE=v1"),
+        effect("CONVERSATION_TEMPLATE=v1 with DECODER_SEQ_LEN"),
         ("CONVERSATION_TEMPLATE is ignored", "template = arguments.conversation_template", 'template = "auto"'),
     ),
     *of(CONFIG, effect("DATA_ORDER=single"), ("DATA_ORDER is ignored", "order=arguments.data_order", 'order="cyclic"')),
@@ -393,7 +393,7 @@ DATA_OPTIONS = [
     ),
     *of(
         CONFIG,
-        effect("GLOBAL_BATCH_SIZE=16 with DATA_ORDER"),
+        effect("GLOBAL_BATCH_SIZE=4 with DATA_ORDER"),
         ("steps of one modality have another size", "step_records=arguments.global_batch_size", "step_records=8"),
     ),
     *of(

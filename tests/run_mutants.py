@@ -5,6 +5,7 @@ one survived, if it could not be judged (its tests failed to run, or took too lo
 """
 
 import argparse
+import multiprocessing
 import os
 import queue
 import re
@@ -27,6 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
 LIMIT_S = 300  # for the tests of one mutant; on an idle machine the longest take a tenth of it
 TESTS_FAILED = 1  # pytest's exit code
+# Imported once and then forked: most tests would need longer to import them than to run.
+PRELOADED = ("torch.distributed.checkpoint", "transformers.models.auto.modeling_auto", "hypothesis", "pytest")
+PRELOADED += tuple(f"transformers.models.{name}.modeling_{name}" for name in ("llava", "mistral", "clip"))
+PRELOADED += ("transformers.generation.utils", "megatron.energon")
 _CULPRIT = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.*?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -74,29 +79,40 @@ def mutated(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
+def _here(folder: Path, tests: Sequence[str], printed: Path) -> None:
+    """pytest in this process, which was forked with PRELOADED in it and must not see the code outside of the copy."""
+    os.setsid()
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("tests", "megatron_patch", "__mp_main__"):
+            del sys.modules[name]
+    outside = {"", str(ROOT), str(ROOT / "tests")}
+    sys.path[:] = [str(folder), *(path for path in sys.path if path not in outside)]
+    # no caches of bytecode: a changed file may have the time and size of the one before
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"}
+    import pytest
+
+    sys.exit(int(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-rfE", *tests])))
+
+
 def run_pytest(folder: Path, tests: Sequence[str], limit_s: float) -> tuple[int | None, str]:
     """Exit code (None: too slow) and output of the tests in a copy, up to the first failure."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-rfE", *tests]
-    # without caches of bytecode: a changed file may have the time and size of the one before
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=limit_s)[0]
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    printed = folder.with_name(f"{folder.name}.printed")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    process = context.Process(target=_here, args=(folder, tests, printed))
+    process.start()
+    process.join(limit_s)
+    late = process.is_alive()
+    if late:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return None if late else process.exitcode, printed.read_text(errors="replace") if printed.is_file() else ""
 
 
 def judge(mutant: Mutant, folder: Path, limit_s: float = LIMIT_S) -> Verdict:
