@@ -1,6 +1,6 @@
-"""Breaks one line of a copy at a time and runs the tests that must notice: bash tests/run_tests.sh --mutants [WORD...]
+"""Breaks one line of a copy at a time and runs the tests that must notice: bash tests/run_tests.sh --mutants [TEXT...]
 
-WORDs choose mutants by a part of their name, file or tests.  Prints a line for each mutant and ends with exit code 1 if
+A TEXT chooses mutants by a part of their name, file or tests.  Prints a line for each mutant; exit code 1 if
 one survived, if it could not be judged (its tests failed to run, or took too long), or if the tests fail without it.
 """
 
@@ -181,16 +181,18 @@ def run(mutants: Sequence[Mutant], workers: int = WORKERS, limit_s: float = LIMI
         return list(pool.map(with_one, mutants))
 
 
-def main(words: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS) -> int:
+def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="a part of a mutant's name, file or tests; default: all"
+        "texts", nargs="*", metavar="TEXT", help="a part of a mutant's name, file or tests; default: all"
     )
     parser.add_argument("--workers", type=int, default=WORKERS, help="copies that are tested at a time")
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for the tests of one mutant")
-    given = parser.parse_args(words)
-    chosen = [m for m in mutants if not given.words or any(w in f"{m.name} {m.file} {m.tests}" for w in given.words)]
+    given = parser.parse_args(arguments)
+    chosen = [
+        m for m in mutants if not given.texts or any(text in f"{m.name} {m.file} {m.tests}" for text in given.texts)
+    ]
     begin = time.monotonic()
     try:
         verdicts = run(chosen, given.workers, given.limit)

@@ -1,6 +1,6 @@
 """A program under observation: which of its layers ran how often.
 
-python tests/training/observer.py SEEN.json SCRIPT WORDS OF THE SCRIPT
+python tests/training/observer.py SEEN.json SCRIPT ARGUMENTS OF THE SCRIPT
 
 SEEN.json: {"calls": {"TransformerLayer 64 1": 2, ...}, "deterministic": bool}: class, hidden width, number of a layer.
 """
