@@ -758,6 +758,11 @@ RUNS = [
         ("TOWER_AC is ignored", "tower_recompute=args.vision_tower_recompute", "tower_recompute=None"),
     ),
     *of(
+        "megatron_patch/training/callbacks.py",
+        f"{RECOMPUTED}[attention of the decoder, layers of the tower]",
+        ("every rank is traced", "args.trace_iterations and args.rank in args.trace_ranks", "args.trace_iterations"),
+    ),
+    *of(
         LAUNCHER,
         f"{RECOMPUTED}[the first three layers of the decoder, attention of the tower]",
         (

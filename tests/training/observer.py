@@ -1,4 +1,4 @@
-"""A program under observation: which of its layers ran how often.
+"""A program under observation: which of its layers ran how often on rank 0.
 
 python tests/training/observer.py SEEN.json SCRIPT ARGUMENTS OF THE SCRIPT
 
@@ -6,6 +6,7 @@ SEEN.json: {"calls": {"TransformerLayer 64 1": 2, ...}, "deterministic": bool}: 
 """
 
 import json
+import os
 import runpy
 import sys
 from collections import Counter
@@ -32,7 +33,8 @@ def main() -> None:
     torch.nn.modules.module.register_module_forward_pre_hook(count)
     runpy.run_path(script, run_name="__main__")
     told = {"calls": calls, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    seen.write_text(json.dumps(told))
+    if os.environ["RANK"] == "0":
+        seen.write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ OBSERVED = {
     **dict.fromkeys(("ACCELERATOR", "MASTER_PORT"), "tests/launchers/test_commands.py"),
     **dict.fromkeys(("NPROC_PER_NODE", "LOG_INTERVAL", "EVAL_INTERVAL", "PROFILE"), "tests/training/test_callbacks.py"),
     **dict.fromkeys(("EVAL_ITERS", "SAMPLE_ANSWERS"), "tests/training/test_sample_generation.py"),
-    **dict.fromkeys(("PROFILE_RANKS", "WANDB_NAME"), WORDS),
+    "PROFILE_RANKS": HERE,
+    "WANDB_NAME": WORDS,
     "WANDB_PROJECT": "tests/training/test_callbacks.py",
     "CHECK": "tests/training/test_data_options.py",
     "EMA_DECAY": "tests/training/test_ema.py",
@@ -438,13 +439,13 @@ def test_a_modules_lowest_rate_keeps_the_ratio() -> None:
     assert found["language_model"] == {"module": "language_model"}
 
 
-# --- What is recomputed
+# --- What is recomputed, and who is traced
 
 
 def observed(workspace: Workspace, folder: Path, **options: object) -> dict:
-    """What tests/training/observer.py saw in a run of one micro-batch."""
+    """What tests/training/observer.py saw on rank 0 of a run of one micro-batch."""
     steps = {"TRAIN_ITERS": 1, "LR_WARMUP_ITERS": 0, "EVAL_ITERS": 0, "BATCH_SIZE": 8, "GLOBAL_BATCH_SIZE": 8}
-    words, environment = command(workspace, folder / "out", **steps, **options)
+    words, environment = command(workspace, folder / "out", **{**steps, **options})
     dry = subprocess.run(words, env=environment | {"DRY_RUN": "1"}, capture_output=True, text=True, check=True)
     line = dry.stdout.splitlines()
     script = next(number for number, word in enumerate(line) if word.endswith("pretrain_llava.py"))
@@ -454,29 +455,31 @@ def observed(workspace: Workspace, folder: Path, **options: object) -> dict:
     return json.loads((folder / "seen.json").read_text())
 
 
+TWO_RANKS = {"NPROC_PER_NODE": 2, "GLOBAL_BATCH_SIZE": 16}
 DECODER, TOWER = 64, 48  # hidden widths of the tiny models
 RECOMPUTED = {
     "the first three layers of the decoder, attention of the tower": (
         {"AC": "full", "RECOMPUTE_METHOD": "block", "RECOMPUTE_LAYERS": 3, "TOWER_AC": "sel", "DETERMINISTIC": "true"},
         {DECODER: [2, 2, 2, 1], TOWER: [1, 1, 1]},
         {DECODER: 3 * 2 + 1, TOWER: 3 * 2},
-        True,
+        (True, []),
     ),
     "attention of the decoder, layers of the tower": (
-        {"AC": "sel", "TOWER_AC": "full"},
+        {"AC": "sel", "TOWER_AC": "full"} | TWO_RANKS | {"PROFILE": "1-1", "PROFILE_RANKS": "1"},
         {DECODER: [1, 1, 1, 1], TOWER: [2, 2, 2]},
         {DECODER: 4 * 2, TOWER: 3 * 2},
-        False,
+        (False, ["rank_001_iterations_1-1.json.gz"]),
     ),
 }
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)
 def test_what_is_recomputed(case: str, workspace: Workspace, tmp_path: Path) -> None:
-    options, layers, attentions, deterministic = RECOMPUTED[case]
+    options, layers, attentions, (deterministic, traces) = RECOMPUTED[case]
     seen = observed(workspace, tmp_path, **options)
     for width, expected in layers.items():
         calls = [seen["calls"][f"TransformerLayer {width} {number}"] for number in range(1, len(expected) + 1)]
         assert calls == expected, (width, seen)
         assert seen["calls"][f"ScaledDotProductAttention {width}"] == attentions[width], (width, seen)
     assert seen["deterministic"] == deterministic
+    assert [path.name for path in tmp_path.glob("out/profile/*")] == traces
