@@ -403,15 +403,16 @@ def test_the_first_step_of_the_optimizer(workspace: Workspace, tmp_path: Path) -
 
     Moments after it: (1 - beta1) g and (1 - beta2) g^2, of the clipped gradient g.
     """
-    steps = {"TRAIN_ITERS": 1, "SAVE_INTERVAL": 1, "LR_WARMUP_ITERS": 0, "EVAL_ITERS": 0}
-    run(workspace, tmp_path / "out", **steps, **FIRST_STEP)
+    once = {"TRAIN_ITERS": 1, "SAVE_INTERVAL": 1, "LR_WARMUP_ITERS": 0, "EVAL_ITERS": 0}
+    run(workspace, tmp_path / "out", **once, **FIRST_STEP)
     before = weights(workspace.checkpoint / "release")
     after = weights(tmp_path / "out/checkpoint/iter_0000001")
     for name, weight in before.items():
         rate, decay = OWN[name.split(".")[0]]
         if weight.dim() == (3 if ".layers." in name else 2):  # vectors do not decay: Megatron's rule
-            steps_taken = (after[name][: len(weight)] - weight * (1 - rate * decay)).abs()
-            assert steps_taken.median() == pytest.approx(rate, rel=1e-2), name
+            steps = (after[name][: len(weight)] - weight * (1 - rate * decay)).abs() / rate
+            steps = steps[(steps > 0.5).any(dim=-1)]  # rows of the embedding that no token used decay only
+            assert ((steps - 1).abs() < 0.02).float().mean() > 0.9, name
     with CheckpointReader(tmp_path / "out/checkpoint/iter_0000001") as reader:
         squares = 0.0
         for name in (name for name in reader.tensors if "exp_avg." in name):
