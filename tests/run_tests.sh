@@ -4,6 +4,8 @@
 #   bash tests/run_tests.sh --all           the slow proofs too; names at its end what it left out, and why
 #   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
 # COLD_START=1 in the environment starts every run as a user's; else most start from tests/warm/server.py.
+#   bash tests/run_tests.sh --mutants       breaks one line at a time and looks whether the tests notice (a quarter hour)
+#   bash tests/run_tests.sh --mutants TEXT  only those whose name, file or tests hold the text
 set -euo pipefail
 cd "$(dirname "$0")/.."
 selection=(-m "not slow")
@@ -15,4 +17,7 @@ PYTHON=$("$BASH" examples/setup_environment.sh)
 export PYTHON
 # Many tests start two processes: one thread each, or they fight over the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ ${1:-} == --mutants ]]; then
+    exec "$PYTHON" tests/run_mutants.py "${@:2}"
+fi
 exec "$PYTHON" -m pytest "${selection[@]}" "$@"

@@ -3,12 +3,13 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py CASES.json
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
-             "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
+             "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
 A batch holds tokens, labels and pixels, and the same records packed into one row with cu_seqlens.  A result holds
-logits [B, S, V] (CP 1 only), loss, projector gradient and, where queries and keys are normed, the gradient of the first
-layer's query norm; loss and gradients once more of the packed row, under names that begin with `packed_`.
+logits [B, S, V], loss, and of the named weights on this stage the gradients [TP, ...] of the mean loss, those of all
+tensor-parallel ranks behind each other; all of it once more of the packed row, under names that begin with `packed_`.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -70,8 +71,8 @@ def through_stages(
     return output, received
 
 
-def gradient_of_projector(model: LlavaModel, output: torch.Tensor, received: torch.Tensor | None, count: float):
-    """Backward through the pipeline; the gradient of the mean loss by the projector's last bias, on stage 0."""
+def backward(output: torch.Tensor, received: torch.Tensor | None, count: float) -> None:
+    """Of the mean loss, through the pipeline."""
     if mpu.is_pipeline_last_stage():
         (output[0] / count).backward()
     else:
@@ -80,40 +81,60 @@ def gradient_of_projector(model: LlavaModel, output: torch.Tensor, received: tor
         output.backward(gradient)
     if received is not None:
         torch.distributed.send(received.grad.contiguous(), mpu.get_pipeline_model_parallel_prev_rank())
-        return None
-    gradient = model.vision_projection.encoder.linear_fc2.bias.grad.clone()
-    torch.distributed.all_reduce(gradient, group=mpu.get_context_parallel_group())
-    return gradient
 
 
-def gradient_of_query_norm(model: LlavaModel) -> torch.Tensor | None:
-    """Of the decoder's first layer, summed over the ranks that hold other heads as Megatron's trainer sums it."""
-    name = "language_model.decoder.layers.0.self_attention.q_layernorm.weight"
-    parameter = dict(model.named_parameters()).get(name)
-    if parameter is None or not mpu.is_pipeline_first_stage():
-        return None
+def gradients(model: LlavaModel, names: list[str]) -> dict[str, torch.Tensor]:
+    """Of the named weights on this stage [TP, ...], summed over ranks as Megatron's trainer sums them."""
     model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
     reduce = sys.modules[finalize_model_grads.__module__]._allreduce_non_tensor_model_parallel_grads
     reduce([model], model.config)
-    gradient = parameter.grad.clone()
-    torch.distributed.all_reduce(gradient, group=mpu.get_context_parallel_group())
-    return gradient
+    found = {}
+    for name, parameter in model.named_parameters():
+        # a later stage counts its layers from 0 again
+        if name in names and (mpu.is_pipeline_first_stage() or ".layers." not in name):
+            gradient = parameter.grad.clone()
+            torch.distributed.all_reduce(gradient, group=mpu.get_context_parallel_group())
+            parts = [torch.empty_like(gradient) for _ in range(mpu.get_tensor_model_parallel_world_size())]
+            torch.distributed.all_gather(parts, gradient, group=mpu.get_tensor_model_parallel_group())
+            found[name] = torch.stack(parts)
+    return found
 
 
-def loss_and_gradients(model: LlavaModel, tokens, labels, pixels, cu_seqlens) -> dict[str, torch.Tensor | None]:
-    """Forward and backward; what this stage knows of the result."""
+def whole_sequence(logits: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """Logits [B, S / CP, V] of this rank -> [B, S, V] of all; bounds: of the records, each cut for itself.
+
+    Rank r of n holds pieces r and 2n - 1 - r of 2n: Megatron's rule, written down here a second time on purpose.
+    """
+    size = mpu.get_context_parallel_world_size()
+    ranks = [torch.empty_like(logits) for _ in range(size)]
+    torch.distributed.all_gather(ranks, logits.contiguous(), group=mpu.get_context_parallel_group())
+    records = []
+    for start, end in itertools.pairwise(bounds):
+        pieces = [None] * 2 * size
+        for rank, part in enumerate(ranks):
+            pieces[rank], pieces[2 * size - 1 - rank] = part[:, start // size : end // size].chunk(2, dim=1)
+        records.append(torch.cat(pieces, dim=1))
+    return torch.cat(records, dim=1)
+
+
+def everything(model: LlavaModel, names, tokens, labels, pixels, cu_seqlens) -> dict[str, torch.Tensor]:
+    """Logits; forward and backward; what this stage knows of the result."""
+    result = {}
+    with torch.no_grad():
+        logits, _ = through_stages(model, tokens, None, pixels, cu_seqlens)
+    if mpu.is_pipeline_last_stage():
+        bounds = [0, tokens.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        result["logits"] = whole_sequence(logits, bounds)
+    model.zero_grad()
     output, received = through_stages(model, tokens, labels, pixels, cu_seqlens)
     total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
     torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
     count = float((labels != -100).sum())
-    result = {
-        "gradient": gradient_of_projector(model, output, received, count),
-        "query_norm": gradient_of_query_norm(model),
-    }
     if mpu.is_pipeline_last_stage():
         assert total[1] == count, (total, count)
         result["loss"] = total[0] / total[1]
-    return result
+    backward(output, received, count)
+    return result | gradients(model, names)
 
 
 def main() -> None:
@@ -126,19 +147,14 @@ def main() -> None:
         model = build(Path(case["checkpoint"]), plan)
         batch = torch.load(case["batch"], weights_only=True)
         tokens, labels, pixels = batch["tokens"], batch["labels"], batch["pixels"]
-        result = {}
-        if plan["context"] == 1:
-            with torch.no_grad():
-                logits, _ = through_stages(model, tokens, None, pixels)
-            result["logits"] = logits
-        result |= loss_and_gradients(model, tokens, labels, pixels, None)
-        model.zero_grad()
         packed = batch["packed"]
-        again = loss_and_gradients(model, packed["tokens"], packed["labels"], pixels, packed["cu_seqlens"])
+        result = everything(model, plan["weights"], tokens, labels, pixels, None)
+        text = (packed["tokens"], packed["labels"])
+        again = everything(model, plan["weights"], *text, pixels, packed["cu_seqlens"])
         result |= {f"packed_{name}": value for name, value in again.items()}
         stage = mpu.get_pipeline_model_parallel_rank()
         if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:
-            torch.save({k: v for k, v in result.items() if v is not None}, f"{case['result']}.{stage}")
+            torch.save(result, f"{case['result']}.{stage}")
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,0 +1,919 @@
+"""Faults of one line that the tests must notice, room by room; tests/run_mutants.py puts them in, one at a time.
+
+Each row is (what it breaks, text of the line, text in its place).  The text stands exactly once in the file: when the
+code moves, the row moves with it (tests/test_mutants.py).  The tests named are the quickest that notice.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.  tests: pytest's names of those of which one must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def of(file: str, tests: str | tuple[str, ...], *faults: tuple[str, str, str]) -> list[Mutant]:
+    """Faults of one file that the same tests notice."""
+    names = (tests,) if isinstance(tests, str) else tests
+    return [Mutant(name, file, old, new, names) for name, old, new in faults]
+
+
+LLAVA = "megatron_patch/model/llava.py"
+ATTENTION = "megatron_patch/model/attention.py"
+CONFIG = "megatron_patch/training/config.py"
+LOADER, SAMPLER = "megatron_patch/data/loading/loader.py", "megatron_patch/data/loading/sampler.py"
+ENCODER, COLLATOR = "megatron_patch/data/loading/task_encoder.py", "megatron_patch/data/loading/collator.py"
+CONVERSATION, IMAGE = "megatron_patch/data/conversation.py", "megatron_patch/data/image.py"
+PIPELINE = "megatron_patch/data/preparation/pipeline.py"
+RETENTION = "megatron_patch/training/checkpoint_retention.py"
+LAUNCHER = "examples/launcher.sh"
+
+PARITY = "tests/model/test_parity.py::test_logits_loss_and_gradients_equal_transformers"
+ONE_PROCESS, CP2, TP2_SP = (f"{PARITY}[{run}]" for run in ("one process, mistral", "CP2, llama", "TP2+SP, llama"))
+FREEZING = "tests/training/test_freezing.py::test_frozen_weights_keep_their_bytes_and_the_others_move"
+EFFECTS = "tests/training/test_option_effects.py"
+STILL = "tests/training/test_sample_generation.py"
+SAME_RECORDS, GREEDY = (
+    f"{STILL}::test_every_validation_sees_the_first_records",
+    f"{STILL}::test_answers_are_transformers_greedy_ones",
+)
+FIRST_STEP = f"{EFFECTS}::test_the_first_step_of_the_optimizer"
+RECOMPUTED = f"{EFFECTS}::test_what_is_recomputed"
+SIGLIP = f"{EFFECTS}::test_siglip_squeezes_where_clip_crops"
+MAX_SKIPPED = f"{EFFECTS}::test_max_skipped_is_the_share_of_records_that_may_be_bad"
+OF_LOADER = "tests/data/loading/test_loader.py"
+OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
+EXACT = f"{OF_LOADER}::test_resume_is_exact"
+OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
+OF_RETENTION = "tests/training/test_checkpoint_retention.py"
+GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
+OF_IMAGE = "tests/data/test_image.py"
+WORDS = "tests/launchers/test_megatron_words.py"
+
+
+def effect(row: str) -> str:
+    """The test of a row of the table of options."""
+    return f"{EFFECTS}::test_an_option_changes_the_data[{row}]"
+
+
+MODEL = [
+    *of(
+        LLAVA,
+        f"{FREEZING}[stage 1]",
+        (
+            "stage 1 trains the language model",
+            "(self.language_model, self.frozen.language_model)",
+            "(self.language_model, False)",
+        ),
+        ("a frozen tower decays", "(self.vision_model, self.frozen.vision_tower)", "(self.vision_model, False)"),
+    ),
+    *of(
+        LLAVA,
+        f"{FREEZING}[the tower alone]",
+        (
+            "a frozen projector learns",
+            "(self.vision_projection, self.frozen.projector)",
+            "(self.vision_projection, False)",
+        ),
+        (
+            "a trained tower gets no gradient",
+            "with torch.no_grad() if self.frozen.vision_tower else",
+            "with torch.no_grad() if True else",
+        ),
+    ),
+    *of(
+        LLAVA,
+        ONE_PROCESS,
+        ("the class token instead of the last patch", "features = features[:, 1:]", "features = features[:, :-1]"),
+        (
+            "pixels are not divided by their deviation",
+            "- self.pixel_mean) / self.pixel_std",
+            "- self.pixel_mean) / 255",
+        ),
+        (
+            "the embedding of text gets no gradient",
+            "text.masked_scatter(is_image",
+            "text.detach().masked_scatter(is_image",
+        ),
+        (
+            "the tower's features get no gradient",
+            "return self.vision_projection(features)",
+            "return self.vision_projection(features.detach())",
+        ),
+        ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
+        (
+            "padding of the vocabulary takes probability",
+            'return logits.masked_fill(is_padding, float("-inf"))',
+            "return logits",
+        ),
+        ("another GELU in the tower", "states * torch.sigmoid(1.702 * states)", "states * torch.sigmoid(1.6 * states)"),
+        ("the tower's own norm epsilon is ignored", "layernorm_epsilon=tower.norm_epsilon", "layernorm_epsilon=1e-2"),
+    ),
+    *of(
+        ATTENTION,
+        ONE_PROCESS,
+        ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
+        ("scores are scaled otherwise", "scale=self.softmax_scale,", "scale=0.2,"),
+    ),
+    *of(
+        ATTENTION,
+        CP2,
+        (
+            "another cut of context parallelism",
+            "first + (2 * size - 1 - rank) * chunk",
+            "first + (size + rank) * chunk",
+        ),
+        (
+            "a token does not see itself over ranks",
+            "mine[:, None] >= everyone[None, :]",
+            "mine[:, None] > everyone[None, :]",
+        ),
+        (
+            "packed records are cut from the row's start",
+            "start + zigzag_positions((end - start)",
+            "0 * start + zigzag_positions((end - start)",
+        ),
+    ),
+    *of(
+        LLAVA,
+        TP2_SP,
+        (
+            "the gradient of gathered states is summed twice",
+            "tensor_parallel_output_grad=False",
+            "tensor_parallel_output_grad=True",
+        ),
+    ),
+    *of(
+        "megatron_patch/geometry.py",
+        "tests/conversion/test_room.py::test_running_layers",
+        ("one layer of the tower too few", "else layers + 1 + feature_layer", "else layers + feature_layer"),
+    ),
+]
+
+CONVERSION = [
+    *of(
+        "megatron_patch/conversion/transforms.py",
+        "tests/conversion/test_transforms.py::test_query_key_value",
+        (
+            "heads are not interleaved by group",
+            "torch.cat(per_group, dim=1).reshape(-1, *rest)",
+            "torch.cat(per_group, dim=0).reshape(-1, *rest)",
+        ),
+        ("export takes other rows of a group", ".split(rows, dim=1)", ".flip(0).split(rows, dim=1)"),
+    ),
+    *of(
+        "megatron_patch/conversion/table.py",
+        ONE_PROCESS,
+        (
+            "gate and up change places",
+            '("mlp.gate_proj.weight", (f, h)), ("mlp.up_proj.weight", (f, h))',
+            '("mlp.up_proj.weight", (f, h)), ("mlp.gate_proj.weight", (f, h))',
+        ),
+        (
+            "every group of queries has one head",
+            "qkv = QueryKeyValue(language.heads, language.groups)",
+            "qkv = QueryKeyValue(language.heads, language.heads // 4)",
+        ),
+        (
+            "the norms of a layer change places",
+            '"self_attention.linear_qkv.layer_norm_weight", Same(), ("input_layernorm.weight"',
+            '"self_attention.linear_qkv.layer_norm_weight", Same(), ("post_attention_layernorm.weight"',
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/plan.py",
+        "tests/conversion/test_round_trip.py::test_new_projector_is_torch_linear",
+        (
+            "a new projector starts too wide",
+            "bound = 1 / math.sqrt(part.shape[1])",
+            "bound = 2 / math.sqrt(part.shape[1])",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/plan.py",
+        "tests/conversion/test_stage0.py::test_padding_tokens_and_projector",
+        ("new rows of the vocabulary are a sum", "mean = (total / old)", "mean = (total / 1)"),
+    ),
+    *of(
+        "megatron_patch/conversion/output.py",
+        "tests/conversion/test_refusals.py::test_full_disk_and_kill",
+        (
+            "a killed conversion looks finished",
+            'stage = target.with_name(f"{target.name}.tmp-{os.getpid()}")',
+            "stage = target",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/output.py",
+        "tests/conversion/test_refusals.py::test_too_little_disk",
+        ("free space is not compared", "if free < wanted:", "if free < 0:"),
+    ),
+    *of(
+        "megatron_patch/conversion/output.py",
+        "tests/conversion/test_refusals.py::test_existing_targets",
+        ("a target that holds something is taken", "if target.is_dir() and any(target.iterdir()):", "if False:"),
+    ),
+]
+
+LABELS_AND_MASKS = [
+    *of(
+        ENCODER,
+        OF_BATCH,
+        (
+            "labels are not shifted",
+            "labels[:-1][trained[1:]] = tokens[1:][trained[1:]]",
+            "labels[trained] = tokens[trained]",
+        ),
+    ),
+    *of(
+        ENCODER,
+        f"{OF_LOADER}::test_tiles_are_images_of_their_own",
+        ("tiles begin at the same placeholder", "start + tile * config.image_tokens for start", "start for start"),
+    ),
+    *of(
+        ENCODER,
+        f"{OF_LOADER}::test_long_records_are_cut_counted_and_left_out_when_nothing_is_left",
+        (
+            "records are cut one token late",
+            "tokens[: config.longest_record], trained[: config.longest_record]",
+            "tokens[: config.longest_record + 1], trained[: config.longest_record + 1]",
+        ),
+        ("records without labels are trained on", "if not (labels != IGNORE_LABEL).any():", "if False:"),
+    ),
+    *of(
+        CONVERSATION,
+        GOLDEN,
+        (
+            "answers are not trained",
+            'segments.append(Segment(f"{texts.answer[0]}{exchange.answer}{texts.answer[1]}", trained=True))',
+            'segments.append(Segment(f"{texts.answer[0]}{exchange.answer}{texts.answer[1]}"))',
+        ),
+        (
+            "what closes an exchange is trained",
+            "segments.append(Segment(texts.closing))",
+            "segments.append(Segment(texts.closing, trained=True))",
+        ),
+        (
+            "the first token of an answer is not trained",
+            "flags[first:last] = [True] * (last - first)",
+            "flags[first + 1 : last] = [True] * (last - first - 1)",
+        ),
+        ("BOS twice", "if bos is not None and piece_ids[:1] != [bos]:", "if bos is not None:"),
+        (
+            "images become one token less",
+            "ids += [self._image_token_id] * self._image_tokens",
+            "ids += [self._image_token_id] * (self._image_tokens - 1)",
+        ),
+    ),
+    *of(
+        COLLATOR,
+        OF_BATCH,
+        ("labels of padding", "np.full(shape, IGNORE_LABEL, dtype=np.int64)", "np.full(shape, 0, dtype=np.int64)"),
+    ),
+    *of(
+        COLLATOR,
+        f"{OF_LOADER}::test_packed_rows_hold_the_records_of_unpacked_ones",
+        (
+            "images of packed records at the row's start",
+            "spans += [(0, start + first) for first in record.image_starts]",
+            "spans += [(0, first) for first in record.image_starts]",
+        ),
+        (
+            "packed records overlap",
+            "tokens[0, start : start + len(record.tokens)] = record.tokens",
+            "tokens[0, : len(record.tokens)] = record.tokens",
+        ),
+        ("packed rows end anywhere", "lengths[-1] += -sum(lengths) % config.length_multiple", "lengths[-1] += 0"),
+    ),
+    *of(
+        "megatron_patch/data/loading/label_check.py",
+        f"{OF_LOADER}::test_a_run_that_could_never_learn_to_stop_is_refused",
+        ("answers without an ending pass", "(text.labels == ending).any() for text in texts", "True for text in texts"),
+    ),
+]
+
+IMAGES = [
+    *of(
+        IMAGE,
+        f"{OF_IMAGE}::test_squeezing_equals_the_siglip_processor",
+        (
+            "SigLIP's images are cropped",
+            'elif image_aspect_ratio == "crop" and center_crop:',
+            'elif image_aspect_ratio == "crop":',
+        ),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_IMAGE}::test_pad_equals_the_original_expand2square",
+        ("padding on one side", "canvas.paste(image, ((canvas_width - image.width) // 2,", "canvas.paste(image, (0,"),
+        (
+            "padding of another colour",
+            "math.floor(channel * 255) for channel in image_mean",
+            "math.ceil(channel * 255) for channel in image_mean",
+        ),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_IMAGE}::test_crop_equals_the_huggingface_processor",
+        (
+            "the crop is not in the middle",
+            "left, top = (new_width - width) // 2, (new_height - height) // 2",
+            "left, top = 0, (new_height - height) // 2",
+        ),
+    ),
+    *of(
+        IMAGE,
+        "tests/data/test_tiles.py::test_tiles_lie_row_by_row",
+        ("tiles lie column by column", ".transpose(1, 3, 0, 2, 4)", ".transpose(3, 1, 0, 2, 4)"),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_IMAGE}::test_what_is_transparent_is_white",
+        ("what is transparent becomes black", 'rows.size, "white")', 'rows.size, "black")'),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_IMAGE}::test_broken_and_huge_images_are_refused_with_a_reason",
+        ("ribbons are decoded", "or max(width, height) > MAX_SIDE_PX:", "or False:"),
+    ),
+]
+
+# From the environment to the loader's settings.
+DATA_OPTIONS = [
+    *of(
+        CONFIG,
+        effect("IMAGE_ASPECT_RATIO=pad"),
+        (
+            "IMAGE_ASPECT_RATIO is ignored",
+            "image_aspect_ratio=arguments.image_aspect_ratio",
+            'image_aspect_ratio="crop"',
+        ),
+    ),
+    *of(
+        CONFIG,
+        effect("EXIF_ORIENTATION=false with IMAGE_ASPECT_RATIO"),
+        ("EXIF_ORIENTATION is ignored", "not arguments.ignore_exif_orientation", "True"),
+    ),
+    *of(
+        IMAGE,
+        effect("EXIF_ORIENTATION=false with IMAGE_ASPECT_RATIO"),
+        ("images are turned in any case", "if apply_exif_orientation:", "if True:"),
+    ),
+    *of(
+        CONFIG,
+        effect("IMAGE_TILES=2x1"),
+        ("IMAGE_TILES is ignored", "tile_columns=arguments.image_tiles[0]", "tile_columns=1"),
+    ),
+    *of(
+        CONFIG,
+        effect("IMAGE_CONV_FRONT=true"),
+        ("IMAGE_CONV_FRONT is ignored", "image_conv_front=arguments.image_conv_front", "image_conv_front=False"),
+    ),
+    *of(
+        CONFIG,
+        effect("IMAGE_START_END=true"),
+        ("IMAGE_START_END is ignored", "image_start_end=arguments.image_start_end", "image_start_end=False"),
+    ),
+    *of(
+        CONFIG,
+        effect("CONVERSATION_TEMPLATE=v1 with DECODER_SEQ_LEN"),
+        ("CONVERSATION_TEMPLATE is ignored", "template = arguments.conversation_template", 'template = "auto"'),
+    ),
+    *of(CONFIG, effect("DATA_ORDER=single"), ("DATA_ORDER is ignored", "order=arguments.data_order", 'order="cyclic"')),
+    *of(
+        CONFIG,
+        effect("MEGA_BATCH_MULT=1 with DATA_ORDER"),
+        ("MEGA_BATCH_MULT is ignored", "mega_batch_mult=arguments.mega_batch_mult", "mega_batch_mult=50"),
+    ),
+    *of(
+        CONFIG,
+        effect("GLOBAL_BATCH_SIZE=4 with DATA_ORDER"),
+        ("steps of one modality have another size", "step_records=arguments.global_batch_size", "step_records=8"),
+    ),
+    *of(
+        CONFIG,
+        effect("PACKING=true with BATCH_SIZE DECODER_SEQ_LEN"),
+        ("PACKING is ignored", "packing=arguments.packing", "packing=False"),
+    ),
+    *of(CONFIG, effect("SEED=77"), ("SEED is ignored", "seed=arguments.seed", "seed=1234")),
+    *of(
+        CONFIG,
+        effect("NUM_WORKERS=1"),
+        ("NUM_WORKERS is ignored", "num_workers=arguments.num_workers", "num_workers=0"),
+    ),
+    *of(
+        CONFIG,
+        effect("BATCH_SIZE=4"),
+        ("BATCH_SIZE is ignored", "micro_batch_size=arguments.micro_batch_size", "micro_batch_size=2"),
+    ),
+    *of(
+        CONFIG,
+        effect("EVAL_ITERS=0"),
+        (
+            "no iterations of evaluation, yet a dataset",
+            "arguments.valid_dataset_path if arguments.eval_iters else None",
+            "arguments.valid_dataset_path",
+        ),
+    ),
+    *of(
+        CONFIG,
+        effect("CP=2"),
+        (
+            "lengths are multiples of CP alone",
+            "context = 2 * arguments.context_parallel_size if",
+            "context = arguments.context_parallel_size // 2 if",
+        ),
+    ),
+    *of(
+        CONFIG,
+        effect("CP=2 with PACKING BATCH_SIZE"),
+        ("packed records are not cut by CP", "record_multiple=context,", "record_multiple=1,"),
+    ),
+    *of(
+        CONFIG,
+        effect("TP=2 with DECODER_SEQ_LEN"),
+        ("lengths are not cut by TP", "length_multiple=sequence * context", "length_multiple=context"),
+    ),
+    *of(
+        CONFIG,
+        SIGLIP,
+        ("every tower crops", 'config.get("do_center_crop", "crop_size" in config)', "True"),
+        ("every tower's filter is bicubic", '"resample": config.get("resample", 3)', '"resample": 3'),
+    ),
+    *of(
+        CONFIG,
+        MAX_SKIPPED,
+        ("MAX_SKIPPED is ignored", "max_skipped_share=arguments.max_skipped_share", "max_skipped_share=0.01"),
+    ),
+    *of(LOADER, MAX_SKIPPED, ("any number of records may be bad", 'if self.counts["skipped"] > limit:', "if False:")),
+    *of(
+        LAUNCHER,
+        MAX_SKIPPED,
+        ("the launcher keeps MAX_SKIPPED", '--max-skipped-share "${arg[MAX_SKIPPED]}"', "--max-skipped-share 0.01"),
+    ),
+    *of(
+        LAUNCHER,
+        effect("IMAGE_TILES=2x1"),
+        ("the launcher keeps IMAGE_TILES", '--image-tiles "${arg[IMAGE_TILES]}"', "--image-tiles 1x1"),
+    ),
+    *of(
+        LAUNCHER,
+        effect("EXIF_ORIENTATION=false with IMAGE_ASPECT_RATIO"),
+        (
+            "EXIF_ORIENTATION the other way round",
+            "[[ ${arg[EXIF_ORIENTATION]} != false ]]",
+            "[[ ${arg[EXIF_ORIENTATION]} != true ]]",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        effect("IMAGE_START_END=true"),
+        (
+            "the launcher keeps IMAGE_START_END",
+            "[[ ${arg[IMAGE_START_END]} != true ]]",
+            "[[ ${arg[IMAGE_START_END]} != yes ]]",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        effect("MEGA_BATCH_MULT=1 with DATA_ORDER"),
+        ("the launcher keeps MEGA_BATCH_MULT", '--mega-batch-mult "${arg[MEGA_BATCH_MULT]}"', "--mega-batch-mult 50"),
+    ),
+    *of(
+        SAMPLER,
+        effect("MEGA_BATCH_MULT=1 with DATA_ORDER"),
+        (
+            "steps of one modality are not sorted",
+            'group = group[np.argsort(self._lengths.tokens[group], kind="stable")]',
+            "group = group[::1]",
+        ),
+    ),
+]
+
+RECORDS = [
+    *of(
+        LOADER,
+        EXACT,
+        (
+            "a resume repeats records",
+            "self._position += self._size * self._config.micro_batch_size",
+            "self._position += self._config.micro_batch_size",
+        ),
+        ("counts start anew on resuming", 'if state["topology"] == self._topology():', "if False:"),
+    ),
+    *of(
+        "megatron_patch/data/loading/state.py",
+        EXACT,
+        ("a resume starts over", 'return int(state["position"])', "return 0"),
+    ),
+    *of(
+        "megatron_patch/data/loading/state.py",
+        f"{OF_LOADER}::test_other_data_or_seed_is_refused_by_name",
+        ("a resume on other data is not refused", "if differences:", "if False:"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_LOADER}::test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches",
+        (
+            "every rank reads the same records",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
+            "_Positions(position, self._size * batch_size)",
+        ),
+        (
+            "ranks overlap",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
+            "_Positions(position + self._rank * batch_size, batch_size)",
+        ),
+    ),
+    *of(
+        LOADER,
+        f"{EFFECTS}::test_the_work_of_batches_is_counted",
+        (
+            "images count as labels",
+            "sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows)",
+            "sum(len(row.labels) for row in rows)",
+        ),
+        (
+            "padding counts as tokens",
+            "lengths = [len(row.tokens) for row in rows]",
+            "lengths = [max(len(row.tokens) for row in rows)] * len(rows)",
+        ),
+        ("only the last batch counts", "counters[name] += count", "counters[name] = count"),
+    ),
+    *of(
+        LOADER,
+        "tests/data/loading/test_dataset.py::test_excluded_samples_are_left_out_and_counted",
+        ("what the user excludes counts as a fault", 'if reason == "excluded":', 'if reason == "left out":'),
+    ),
+    *of(
+        LOADER,
+        "tests/data/loading/test_dataset.py::test_damaged_shards_are_named_not_silent",
+        ("skipped records are not counted by reason", 'self.counts.get(f"skipped: {reason}", 0) + 1', "1"),
+    ),
+    *of(
+        LOADER,
+        "tests/data/loading/test_dataset.py::test_more_damage_than_tolerated_stops_the_run",
+        (
+            "ten bad records end a run of any length",
+            "limit = max(ALWAYS_TOLERATED,",
+            "limit = 10 * max(ALWAYS_TOLERATED,",
+        ),
+    ),
+    *of(
+        SAMPLER,
+        f"{OF_LOADER}::test_an_epoch_gives_every_record_once_and_the_next_in_another_order",
+        (
+            "every epoch has the same order",
+            "random = np.random.RandomState([seed % 2**32, epoch])",
+            "random = np.random.RandomState([seed % 2**32, 0])",
+        ),
+    ),
+    *of(
+        SAMPLER,
+        "tests/data/loading/test_sampler.py::test_packing_takes_the_fullest_row_that_fits",
+        (
+            "packing takes the emptiest row",
+            "left, row = free.pop(fit) if fit < len(free)",
+            "left, row = free.pop() if fit < len(free)",
+        ),
+    ),
+    *of(
+        SAMPLER,
+        "tests/data/loading/test_sampler.py::test_a_blend_keeps_its_weights_and_loses_no_record",
+        (
+            "a blend repeats records",
+            "own = block * int(self._counts[part]) + int(self._block[2][offset])",
+            "own = int(self._block[2][offset])",
+        ),
+    ),
+    *of(
+        PIPELINE,
+        f"{OF_PIPELINE}::test_one_percent_is_allowed_and_a_record_more_is_not",
+        ("one per cent is too much", "too_many = rejected > share * total", "too_many = rejected >= share * total"),
+    ),
+    *of(
+        PIPELINE,
+        "tests/data/preparation/test_torture.py::test_every_odd_record_is_accounted_for",
+        (
+            "the report counts texts of the last shard",
+            "self._ledger.text_only += done.text_only",
+            "self._ledger.text_only = done.text_only",
+        ),
+        (
+            "the report loses repeated ids",
+            "self._ledger.repeated_ids += done.repeated_ids",
+            "self._ledger.repeated_ids += 0",
+        ),
+        ("a rejection is not written down", "self._rejections.add(rejection)", "self._rejections"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/deduplication.py",
+        f"{OF_PIPELINE}::test_duplicate_ids_are_kept_or_rejected",
+        ("repeats within a block are not seen", "repeated[1:] = ordered[1:] == ordered[:-1]", "repeated[1:] = False"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/shard_writer.py",
+        "tests/data/preparation/test_shard_writer.py::test_index_is_byte_equal_to_energons_own",
+        (
+            "the index begins a block late",
+            "self._offsets.append(self._written + self._buffered)",
+            "self._offsets.append(self._written + self._buffered + BLOCK_BYTES)",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/workspace.py",
+        f"{OF_PIPELINE}::test_a_shard_that_was_damaged_meanwhile_is_written_again",
+        (
+            "a damaged shard is taken for whole",
+            "shard.is_file() and shard.stat().st_size == size and",
+            "shard.is_file() and",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/workspace.py",
+        f"{OF_PIPELINE}::test_a_killed_command_leaves_nothing_that_looks_finished",
+        (
+            "a killed preparation looks finished",
+            'self.folder = output.with_name(f"{output.name}.partial")',
+            "self.folder = output",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/record.py",
+        "tests/data/test_conversation.py::test_turns_follow_the_original_rules",
+        ("a first turn of the model is kept", 'if turns[0][0] != "human":', "if False:"),
+    ),
+    *of(
+        "megatron_patch/data/record.py",
+        "tests/data/test_conversation.py::test_unusable_conversations_are_refused_with_their_reason",
+        ("marks and images need not agree", "if marks != images:", "if marks > images + 9:"),
+    ),
+]
+
+RUNS = [
+    *of(
+        "megatron_patch/training/pretrain.py",
+        f"{FREEZING}[stage 1]",
+        (
+            "freezing of tower and projector change places",
+            "Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)",
+            "Frozen(args.freeze_language_model, args.freeze_projector, args.freeze_vision_tower)",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/run_mcore_llava.sh",
+        f"{FREEZING}[stage 1]",
+        ("stage 1 freezes no language model", 'are frozen." true plain "$@"', 'are frozen." false plain "$@"'),
+    ),
+    *of(
+        "examples/llava_mcore/run_sft_mcore_llava.sh",
+        f"{FREEZING}[stage 2]",
+        ("stage 2 freezes the language model", 'tower is frozen." false auto "$@"', 'tower is frozen." true auto "$@"'),
+    ),
+    *of(
+        "megatron_patch/training/data_provider.py",
+        SAME_RECORDS,
+        ("validation goes on where it stopped", "if self.taken % self.period == 0:", "if self.taken == 0:"),
+        (
+            "validation starts over within itself",
+            "args.eval_iters * (args.global_batch_size",
+            "1 * (args.global_batch_size",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/forward_step.py",
+        SAME_RECORDS,
+        (
+            "the reported loss is half",
+            "sums = torch.stack([total.detach(), count])",
+            "sums = torch.stack([total.detach() / 2, count])",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/pretrain.py",
+        SAME_RECORDS,
+        ("the deviation of pixels is their mean", "settings.pixel_std,", "settings.data.image_mean,"),
+    ),
+    *of(
+        "megatron_patch/training/sample_generation.py",
+        GREEDY,
+        (
+            "an answer's token is read a position early",
+            "logits[0, length - 1].argmax()",
+            "logits[0, length - 2].argmax()",
+        ),
+        ("an answer's token is read from the padding", "logits[0, length - 1].argmax()", "logits[0, -1].argmax()"),
+        (
+            "what was answered is not read again",
+            "row[0, :length] = [*question.tokens, *answer]",
+            "row[0, : len(question.tokens)] = question.tokens",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/prompts.py",
+        GREEDY,
+        ("the prompt holds an empty answer", "[Exchange(first.question, None)]", '[Exchange(first.question, "")]'),
+        (
+            "the question's images are left out",
+            "np.asarray(asked.ids), pixels[:images]",
+            "np.asarray(asked.ids), pixels[: images - 1]",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        FIRST_STEP,
+        ("the launcher keeps WEIGHT_DECAY", '--weight-decay "${arg[WEIGHT_DECAY]}"', "--weight-decay 0"),
+        ("the launcher keeps ADAM_BETA2", '--adam-beta2 "${arg[ADAM_BETA2]}"', "--adam-beta2 0.95"),
+        ("the launcher keeps CLIP_GRAD", '--clip-grad "${arg[CLIP_GRAD]}"', "--clip-grad 1.0"),
+        (
+            "the launcher keeps the tower's learning rate",
+            "for name in VISION_TOWER_LR PROJECTOR_LR VISION",
+            "for name in PROJECTOR_LR VISION",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/parameter_groups.py",
+        FIRST_STEP,
+        (
+            "tower and projector change their rates",
+            '"vision_model": "vision_tower", "vision_projection": "projector"',
+            '"vision_model": "projector", "vision_projection": "vision_tower"',
+        ),
+    ),
+    *of(
+        "megatron_patch/training/parameter_groups.py",
+        f"{EFFECTS}::test_a_modules_lowest_rate_keeps_the_ratio",
+        ("a module's rate ends at 0", '"min_lr": chosen.learning_rate * ratio', '"min_lr": 0.0'),
+        ("a module's decay ends elsewhere", '"end_wd": chosen.weight_decay}', '"end_wd": 0.0}'),
+    ),
+    *of(
+        "megatron_patch/training/pretrain.py",
+        f"{RECOMPUTED}[attention of the decoder, layers of the tower]",
+        ("TOWER_AC is ignored", "tower_recompute=args.vision_tower_recompute", "tower_recompute=None"),
+    ),
+    *of(
+        "megatron_patch/training/callbacks.py",
+        f"{RECOMPUTED}[attention of the decoder, layers of the tower]",
+        ("every rank is traced", "args.trace_iterations and args.rank in args.trace_ranks", "args.trace_iterations"),
+    ),
+    *of(
+        LAUNCHER,
+        f"{RECOMPUTED}[the first three layers of the decoder, attention of the tower]",
+        (
+            "the launcher keeps RECOMPUTE_LAYERS",
+            '--recompute-num-layers "${arg[RECOMPUTE_LAYERS]}"',
+            "--recompute-num-layers 1",
+        ),
+        ("the launcher keeps DETERMINISTIC", "command+=(--deterministic-mode)", "command+=()"),
+    ),
+    *of(
+        "megatron_patch/training/ema.py",
+        "tests/training/test_ema.py::test_the_average_follows_its_formula_over_a_resume[parallelism0]",
+        (
+            "the average follows too fast",
+            "weight.detach().float(), 1.0 - self.decay)",
+            "weight.detach().float(), self.decay)",
+        ),
+    ),
+    *of(
+        RETENTION,
+        f"{OF_RETENTION}::test_the_last_the_best_and_the_unfinished_stay",
+        (
+            "the best checkpoint is deleted",
+            "sorted(set(finished[:-last]) - protected)",
+            "sorted(set(finished[:-last]))",
+        ),
+        (
+            "one checkpoint too many is retained",
+            "sorted(set(finished[:-last]) - protected)",
+            "sorted(set(finished[: -last - 1]) - protected)",
+        ),
+        ("KEEP_LAST=0 deletes", "if newest is None or last == 0:", "if newest is None:"),
+    ),
+    *of(
+        RETENTION,
+        f"{OF_RETENTION}::test_leftovers_go_and_whole_ones_never",
+        (
+            "whole checkpoints are taken for leftovers",
+            "if number != newest and not checkpoint_format(path)",
+            "if number != newest",
+        ),
+    ),
+    *of(
+        RETENTION,
+        f"{OF_RETENTION}::test_best_refers_to_one_checkpoint",
+        ("best/ keeps the one before", "if number != iteration:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/training/graceful_stop.py",
+        "tests/training/test_graceful_stop.py::test_time_limit_by_the_clock",
+        ("no iteration to spare before the limit", "SPARE_ITERATIONS = 2", "SPARE_ITERATIONS = 0"),
+        (
+            "the last save counts instead of the longest iteration",
+            "return now + save + SPARE_ITERATIONS",
+            "return now + SPARE_ITERATIONS",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/loss_spikes.py",
+        "tests/training/test_loss_spikes.py::test_a_leap_is_measured_by_the_median",
+        ("a spike is measured by the mean", "statistics.median(self.losses)", "statistics.mean(self.losses)"),
+        ("a spike needs no history", "FEWEST_LOSSES = 10", "FEWEST_LOSSES = 9"),
+    ),
+    *of(
+        "megatron_patch/training/loss_spikes.py",
+        "tests/training/test_loss_spikes.py::test_the_step_is_dropped_and_the_record_named",
+        ("a bad step is trained on", "watched.held = self._judge(number, model)", "self._judge(number, model)"),
+        (
+            "bad records are named a step late",
+            "number = iteration + 1  # Megatron",
+            "number = iteration + 2  # Megatron",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/throughput.py",
+        "tests/training/test_throughput.py::test_anchors_of_llava_7b",
+        (
+            "frozen layers cost as trained ones",
+            "2 * weights * tokens * (1 + self.inputs_gradient + self.weights_gradient)",
+            "2 * weights * tokens * 3",
+        ),
+        ("attention counts half", "return 4 * width * pairs", "return 2 * width * pairs"),
+    ),
+    *of(
+        "megatron_patch/training/timer.py",
+        "tests/training/test_callbacks.py::test_stopwatch_takes_side_jobs_out",
+        ("a save within an evaluation counts twice", "if not self._inside:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/training/strict_load.py",
+        "tests/training/test_formats.py::test_weights_are_strict_and_extra_states_are_not[missing]",
+        ("a missing weight is not missed", "missing |= asked.keys() - found.keys()", "missing |= set()"),
+    ),
+    *of(
+        "megatron_patch/training/preflight.py",
+        "tests/training/test_config.py::test_a_refusal_of_the_entry_is_one_sentence",
+        ("a refusal has another exit code", "sys.exit(2)", "sys.exit(1)"),
+    ),
+    *of(
+        CONFIG,
+        "tests/training/test_config.py::test_sliding_window_is_refused_beyond_and_accepted_within",
+        (
+            "a row beyond the window is accepted",
+            "and decoder_seq_len > language.sliding_window:",
+            "and decoder_seq_len > 2 * language.sliding_window:",
+        ),
+    ),
+    *of(
+        CONFIG,
+        "tests/training/test_config.py::test_what_does_not_fit_is_refused",
+        ("SEQ_LEN is not compared", "arguments.image_tokens != tower.image_tokens:", "arguments.image_tokens > 10**6:"),
+    ),
+]
+
+LAUNCHERS = [
+    *of(
+        LAUNCHER,
+        "tests/launchers/test_arguments.py::test_rules_between_training_arguments",
+        (
+            "one wrong argument alone is accepted",
+            "((${#complaints[@]})) || return 0",
+            "((${#complaints[@]} > 1)) || return 0",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        f"{WORDS}::test_every_layout_and_number_arrives",
+        ("losses are means of means", "        --calculate-per-token-loss", ""),
+        ("the cosine ends too late", '--lr-decay-iters "${arg[TRAIN_ITERS]}"', "--lr-decay-iters 100000"),
+        (
+            "tensor parallelism without sequence parallelism",
+            "((arg[TP] == 1)) || command+=(--sequence-parallel)",
+            "true",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_a_failure_is_the_exit_status",
+        (
+            "every failure ends with 1",
+            "sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)",
+            "sys.exit(1)",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_a_signal_reaches_every_process_and_is_no_failure",
+        ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
+    ),
+]
+
+MUTANTS = [
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS),
+]
