@@ -167,7 +167,7 @@ def convert_to_megatron(
     """Write a Megatron checkpoint from an LLM folder and a CLIP folder, or from a whole LLaVA folder.
 
     Args:
-        source_llm: folder of an LLM of geometry.LANGUAGE_MODELS, of a LLaVA (then source_clip is None), or of a LLaVA
+        source_llm: folder of an LLM of LANGUAGE_MODELS, of a LLaVA (then source_clip is None), or of a LLaVA
             in the original layout (then source_clip is needed when the tower is not inside).
         source_clip: folder of a CLIP or SigLIP, with or without its text tower.
         target: a folder that does not exist yet or is empty.
@@ -177,7 +177,7 @@ def convert_to_megatron(
         projector: of the new projector, mlp2x_gelu (None) or linear; a LLaVA brings its own.
         mm_projector: an mm_projector.bin to start from, instead of a new projector.
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
-        vision_feature_layer: hidden layer of source_clip that the projector sees; None: -2, LLaVA's.
+        vision_feature_layer: hidden layer of source_clip that the projector sees; None: what the tower's row says.
         seed: of the new projector's weights.
         checkpoint_format: torch_dist, read at any TP and PP; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
