@@ -313,8 +313,8 @@ DRY_RUN|0|one of 0 1|1: print the command, one word per line, and write nothing"
 # --- The machine -----------------------------------------------------------------------------------------------------
 
 # ask_accelerator NODES: sets what megatron_patch/device/__main__.py says of ACCELERATOR.
-declare accelerator= devices= counted_by=
-declare count=                   # devices that a process started here would see; empty: as many as a model needs
+declare devices="" counted_by="" # what messages call the devices, and where their number comes from
+declare count=""                 # devices that a process started here would see; empty: as many as a model needs
 declare -a attention_backends=() # for FL=true and FL=false; empty: there is no choice
 declare -a device_environment=() # NAME=VALUE for the processes
 declare -a refused=()            # NAME=VALUE WHY: values that arguments cannot have with it
@@ -327,7 +327,6 @@ ask_accelerator() {
     fi
     while read -r name value; do
         case $name in
-            accelerator) accelerator=$value ;;
             count) count=$value ;;
             devices) devices=$value ;;
             counted_by) counted_by=$value ;;

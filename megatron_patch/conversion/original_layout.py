@@ -233,7 +233,7 @@ class Export:
 
 
 def plan_export(
-    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, with_tower: bool, tower_name: str | None
+    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, tower_name: str | None, with_tower: bool
 ) -> Export:
     """How to write the checkpoint with this llava/ folder in the original layout.
 

@@ -1,7 +1,7 @@
-"""What the launchers ask: `python megatron_patch/device auto|KIND NODES` prints what the kind says, one thing a line.
+"""What the launchers ask: `python megatron_patch/device auto|KIND NODES` prints what the kind says, one thing a line;
+auto is the kind whose devices are here.
 
-    accelerator NAME            the kind; with auto the one whose devices are here
-    count NUMBER                of its devices; left out where the number is what a model needs
+    count NUMBER                of the devices here; left out where the number is what a model needs
     devices, counted_by TEXT    for messages
     attention_backends ONE OTHER    for FL=true and FL=false; left out where there is no choice
     environment NAME=VALUE      a variable of the processes
@@ -22,7 +22,6 @@ def main(name: str, nodes: str) -> None:
     """Print the lines."""
     kind = device.seen_here() if name == "auto" else device.kind(name)
     count = kind.count()
-    print("accelerator", kind.NAME)
     if count is not None:
         print("count", count)
     print("devices", kind.DEVICES)
