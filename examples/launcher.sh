@@ -320,9 +320,9 @@ declare -a device_environment=() # NAME=VALUE for the processes
 declare -a refused=()            # NAME=VALUE WHY: values that arguments cannot have with it
 ask_accelerator() {
     local answer name value
-    if ! answer=$("${arg[PYTHON]}" -SB "$repository/megatron_patch/device" "${arg[ACCELERATOR]}" "$1" </dev/null) ||
+    if ! answer=$("${arg[PYTHON]}" -SB "$repository/megatron_patch/device/__main__.py" "${arg[ACCELERATOR]}" "$1" </dev/null) ||
         [[ -z $answer ]]; then
-        refuse PYTHON "must be a Python interpreter: it cannot run $repository/megatron_patch/device"
+        refuse PYTHON "must be a Python interpreter: it cannot run $repository/megatron_patch/device/__main__.py"
         return 1
     fi
     while read -r name value; do

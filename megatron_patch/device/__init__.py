@@ -26,8 +26,8 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
 if TYPE_CHECKING:
     import torch
 

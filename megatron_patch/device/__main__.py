@@ -1,5 +1,5 @@
-"""What the launchers ask: `python megatron_patch/device auto|KIND NODES` prints what the kind says, one thing a line;
-auto is the kind whose devices are here.
+"""What the launchers ask: `python megatron_patch/device/__main__.py KIND NODES` prints what the kind says, one thing a
+line; the kind auto is the one whose devices are here.
 
     count NUMBER                of the devices here; left out where the number is what a model needs
     devices, counted_by TEXT    for messages

@@ -7,18 +7,16 @@ times with CUDA streams and compares tensor types by name.  Each stand-in below 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import os
-import resource
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from megatron_patch.errors import UserError
 
+TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 NAME = "cpu"
@@ -83,6 +81,8 @@ def memory() -> int:
 
 def peak_memory() -> int:
     """Bytes of resident memory, at their peak."""
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
@@ -161,6 +161,8 @@ class _Event(_Stream):
 
 
 def _replace_cuda_module() -> None:
+    import contextlib
+
     import torch
 
     cuda, cpu = torch.cuda, current_device()
@@ -198,6 +200,8 @@ def _is_cuda(device: object) -> bool:
 
 
 def _replace_factories() -> None:
+    import functools
+
     import torch
     import torch.utils._device
 

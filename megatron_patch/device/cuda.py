@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
 if TYPE_CHECKING:
     import torch
 
@@ -19,19 +19,20 @@ REFUSED: dict[str, str] = {}
 ATTENTION_BACKENDS = ("auto", "fused")
 
 
-def count() -> int:
-    """GPUs that a process started here would see: those that nvidia-smi or /dev lists, as far as they are visible."""
-    import subprocess
+def _listed() -> int:
+    """GPUs that nvidia-smi lists, or else /dev."""
+    if any(os.access(os.path.join(folder, "nvidia-smi"), os.X_OK) for folder in os.get_exec_path()):
+        import subprocess
 
-    try:
         asked = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        listed = asked.stdout.splitlines() if asked.returncode == 0 else None
-    except OSError:
-        listed = None
-    if listed is not None:
-        found = sum(line.startswith("GPU ") for line in listed)
-    else:
-        found = sum(name[:6] == "nvidia" and name[6:7].isdecimal() for name in os.listdir("/dev"))
+        if asked.returncode == 0:
+            return sum(line.startswith("GPU ") for line in asked.stdout.splitlines())
+    return sum(name[:6] == "nvidia" and name[6:].isdecimal() for name in os.listdir("/dev"))
+
+
+def count() -> int:
+    """GPUs that a process started here would see: those of this machine, as far as they are visible."""
+    found = _listed()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not found or visible is None:
         return found
