@@ -2,7 +2,7 @@
 # Sets up the environment if needed, then runs the tests.
 #   bash tests/run_tests.sh                 all that are not marked slow
 #   bash tests/run_tests.sh --all           the slow proofs too
-#   bash tests/run_tests.sh [--all] WORDS   the words go to pytest (files, -k NAME, -x, ...)
+#   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 selection=(-m "not slow")
