@@ -320,6 +320,7 @@ declare -a device_environment=() # NAME=VALUE for the processes
 declare -a refused=()            # NAME=VALUE WHY: values that arguments cannot have with it
 ask_accelerator() {
     local answer name value
+    right PYTHON || return 1
     if ! answer=$("${arg[PYTHON]}" -SB "$repository/megatron_patch/device/__main__.py" "${arg[ACCELERATOR]}" "$1" </dev/null) ||
         [[ -z $answer ]]; then
         refuse PYTHON "must be a Python interpreter: it cannot run $repository/megatron_patch/device/__main__.py"
