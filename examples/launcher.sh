@@ -25,7 +25,6 @@ declare -a command=()     # the started program, one argument each
 detail=                   # what `fits` found, when the rule alone does not tell
 
 MODEL_SIZES="tiny 0.1B 0.5B 1B 1.5B 3B 7B 8B 13B 14B 32B 72B"
-TEMPLATES="plain v0 v1 llama_2 llama_3 mistral chatml chatml_direct qwen nvgpt japanese_v1"
 COUNT="a whole number from 1 to 999999999"
 COUNT_OR_ZERO="a whole number from 0 to 999999999"
 PARALLEL="a whole number from 1 to 99999"
@@ -37,8 +36,12 @@ fits() {
     local rule=$1 value=$2
     detail=
     case $rule in
-        "one of "*", or a .json or .yaml file")
-            [[ $value == *.@(json|yaml|yml) && -f $value ]] || fits "${rule%, or a .json or .yaml file}" "$value"
+        "auto, a built-in template, or a .json or .yaml file")
+            [[ $value == *.@(json|yaml|yml) && -f $value ]] ||
+                is_listed "$value" auto "$repository"/megatron_patch/data/conversation_templates/*.yaml
+            ;;
+        "auto or an accelerator")
+            is_listed "$value" auto "$repository"/megatron_patch/device/[!_]*.py
             ;;
         "one of "*)
             [[ -n $value && $value != *[[:space:]]* && " ${rule#one of } " == *" $value "* ]]
@@ -110,6 +113,16 @@ fits() {
             exit 70
             ;;
     esac
+}
+
+# is_listed VALUE WORD...: is VALUE one of the words? A file stands for its name without folder and suffix.
+is_listed() {
+    local value=$1 known
+    shift
+    known=("${@##*/}")
+    known=("${known[@]%.*}")
+    detail="known: ${known[*]}"
+    [[ $value != *[[:space:]]* && " ${known[*]} " == *" $value "* ]]
 }
 
 is_number() { [[ $1 =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?$ ]]; }
@@ -299,49 +312,54 @@ DRY_RUN|0|one of 0 1|1: print the command, one argument per line, and write noth
 
 # --- The machine -----------------------------------------------------------------------------------------------------
 
-# count_gpus: how many GPUs a process started here would see.
-count_gpus() {
-    local listed id count=0
-    if listed=$(nvidia-smi -L 2>/dev/null); then
-        count=$(grep -c '^GPU ' <<<"$listed" || true)
-    else
-        for id in /dev/nvidia[0-9]*; do [[ ! -e $id ]] || count=$((count + 1)); done
+# ask_accelerator NODES: sets what megatron_patch/device/__main__.py says of ACCELERATOR.
+declare devices="" counted_by="" # what messages call the devices, and where their number comes from
+declare count=""                 # devices that a process started here would see; empty: as many as a model needs
+declare -a attention_backends=() # for FL=true and FL=false; empty: there is no choice
+declare -a device_environment=() # NAME=VALUE for the processes
+declare -a refused=()            # NAME=VALUE WHY: values that arguments cannot have with it
+ask_accelerator() {
+    local answer name value
+    right PYTHON || return 1
+    if ! answer=$("${arg[PYTHON]}" -SB "$repository/megatron_patch/device/__main__.py" "${arg[ACCELERATOR]}" "$1" </dev/null) ||
+        [[ -z $answer ]]; then
+        refuse PYTHON "must be a Python interpreter: it cannot run $repository/megatron_patch/device/__main__.py"
+        return 1
     fi
-    if ((count > 0)) && [[ -v CUDA_VISIBLE_DEVICES ]]; then
-        local -a visible=()
-        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
-        count=0
-        for id in "${visible[@]}"; do
-            [[ $id != -* ]] || break # CUDA ends the list at the first invalid entry
-            count=$((count + 1))
-        done
-    fi
-    printf '%d' "$count"
+    while read -r name value; do
+        case $name in
+            count) count=$value ;;
+            devices) devices=$value ;;
+            counted_by) counted_by=$value ;;
+            attention_backends) read -ra attention_backends <<<"$value" ;;
+            environment) device_environment+=("$value") ;;
+            refused) refused+=("$value") ;;
+        esac
+    done <<<"$answer"
 }
 
-# choose_machine MODEL_PARALLEL: sets accelerator, processes (on this node), nodes, node_rank, master_addr, master_port.
-# MODEL_PARALLEL processes hold one model; it is the number started on CPU unless NPROC_PER_NODE says otherwise.
+# choose_machine MODEL_PARALLEL: sets processes (on this node), nodes, node_rank, master_addr, master_port, and what
+# ask_accelerator sets. MODEL_PARALLEL processes hold one model; it is the number started where devices do not count,
+# unless NPROC_PER_NODE says otherwise.
 choose_machine() {
-    local gpus
-    gpus=$(count_gpus)
-    accelerator=${arg[ACCELERATOR]}
-    [[ $accelerator != auto ]] || accelerator=$( ((gpus > 0)) && echo cuda || echo cpu)
     processes=${arg[NPROC_PER_NODE]}
     nodes=1 node_rank=0 master_addr=127.0.0.1 master_port=${arg[MASTER_PORT]}
     if [[ ${arg[ENV]} == dlc ]]; then
         nodes=${arg[WORLD_SIZE]} node_rank=${arg[RANK]} master_addr=${arg[MASTER_ADDR]}
         processes=${processes:-${arg[KUBERNETES_CONTAINER_RESOURCE_GPU]}}
+        ask_accelerator "$nodes"
         return
     fi
+    ask_accelerator "$nodes" || return
     [[ -n $master_port ]] || master_port=$(free_port)
-    if [[ $accelerator == cpu ]]; then
+    if [[ -z $count ]]; then
         processes=${processes:-$1}
-    elif ((gpus == 0)) && [[ -z $processes ]]; then
-        refuse ACCELERATOR "found no GPU on this machine; set NPROC_PER_NODE to the number of GPUs, or use ACCELERATOR=cpu"
-    elif ((gpus > 0 && ${processes:-0} > gpus)); then
-        refuse NPROC_PER_NODE "is more than the $gpus GPUs seen here (CUDA_VISIBLE_DEVICES, nvidia-smi -L)"
+    elif ((count == 0)) && [[ -z $processes ]]; then
+        refuse ACCELERATOR "found no $devices on this machine; set NPROC_PER_NODE to the number of $devices, or use ACCELERATOR=cpu"
+    elif ((count > 0 && ${processes:-0} > count)); then
+        refuse NPROC_PER_NODE "is more than the $count $devices seen here ($counted_by)"
     fi
-    processes=${processes:-$gpus}
+    processes=${processes:-$count}
 }
 
 # free_port: a port nobody listens on, below the range from which the system lends its own.
@@ -366,14 +384,7 @@ torchrun_arguments() {
         # With the empty role below: no prefix on the lines of the console.
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
     )
-    if [[ $accelerator == cpu ]]; then
-        environment+=(CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1)
-        if ((nodes == 1)) && [[ -e /sys/class/net/lo ]]; then
-            environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
-        fi
-    else
-        environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
-    fi
+    environment+=("${device_environment[@]}")
     command=(
         # torchrun, which hands on signals and names who died
         "${arg[PYTHON]}" -u -m megatron_patch.launch --max-rollbacks "${arg[MAX_ROLLBACKS]}" -m torch.distributed.run
@@ -443,7 +454,7 @@ PRESET|(none)|text|a published recipe; it fills in arguments given as - and defa
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
-CONVERSATION_TEMPLATE|$2|one of auto $TEMPLATES, or a .json or .yaml file|how turns become text; auto: the one that fits the language model
+CONVERSATION_TEMPLATE|$2|auto, a built-in template, or a .json or .yaml file|how turns become text; auto: the one that fits the language model; built in: megatron_patch/data/conversation_templates
 IMAGE_CONV_FRONT|false|one of true false|images stand before the conversation
 IMAGE_START_END|false|one of true false|each image stands between <im_start> and <im_end>, which the tokenizer must know
 IMAGE_ASPECT_RATIO|crop|one of crop pad stretch|how an image becomes square
@@ -473,7 +484,7 @@ KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that are retained, older ones are deleted
 KEEP_BEST|false|one of true false|retain the best by validation loss as checkpoint/best, saving it where none was due
 DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
-ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
+ACCELERATOR|auto|auto or an accelerator|auto: GPUs where there are any, else cpu; accelerators: megatron_patch/device
 NPROC_PER_NODE|(see meaning)|a whole number from 1 to 4096|processes on this node: all visible GPUs, on CPU TP x PP x CP, with ENV=dlc what the job says
 MASTER_PORT|(a free one)|a whole number from 1 to 65535|port where the processes meet
 NUM_WORKERS|2|a whole number from 0 to 999|loader processes per rank; may change on resuming
@@ -617,16 +628,12 @@ check_training() {
     fi
     right ENV ACCELERATOR NPROC_PER_NODE MASTER_PORT || return 0
     [[ ${arg[ENV]} != dlc ]] || right WORLD_SIZE RANK MASTER_ADDR KUBERNETES_CONTAINER_RESOURCE_GPU || return 0
-    choose_machine "$model_parallel"
-    if [[ $accelerator == cpu ]]; then
-        [[ ${arg[PR]} != fp8 ]] || refuse PR "needs a GPU, and this run is on CPU"
-        [[ ${arg[AC]} != offload ]] || refuse AC "needs a GPU: on CPU the activations are in host memory already"
-        [[ ${arg[OPTIMIZER_OFFLOAD]} != @(static|auto) ]] ||
-            refuse OPTIMIZER_OFFLOAD "needs a GPU: on CPU the optimizer state is in host memory already"
-    fi
-    if right PROFILER && [[ $accelerator == cpu && -n ${arg[PROFILE]} && ${arg[PROFILER]} == nsys ]]; then
-        refuse PROFILER "needs a GPU: Nsight ranges are marked through CUDA; use torch"
-    fi
+    choose_machine "$model_parallel" || return 0
+    local row
+    for row in "${refused[@]}"; do
+        [[ $row != "PROFILER="* || -n ${arg[PROFILE]} ]] || continue
+        [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || refuse "${row%%=*}" "${row#* }"
+    done
     right ACCELERATOR NPROC_PER_NODE || return 0
     world=$((processes * nodes))
     if ((world % model_parallel)); then
@@ -802,10 +809,10 @@ precision_arguments() {
             )
             ;;
     esac
-    # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; "auto" falls back for fp32.
-    if [[ $accelerator == cuda ]]; then
-        local attention=auto
-        [[ ${arg[FL]} == true || ${arg[PR]} == fp32 ]] || attention=fused
+    # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; the choice of FL=true falls back for fp32.
+    if ((${#attention_backends[@]})); then
+        local attention=${attention_backends[0]}
+        [[ ${arg[FL]} == true || ${arg[PR]} == fp32 ]] || attention=${attention_backends[1]}
         command+=(--attention-backend "$attention")
     fi
 }

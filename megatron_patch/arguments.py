@@ -3,10 +3,6 @@
 import argparse
 from pathlib import Path
 
-# the conversation format each language model was tuned with: what `auto` stands for
-# (Llama 3's tokenizer has tokens of its own for it: llama_3)
-TEMPLATE_OF_MODEL = {"llama": "v1", "mistral": "mistral", "qwen2": "qwen", "qwen3": "chatml"}
-
 
 def _grid(text: str) -> tuple[int, int]:
     """`2x3` -> (2, 3): columns and rows."""

@@ -1,6 +1,7 @@
 """Every number about the model, read once from a LLaVA config as transformers writes it, checked and frozen.
 
-Both the model and the conversion read these; it imports nothing but the standard library.
+Both the model and the conversion read these; it imports nothing but the standard library.  What families and kinds
+of towers differ in stands in language_models.py and vision_towers.py.
 """
 
 import json
@@ -9,41 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import UserError
+from megatron_patch.language_models import LANGUAGE_MODELS, LanguageModel
+from megatron_patch.vision_towers import VISION_TOWERS, VisionTower
 
 IGNORE_LABEL = -100  # torch's, Hugging Face's and LLaVA's own mark of a position that is not trained
 VOCABULARY_STEP = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
-@dataclass(frozen=True)
-class LanguageKind:
-    """How the layers of a Llama-like LLM differ from Llama's."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False  # an RMSNorm over each query and key head before the rotation
-
-
-@dataclass(frozen=True)
-class TowerKind:
-    """What a tower has around its layers, and the numbers a config leaves out."""
-
-    class_token: bool
-    pre_norm: bool  # between embedding and layers
-    patch_bias: bool
-    activation: str
-    norm_epsilon: float
-
-
-# By HF model_type.  The llama kind holds Llama 1-3, Vicuna, TinyLlama, SmolLM2.
-LANGUAGE_MODELS = {
-    "llama": LanguageKind(),
-    "mistral": LanguageKind(),
-    "qwen2": LanguageKind(qkv_bias=True),
-    "qwen3": LanguageKind(qk_norm=True),
-}
-VISION_TOWERS = {
-    "clip_vision_model": TowerKind(True, True, False, "quick_gelu", 1e-5),
-    "siglip_vision_model": TowerKind(False, False, True, "gelu_pytorch_tanh", 1e-6),
-}
 PROJECTOR_TYPES = ("mlp2x_gelu", "linear")
 SELECT_STRATEGIES = ("default", "full")
 # The rope scaling "llama3" that megatron-core's RotaryEmbedding._apply_scaling has built in; only its factor is free.
@@ -72,6 +45,11 @@ class LanguageGeometry:
     rope_factor: float | None = None  # of the scaling "llama3"; None: no scaling
 
     @property
+    def family(self) -> LanguageModel:
+        """The row of this model_type."""
+        return LANGUAGE_MODELS[self.model_type]
+
+    @property
     def parameters(self) -> int:
         """Number of parameters: embedding (and head unless tied), attention, gated MLP, norms."""
         query, key = self.heads * self.head_dim, self.groups * self.head_dim
@@ -95,12 +73,12 @@ class TowerGeometry:
     patch_px: int
     norm_epsilon: float
     activation: str
-    pooling_head: bool  # SigLIP's, behind the last layer: never run, carried along
+    pooling_head: bool  # behind the last layer: never run, carried along
     first_token_dropped: bool  # vision_feature_select_strategy: "default" drops it, "full" keeps all
 
     @property
-    def kind(self) -> TowerKind:
-        """What this model_type has around its layers."""
+    def kind(self) -> VisionTower:
+        """The row of this model_type."""
         return VISION_TOWERS[self.model_type]
 
     @property
@@ -215,8 +193,8 @@ def _language(config: dict[str, Any]) -> LanguageGeometry:
             raise UserError(f"text_config has {flag}=true, which is not built here; choose a model without")
     hidden, heads = _value(config, "hidden_size", where), _value(config, "num_attention_heads", where)
     rope_base, rope_factor = _rope(config)
-    window = config.get("sliding_window")
-    if model_type.startswith("qwen") and not config.get("use_sliding_window"):
+    family, window = LANGUAGE_MODELS[model_type], config.get("sliding_window")
+    if family.window_flag is not None and not config.get(family.window_flag):
         window = None
     return LanguageGeometry(
         model_type=model_type,
@@ -231,8 +209,8 @@ def _language(config: dict[str, Any]) -> LanguageGeometry:
         norm_epsilon=_value(config, "rms_norm_eps", where),
         rope_base=rope_base,
         rope_factor=rope_factor,
-        qkv_bias=LANGUAGE_MODELS[model_type].qkv_bias,
-        qk_norm=LANGUAGE_MODELS[model_type].qk_norm,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         sliding_window=window,
     )
@@ -253,7 +231,7 @@ def _tower(config: dict[str, Any], feature_layer: object, strategy: str) -> Towe
         patch_px=_value(config, "patch_size", where),
         norm_epsilon=config.get("layer_norm_eps", kind.norm_epsilon),
         activation=config.get("hidden_act", kind.activation),
-        pooling_head=model_type == "siglip_vision_model" and config.get("vision_use_head", True),
+        pooling_head=kind.has_pooling_head(config),
         first_token_dropped=strategy == "default",
     )
 

@@ -11,6 +11,7 @@ The listing is the architecture:
   additions.py    what a user may add to the sources: tokens, a trained projector, rows of padding
   plan.py         the sources, read and checked: LLM and tower, hub LLaVA, original LLaVA
   convert.py      the two directions
+  layouts.py      the layouts of an export, one row each
   original_layout.py  folders of the original LLaVA code
   mm_projector.py     the projector alone, in a file
   stage0.py           LLM and tower to an untrained hub LLaVA, without Megatron

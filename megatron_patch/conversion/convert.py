@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from megatron_patch.conversion.hub_weights import (
     write_hub_weights,
     write_safetensors,
 )
+from megatron_patch.conversion.layouts import LAYOUTS, UNTRAINED_TOWER
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
 from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
@@ -39,9 +39,7 @@ from megatron_patch.model_sizes import check_model_size
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("torch_dist", "torch")
-LAYOUTS = ("hub", "original", "original_without_tower")
 SMALL_SPAN = 64 * 2**10  # bytes; below that reading and writing is as fast as having the kernel copy
-UNTRAINED_TOWER = "untrained_tower.safetensors"
 
 
 @dataclass
@@ -167,7 +165,7 @@ def convert_to_megatron(
     """Write a Megatron checkpoint from an LLM folder and a CLIP folder, or from a whole LLaVA folder.
 
     Args:
-        source_llm: folder of an LLM of geometry.LANGUAGE_MODELS, of a LLaVA (then source_clip is None), or of a LLaVA
+        source_llm: folder of an LLM of LANGUAGE_MODELS, of a LLaVA (then source_clip is None), or of a LLaVA
             in the original layout (then source_clip is needed when the tower is not inside).
         source_clip: folder of a CLIP or SigLIP, with or without its text tower.
         target: a folder that does not exist yet or is empty.
@@ -177,7 +175,7 @@ def convert_to_megatron(
         projector: kind of the new projector, mlp2x_gelu (None) or linear; refused with a LLaVA, which brings its own.
         mm_projector: an mm_projector.bin to start from, instead of a new projector.
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
-        vision_feature_layer: hidden layer of source_clip that the projector sees; None: -2, LLaVA's.
+        vision_feature_layer: hidden layer of source_clip that the projector sees; None: what the tower's row says.
         seed: of the new projector's weights; None: 1234.  Refused where there is no new one.
         checkpoint_format: torch_dist, read at any TP and PP; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
@@ -363,13 +361,6 @@ def _hub_blocks(
     return blocks
 
 
-def _write_hub_text_files(folder: Path, hub: Path, config: dict[str, Any]) -> None:
-    for path in sorted(hub.iterdir()):
-        if path.name not in (UNTRAINED_TOWER, PROVENANCE, "config.json") and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def convert_to_huggingface(
     checkpoint: str | Path,
     target: str | Path,
@@ -391,8 +382,7 @@ def convert_to_huggingface(
         target: a folder that does not exist yet or is empty.
         model_size, precision, tensor_parallel, pipeline_parallel, progress: as in convert_to_megatron.
         hf_checkpoint: folder of the LLM or LLaVA that the checkpoint came from; another geometry is refused.
-        layout: hub, what transformers' LlavaForConditionalGeneration loads; original, liuhaotian's own, with the tower
-            inside; original_without_tower.
+        layout: a name of LAYOUTS.
         tower_name: in the original layouts, the vision tower's name; None: found out.
         shard_bytes: largest size of one weight file.
     Raises:
@@ -402,10 +392,6 @@ def convert_to_huggingface(
     checkpoint, target = Path(checkpoint), Path(target)
     dtype = precision_dtype(precision)
     check_known("layout", layout, LAYOUTS)
-    if layout == "hub" and tower_name is not None:
-        raise UserError(
-            f"the tower's name {tower_name!r} is for the original layouts; the hub's holds the tower itself"
-        )
     check_target(target)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder; wanted a Megatron checkpoint with its llava/ folder")
@@ -413,11 +399,7 @@ def convert_to_huggingface(
     iteration = newest_iteration(checkpoint)
     config = hub_files.read_json(hub / "config.json")
     geometry = read_geometry(config)
-    if layout == "hub" and geometry.projector_type != "mlp2x_gelu":
-        raise UserError(
-            f"{checkpoint} has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu "
-            "only: choose the layout original"
-        )
+    export = LAYOUTS[layout](hub, config, geometry, precision, tower_name=tower_name)
     rows = table_of_weights(geometry)
     check_model_size(model_size, geometry.language.parameters)
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
@@ -427,29 +409,22 @@ def convert_to_huggingface(
     if not tower_file.is_file():
         raise UserError(f"{tower_file} is not there; without it the tower's last layers are unknown")
     carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.tower))
-    export = None
-    if layout != "hub":
-        export = original_layout.plan_export(hub, config, geometry, precision, layout == "original", tower_name)
 
     with open_checkpoint(iteration, rows) as reader:
         _check_keys(reader, rows, iteration)
         tensors, blocks = wanted_tensors(rows, geometry), _hub_blocks(reader, rows, carried, dtype)
-        if export is not None:
-            tensors, blocks = export.renamed(tensors, blocks)
+        tensors, blocks = export.renamed(tensors, blocks)
         nbytes = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
         check_disk(target, nbytes)
         with staged_folder(target) as folder:
             with progress_bar(nbytes, f"Megatron -> {layout}", progress) as advance:
                 files = write_hub_weights(folder, tensors, dtype, blocks, advance, shard_bytes)
-            if export is not None:
-                export.write_text_files(folder, hub)
-            else:
-                _write_hub_text_files(folder, hub, hub_files.finish_config(config, precision, geometry.projector_type))
+            export.write_text_files(folder, hub)
             earlier = hub_files.read_json(hub / PROVENANCE) if (hub / PROVENANCE).is_file() else None
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
             facts = {"iteration": iteration.name, "checkpoint_provenance": earlier}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
             (folder / PROVENANCE).write_text(text, encoding="utf-8")
     notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
-    notes += export.notes if export is not None else []
+    notes += export.notes
     return Report(target, nbytes, time.monotonic() - began, notes)

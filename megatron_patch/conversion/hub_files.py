@@ -12,13 +12,12 @@ from typing import Any
 
 from megatron_patch.conversion import openai_clip
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, check_known, read_geometry
+from megatron_patch.geometry import check_known, read_geometry
+from megatron_patch.language_models import LANGUAGE_MODELS
 from megatron_patch.tokenizer_files import load_tokenizer
+from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS, whole_models
 
 IMAGE_TOKEN = "<image>"
-WHOLE_MODELS = ("clip", "siglip")  # image and text towers in one; only the former is used
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _PROBES = ("What is in the picture?", " a  b\tc\nd", "Grüße, 世界! 42 + 1.5", "USER: x ASSISTANT: y</s>")
 
 
@@ -128,7 +127,7 @@ def _add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
 
 
 def llava_config(
-    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int = -2
+    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int
 ) -> dict[str, Any]:
     """Full LLaVA config of an LLM folder and a CLIP folder, LLaVA-1.5's choices for the rest.
 
@@ -141,17 +140,17 @@ def llava_config(
 
 
 def tower_config(folder: Path) -> Any:
-    """transformers' config object of a tower folder or OpenAI's file; of a whole CLIP or SigLIP, its vision half.
+    """transformers' config object of a tower folder or OpenAI's file; of a model with a text tower, its vision half.
 
     Raises:
         UserError: a tower the table does not know.
     """
     if folder.is_file():
-        return config_object("clip_vision_model", openai_clip.read_config(folder))
+        return config_object(OF_OPENAI_FILES, openai_clip.read_config(folder))
     tower_type = model_type(folder)
-    check_known("vision tower model_type", tower_type, (*VISION_TOWERS, *WHOLE_MODELS))
+    check_known("vision tower model_type", tower_type, (*VISION_TOWERS, *whole_models()))
     config = _auto_config(folder)
-    return config.vision_config if tower_type in WHOLE_MODELS else config
+    return config.vision_config if tower_type in whole_models() else config
 
 
 def config_object(model_type: str, values: dict[str, Any]) -> Any:
@@ -166,7 +165,7 @@ def config_object(model_type: str, values: dict[str, Any]) -> Any:
 
 
 def compose_config(
-    text: Any, vision: Any, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int = -2
+    text: Any, vision: Any, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int
 ) -> dict[str, Any]:
     """Full LLaVA config from transformers' config objects of its two halves."""
     from transformers import LlavaConfig
@@ -180,7 +179,7 @@ def compose_config(
             image_token_index=image_id,
             image_seq_length=patches,
             vision_feature_layer=feature_layer,
-            vision_feature_select_strategy="default" if VISION_TOWERS[vision.model_type].class_token else "full",
+            vision_feature_select_strategy=VISION_TOWERS[vision.model_type].select_strategy,
             projector_hidden_act="gelu",
             multimodal_projector_bias=True,
             tie_word_embeddings=text.tie_word_embeddings,
@@ -245,47 +244,40 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
             f"{folder.name} has no preprocessor_config.json: mean, std and bicubic resizing to {side} px are those of "
             "the tower's kind"
         )
-    if config["vision_config"]["model_type"] == "siglip_vision_model":
-        return _siglip_processor(folder, values, side), notes
+    kind = VISION_TOWERS[config["vision_config"]["model_type"]]
     defaults = {
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": {"height": side, "width": side},
         "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
+        "image_mean": list(kind.image_mean),
+        "image_std": list(kind.image_std),
         "do_convert_rgb": True,
     }
+    process = _cropped if kind.center_crop else _squeezed
+    return {"image_processor_type": kind.image_processor} | process(folder, values, defaults, side), notes
+
+
+def _cropped(folder: Path, values: dict[str, Any], defaults: dict[str, Any], side: int) -> dict[str, Any]:
+    """The shorter side to `side` pixels or what the folder says, then the centre of `side` x `side`."""
+    defaults |= {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": {"height": side, "width": side}}
     values = {name: value for name, value in values.items() if not name.endswith(("_type", "_class", "extractor"))}
     values = defaults | values
     values["size"], values["crop_size"] = _square(values["size"], False), _square(values["crop_size"], True)
     if values["crop_size"] != {"height": side, "width": side}:
         raise UserError(f"{folder}: images are cropped to {values['crop_size']}, but the tower takes {side} px")
-    return {"image_processor_type": "CLIPImageProcessor"} | values, notes
+    return values
 
 
-def _siglip_processor(folder: Path, values: dict[str, Any], side: int) -> dict[str, Any]:
-    """SigLIP's: squeezed to a square of `side` pixels, nothing cut off."""
-    square = {"height": side, "width": side}
-    defaults = {
-        "do_resize": True,
-        "size": square,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
-    }
+def _squeezed(folder: Path, values: dict[str, Any], defaults: dict[str, Any], side: int) -> dict[str, Any]:
+    """Squeezed to a square of `side` pixels, nothing cut off."""
+    square = defaults["size"]
     values = defaults | {name: values[name] for name in defaults if values.get(name) is not None}
     if _square(values["size"], True) != square:
         raise UserError(f"{folder}: images are resized to {values['size']}, but the tower takes {side} px")
-    return {"image_processor_type": "SiglipImageProcessor"} | values | {"size": square}
+    return values | {"size": square}
 
 
 def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: Path, tower: Path) -> list[str]:

@@ -278,12 +278,7 @@ _LLAVA_RULES = [
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
     (r"lm_head\.", "language_model.lm_head."),
 ]
-_CLIP_RULES = [
-    (
-        r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)",
-        "vision_tower.vision_model.",
-    ),
-]
+_TOWER_RULES = [(r"(?:vision_model\.)?", "vision_tower.vision_model.")]
 # liuhaotian's original layout: the LLM's names are those of an LLM, the rest stands below `model.` beside them.
 _ORIGINAL_RULES = [
     (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -304,24 +299,25 @@ _PROJECTOR_RULES = [
 RULES = {
     "LLM": _LLM_RULES,
     "LLaVA": _LLAVA_RULES,
-    "CLIP": _CLIP_RULES,
+    "tower": _TOWER_RULES,
     "original LLaVA": _ORIGINAL_RULES,
     "projector": _PROJECTOR_RULES,
 }
 
-# Names that may be there and are not weights of a LLaVA: buffers that the config determines, and, in a whole CLIP
-# model, its text tower and the projections into the shared space.
+# Names that may be there and are not weights of a LLaVA: buffers that the config determines, and, beside a
+# tower, a text tower and the projections into the shared space.
 IGNORED = {
     "LLM": r".*\.rotary_emb\.inv_freq",
     "LLaVA": r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids",
-    "CLIP": r"(?:.*\.)?embeddings\.position_ids|text_model\..*|logit_(?:scale|bias)|(?:text|visual)_projection\.weight",
+    "tower": r"(?:.*\.)?embeddings\.position_ids|text_model\..*|logit_(?:scale|bias)"
+    r"|(?:text|visual)_projection\.weight",
     "original LLaVA": r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids",
     "projector": r"(?!)",
 }
 
 
 def hub_name(kind: str, raw: str) -> str | None:
-    """Name in hub LLaVA files of a tensor found in a source of this kind (LLM, CLIP, LLaVA); None when unknown."""
+    """Name in hub LLaVA files of a tensor found in a source of this kind (a name of RULES); None when unknown."""
     for pattern, replacement in RULES[kind]:
         found = re.match(pattern, raw)
         if found:

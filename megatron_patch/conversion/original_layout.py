@@ -20,28 +20,13 @@ from megatron_patch.conversion import hub_files
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known
+from megatron_patch.language_models import LANGUAGE_MODELS, original_classes
+from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
 Blocks = Callable[[HubTensor], Iterator[Tensor]]  # the rows of a tensor, in any number of blocks
 # Below CKPT/llava: config and tokenizer of an original source, as they were, for the way back.
 SAVED_FOLDER = "original"
-# LLM's model_type: (model_type, class) of the original code; v1.5's own folders say model_type "llava".
-KINDS = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-}
 _TOWER = "model.vision_tower."
-_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-_LARGE |= {"projection_dim": 768, "patch_size": 14}
-_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_BASE |= {"projection_dim": 512, "image_size": 224}
-# A folder that holds its tower holds no config of it: the numbers of the towers that are named.
-KNOWN_TOWERS = {
-    "openai/clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
-    "openai/clip-vit-large-patch14": _LARGE | {"image_size": 224},
-    "openai/clip-vit-base-patch16": _BASE | {"patch_size": 16},
-    "openai/clip-vit-base-patch32": _BASE | {"patch_size": 32},
-}
 _TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -94,7 +79,7 @@ class Original:
 def _llm_type(values: dict[str, Any]) -> str:
     """model_type of the LLM inside, from the class or else from the model_type of the folder."""
     name = (values.get("architectures") or [values.get("model_type")])[0]
-    by_name = {name: llm for llm, names in KINDS.items() for name in names} | {"llava": "llama"}
+    by_name = original_classes()
     check_known("the class of an original LLaVA", name, by_name)
     return by_name[name]
 
@@ -156,8 +141,8 @@ def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> T
         config = hub_files.tower_config(clip)
         if inside:
             notes.append(f"the tower's weights are those inside {original.folder.name}, not those of {clip.name}")
-    elif inside and original.tower_name in KNOWN_TOWERS:
-        config = hub_files.config_object("clip_vision_model", KNOWN_TOWERS[original.tower_name])
+    elif inside and original.tower_name in published_towers():
+        config = hub_files.config_object(*published_towers()[original.tower_name])
     else:
         problem = "holds a tower without its config" if inside else "holds no tower"
         raise UserError(
@@ -248,7 +233,7 @@ class Export:
 
 
 def plan_export(
-    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, with_tower: bool, tower_name: str | None
+    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, tower_name: str | None, with_tower: bool
 ) -> Export:
     """How to write the checkpoint with this llava/ folder in the original layout.
 
@@ -258,7 +243,8 @@ def plan_export(
     Raises:
         UserError: the original code has no class for this LLM or projector, or the tower has no name.
     """
-    check_known("the original layout's LLM", geometry.language.model_type, KINDS)
+    known = [name for name, family in LANGUAGE_MODELS.items() if family.original]
+    check_known("the original layout's LLM", geometry.language.model_type, known)
     saved = hub / SAVED_FOLDER
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     rows, notes, texts = geometry.language.vocabulary, [], None
@@ -290,7 +276,7 @@ def plan_export(
 def _known_tower(config: dict[str, Any], hub: Path) -> str:
     """mm_vision_tower: the known tower with the checkpoint's numbers, or else the folder the tower came from."""
     vision = config["vision_config"]
-    for name, numbers in KNOWN_TOWERS.items():
+    for name, numbers in VISION_TOWERS[vision["model_type"]].published.items():
         if all(vision.get(key) == value for key, value in numbers.items() if key != "projection_dim"):
             return name
     provenance = hub_files.read_json(hub / "provenance.json") if (hub / "provenance.json").is_file() else {}
@@ -302,7 +288,7 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
 
 def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str, tower_name: str) -> dict[str, Any]:
     """config.json of the original code for a checkpoint that came from elsewhere."""
-    model_type, name = KINDS[geometry.language.model_type]
+    model_type, name = geometry.language.family.original
     text = dict(config["text_config"])
     rope = dict(text.pop("rope_parameters", None) or {})
     base = rope.pop("rope_theta", text.get("rope_theta", 10000.0))

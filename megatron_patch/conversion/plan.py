@@ -19,13 +19,9 @@ from megatron_patch.conversion.mm_projector import read_projector
 from megatron_patch.conversion.openai_clip import open_openai_clip
 from megatron_patch.conversion.table import HubTensor, Row, projector_rows, table_of_weights, untrained_tower
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import (
-    LANGUAGE_MODELS,
-    PROJECTOR_TYPES,
-    LlavaGeometry,
-    check_known,
-    read_geometry,
-)
+from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known, read_geometry
+from megatron_patch.language_models import LANGUAGE_MODELS
+from megatron_patch.vision_towers import VISION_TOWERS
 
 PROVENANCE = "provenance.json"
 VOCABULARY_TENSORS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
@@ -82,6 +78,7 @@ def make_plan(llm: Path, clip: Path | None, precision: str, additions: Additions
             raise UserError(f"{llm} is a whole LLaVA with its own tower; pass none instead of {clip}")
         _refuse_additions(llm, additions)
         return _plan_llava(llm, precision, additions)
+    check_known("LLM model_type", hub_files.model_type(llm), LANGUAGE_MODELS)
     if clip is None:
         raise UserError(f"{llm} is an LLM without a tower; pass a CLIP folder as well")
     return _plan_parts(llm, clip, precision, additions)
@@ -112,8 +109,7 @@ def open_tower(source: Path) -> dict[str, Stored]:
 
 def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> Plan:
     """An LLM folder and a tower folder, with a new projector or one from a file between them."""
-    check_known("LLM model_type", hub_files.model_type(llm), LANGUAGE_MODELS)
-    hub_files.tower_config(clip)  # refuses what is no tower
+    tower = hub_files.tower_config(clip)  # refuses what is no tower
     projector, from_file = additions.projector or "mlp2x_gelu", None
     seed = DEFAULT_SEED if additions.seed is None else additions.seed
     if additions.projector_file is not None:
@@ -123,7 +119,9 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
     tokens = hub_files.prepare_tokenizer(llm, additions.tokens)
     stored_rows = hub_files.full_config(llm)["vocab_size"]
     vocabulary = _vocabulary(stored_rows, tokens, additions)
-    feature_layer = -2 if additions.feature_layer is None else additions.feature_layer
+    feature_layer = additions.feature_layer
+    if feature_layer is None:
+        feature_layer = VISION_TOWERS[tower.model_type].feature_layer
     config = hub_files.llava_config(llm, clip, tokens.image_id, vocabulary, precision, projector, feature_layer)
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)
@@ -133,7 +131,7 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
     from_clip = [tensor for tensor in wanted if tensor.name.startswith("vision_tower.")]
     llm_source = open_hub_weights(llm)
     _drop_tied_head(llm_source, geometry.language.tied_embeddings, llm)
-    weights = account("LLM", llm_source, from_llm) | account("CLIP", open_tower(clip), from_clip)
+    weights = account("LLM", llm_source, from_llm) | account("tower", open_tower(clip), from_clip)
 
     sources, notes = {"llm": llm, "clip": clip}, list(tokens.notes)
     if from_file is None:
@@ -200,7 +198,7 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     outside = [tensor for tensor in wanted if tensor.name.startswith("vision_tower.") and not found.inside]
     weights = account("original LLaVA", hub, [tensor for tensor in wanted if tensor not in outside])
     if outside:
-        weights |= account("CLIP", open_tower(found.folder), outside)
+        weights |= account("tower", open_tower(found.folder), outside)
     notes = [*tokens.notes, *found.notes, *original_layout.advice(original)]
     notes += _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {

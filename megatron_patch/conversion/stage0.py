@@ -15,7 +15,8 @@ from megatron_patch.conversion.output import check_disk, check_target, progress_
 from megatron_patch.conversion.plan import PROVENANCE, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LANGUAGE_MODELS, check_known
+from megatron_patch.geometry import check_known
+from megatron_patch.language_models import LANGUAGE_MODELS
 
 
 def stored_precision(folder: Path) -> str:
@@ -52,7 +53,7 @@ def build_stage0(
     The LLM's weights, its head among them, and the tower's are copied; tokenizer, embedding and head get `<image>`.
 
     Args:
-        text_model: folder of an LLM of geometry.LANGUAGE_MODELS.
+        text_model: folder of an LLM of LANGUAGE_MODELS.
         vision_model: folder of a tower.
         target: a folder that does not exist yet or is empty.
         precision: fp16, bf16 or fp32; None: that of the LLM.

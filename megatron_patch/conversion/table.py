@@ -1,7 +1,8 @@
 """The one table of weights.  A row is (Megatron key, transform, hub tensors); both directions read the same rows.
 
 Hub names are those of hub LLaVA files (`language_model.model.*`, `vision_tower.vision_model.*`,
-`multi_modal_projector.*`); hub_weights.py turns other spellings into these.  Megatron keys are those of torch_dist
+`multi_modal_projector.*`); hub_weights.py turns other spellings into these.  Those of Llama and CLIP stand here, a
+family's or tower's own in its row of language_models.py or vision_towers.py.  Megatron keys are those of torch_dist
 checkpoints: layers stacked along a new first axis, norms under their Transformer Engine names.
 
 Letters: L layers, V vocabulary rows, h hidden, f ffn, q query heads, g groups, d head width, t tower width.
@@ -59,7 +60,10 @@ def llm_rows(language: LanguageGeometry) -> list[Row]:
 
     def layer(name: str, transform: Transform, *parts: tuple[str, Shape]) -> Row:
         return Row(
-            ours + name, transform, tuple(HubTensor(hub + part, shape) for part, shape in parts), language.layers
+            ours + name,
+            transform,
+            tuple(HubTensor(hub + language.family.tensor_name(part), shape) for part, shape in parts),
+            language.layers,
         )
 
     def alone(name: str, transform: Transform, part: str, shape: Shape) -> Row:
@@ -111,10 +115,11 @@ def tower_rows(tower: TowerGeometry) -> list[Row]:
     hub_tower = "vision_tower.vision_model."
 
     def alone(name: str, transform: Transform, part: str, shape: Shape) -> Row:
-        return Row("vision_model." + name, transform, (HubTensor(hub_tower + part, shape),))
+        return Row("vision_model." + name, transform, (HubTensor(hub_tower + tower.kind.tensor_name(part), shape),))
 
     def layer(name: str, transform: Transform, *parts: tuple[str, Shape]) -> Row:
-        named = tuple(HubTensor(hub_tower + "encoder.layers.{layer}." + part, shape) for part, shape in parts)
+        hub = hub_tower + "encoder.layers.{layer}."
+        named = tuple(HubTensor(hub + tower.kind.tensor_name(part), shape) for part, shape in parts)
         return Row("vision_model.decoder.layers." + name, transform, named, tower.running_layers)
 
     rows = [alone("conv1.weight", Same(), "embeddings.patch_embedding.weight", (t, 3, patch, patch))]
@@ -205,8 +210,8 @@ def _behind_the_layers(tower: TowerGeometry) -> Iterator[tuple[str, Shape]]:
             "head.mlp.fc2.": ((t, f), (t,)),
         }
     for module, (weight, bias) in modules.items():
-        yield f"vision_tower.vision_model.{module}weight", weight
-        yield f"vision_tower.vision_model.{module}bias", bias
+        yield "vision_tower.vision_model." + tower.kind.tensor_name(f"{module}weight"), weight
+        yield "vision_tower.vision_model." + tower.kind.tensor_name(f"{module}bias"), bias
 
 
 def extra_states(rows: list[Row]) -> dict[str, int]:

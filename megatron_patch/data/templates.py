@@ -1,6 +1,7 @@
-"""Templates: how questions and answers become text, as data, with the sources of their words.
+"""Templates: how questions and answers become text, as data.
 
-A template is a handful of texts with placeholders in braces.  A conversation is written as
+The built-in ones are the files of conversation_templates/, which say where their words come from: one more file there
+is one more template.  A template is a handful of texts with placeholders in braces.  A conversation is written as
 
     [system_turn] opening [picture_turn] question answer closing  between question answer closing  between ...
 
@@ -12,6 +13,8 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from megatron_patch.errors import UserError
 
@@ -88,135 +91,8 @@ def _problems(name: str, text: str) -> list[str]:
     return problems
 
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-VISION_SYSTEM = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-# What NeVA's preprocess_nvgpt puts before an answer that has no label of its own.
-NVGPT_LABELS = (
-    "<extra_id_2>quality:4,toxicity:0,humor:0,creativity:0,helpfulness:4,"
-    "correctness:4,coherence:4,complexity:4,verbosity:4\n"
-)
-
-CHATML = Template(
-    question="<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
-    answer="{answer}{ending}",
-    ending="<|im_end|>",
-    system_turn="<|im_start|>system\n{system}<|im_end|>\n",
-    picture_turn="<|im_start|>user\n{pictures}<|im_end|>\n",
-    closing="\n",
-)
-
-TEMPLATES = {
-    # LLaVA, conv_llava_plain and preprocess_plain: images, caption, newline; the question's words are dropped and
-    # nothing marks the end.
-    "plain": Template(question="{pictures}", answer="{answer}\n", ending="", most_exchanges=1),
-    # LLaVA, conv_llava_v0 as preprocess and _add_speaker_and_signal write it for training.  Its ending is a string on
-    # which generation stops, no token: `###` is learnt like any other word.
-    "v0": Template(
-        system="A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions.",
-        system_turn="{system}\n\n",
-        opening="### ",
-        picture_turn="Human: {pictures}###",
-        question="Human: {question}\n### Assistant:",
-        answer=" {answer}\n###",
-        ending="",
-        closing=" ",
-    ),
-    # LLaVA, conv_vicuna_v1.  The space before an answer belongs to it: a prompt ends with the colon, and the model must
-    # produce what follows.
-    "v1": Template(
-        system=VICUNA_SYSTEM,
-        system_turn="{system} ",
-        picture_turn="USER: {pictures} ",
-        question="USER: {question} ASSISTANT:",
-        answer=" {answer}{ending}",
-    ),
-    # LLaVA, conv_llava_llama_2 (the one that NeVA trains with too): the system sentence within the first instruction, a
-    # BOS before each further one.
-    "llama_2": Template(
-        system=VISION_SYSTEM,
-        system_turn="<<SYS>>\n{system}\n<</SYS>>\n\n",
-        system_in_question=True,
-        question="[INST] {question} [/INST]",
-        answer=" {answer} {ending}",
-        between="{bos}",
-    ),
-    # LLaVA-NeXT, conv_llava_llama_3: Llama 3's own chat template.
-    "llama_3": Template(
-        system=VISION_SYSTEM,
-        system_turn="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
-        picture_turn="<|start_header_id|>user<|end_header_id|>\n\n{pictures}<|eot_id|>",
-        question="<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        answer="{answer}{ending}",
-        ending="<|eot_id|>",
-    ),
-    # LLaVA, conv_mistral_instruct: llama_2 without system sentence and second BOS.  A record's own system sentence goes
-    # before the question, as in the chat template of Mistral's models.
-    "mistral": Template(
-        system_turn="{system}\n\n",
-        system_in_question=True,
-        question="[INST] {question} [/INST]",
-        answer=" {answer} {ending}",
-    ),
-    # ChatML as newer language models know it, without a system sentence of its own.
-    "chatml": CHATML,
-    # LLaVA 1.6, conv_chatml_direct: no newline between the turns.
-    "chatml_direct": dataclasses.replace(
-        CHATML,
-        system="Answer the questions.",
-        system_turn="<|im_start|>system\n{system}<|im_end|>",
-        picture_turn="<|im_start|>user\n{pictures}<|im_end|>",
-        question="<|im_start|>user\n{question}<|im_end|><|im_start|>assistant\n",
-        closing="",
-    ),
-    # LLaVA-NeXT, conv_qwen (qwen_1_5): ChatML with Qwen's system sentence.
-    "qwen": dataclasses.replace(CHATML, system="You are a helpful assistant."),
-    # NeMo's NeVA, conv_nvgpt and preprocess_nvgpt.
-    "nvgpt": Template(
-        system=VICUNA_SYSTEM,
-        system_turn="<extra_id_0>System\n{system}\n\n",
-        opening="<extra_id_1>",
-        picture_turn="User\n{pictures}\n<extra_id_1>",
-        question="User\n{question}\n<extra_id_1>Assistant\n" + NVGPT_LABELS,
-        answer="{answer}\n{ending}",
-        ending="<extra_id_1>",
-    ),
-    # LLaVA-JP, conv_vicuna_v1: v1 in Japanese; its `<EOD|LLM-jp>` is that tokenizer's eos token.
-    "japanese_v1": Template(
-        system="これは好奇心旺盛なユーザーと人工知能システムのチャットです。"
-        "システムはユーザーの質問に親切、詳細、丁寧に答える。",
-        system_turn="{system} ",
-        picture_turn="ユーザー: {pictures} ",
-        question="ユーザー: {question} システム:",
-        answer=" {answer}{ending}",
-    ),
-}
-
-
-def find_template(name_or_file: str) -> Template:
-    """The template of this name, or the one in this file.  Raises UserError."""
-    if name_or_file in TEMPLATES:
-        return TEMPLATES[name_or_file]
-    if Path(name_or_file).suffix.lower() in SUFFIXES or Path(name_or_file).is_file():
-        return load_template(Path(name_or_file))
-    raise UserError(
-        f"conversation template is {name_or_file!r}; wanted one of {', '.join(TEMPLATES)}, "
-        f"or a file of one's own ({', '.join(SUFFIXES)})"
-    )
-
-
 def load_template(path: Path) -> Template:
-    """A template of one's own: a JSON or YAML mapping with the fields of Template.  Raises UserError."""
-    import yaml
-
+    """The template in a file: a JSON or YAML mapping with the fields of Template.  Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
@@ -242,3 +118,20 @@ def load_template(path: Path) -> Template:
         return Template(**content)
     except UserError as error:
         raise UserError(f"template {path}: {error}") from None
+
+
+# The built-in templates, one file each, by name.
+FOLDER = Path(__file__).with_name("conversation_templates")
+TEMPLATES = {path.stem: load_template(path) for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find_template(name_or_file: str) -> Template:
+    """The template of this name, or the one in this file.  Raises UserError."""
+    if name_or_file in TEMPLATES:
+        return TEMPLATES[name_or_file]
+    if Path(name_or_file).suffix.lower() in SUFFIXES or Path(name_or_file).is_file():
+        return load_template(Path(name_or_file))
+    raise UserError(
+        f"conversation template is {name_or_file!r}; wanted one of {', '.join(TEMPLATES)}, "
+        f"or a file of one's own ({', '.join(SUFFIXES)})"
+    )

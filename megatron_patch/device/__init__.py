@@ -1,26 +1,58 @@
-"""Which accelerator is here.  One file per kind, all with the same functions, so one more kind is one more file.
+"""Which accelerator is here.  One file per kind, all with the same names, so one more kind is one more file.
 
-Each kind provides:
-    NAME                        "cuda" or "cpu", as in torch.device
+A file is a kind by its name, which is a value of ACCELERATOR.  Importing it takes the standard
+library alone: the launchers ask it (see __main__.py) where they know of no torch.  Each kind provides
+
+    NAME                        that of the file, as in torch.device
+for the launchers:
+    count()                     how many devices a process started here would see; None: as many as a model needs
+    DEVICES, COUNTED_BY         what a message calls them, and where their number comes from
+    REFUSED                     NAME=VALUE of the launchers' arguments that this kind cannot have -> why
+    ATTENTION_BACKENDS          Megatron's for FL=true and for FL=false; None: there is no choice
+    environment(nodes)          variables of the processes, name -> value
+for the run:
+    is_available()              does torch see one?
     current_device()            the torch.device of this process
     install()                   make torch ready for Megatron; called once, before anything imports megatron
+    DISTRIBUTED_BACKEND         torch.distributed's: nccl, gloo
+    TRANSFORMER_ENGINE          may Transformer Engine be looked for?
     megatron_arguments(have_te)     the arguments for Megatron's parser that this kind needs
-    peak_memory()               bytes that this process has held at most
+    memory(), peak_memory()     bytes of the device, and bytes that this process has held at most
+    optimizer_offload(fraction) Megatron's arguments that keep this share of the optimizer state in host memory
 """
 
-import contextlib
-import ctypes
-import signal
+from __future__ import annotations
+
+import importlib
+import os
 from types import ModuleType
 
-import torch
+TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
+if TYPE_CHECKING:
+    import torch
 
-from megatron_patch.device import cpu, cuda
+FALLBACK = "cpu"  # is everywhere
+
+
+def kinds() -> list[str]:
+    """Names of all kinds, that of the fallback last."""
+    files = [name for name in os.listdir(os.path.dirname(__file__)) if name.endswith(".py") and name[0] != "_"]
+    return sorted((name.removesuffix(".py") for name in files), key=lambda name: (name == FALLBACK, name))
+
+
+def kind(name: str) -> ModuleType:
+    """The kind of this name."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def seen_here() -> ModuleType:
+    """The kind whose devices a process started here would see, without torch; else the fallback."""
+    return next(found for name in kinds() if (found := kind(name)).count() != 0)
 
 
 def backend() -> ModuleType:
-    """The kind in use: CUDA where torch sees a GPU, else the CPU (CUDA_VISIBLE_DEVICES="" hides the GPUs)."""
-    return cuda if torch.cuda.is_available() else cpu
+    """The kind in use: the first that torch sees, else the CPU (CUDA_VISIBLE_DEVICES="" hides the GPUs)."""
+    return next(found for name in kinds() if (found := kind(name)).is_available())
 
 
 def current_device() -> torch.device:
@@ -33,6 +65,10 @@ def end_with_parent() -> None:
 
     Else the same command, typed again, would meet the old processes still writing to its folder.  Linux only.
     """
+    import contextlib
+    import ctypes
+    import signal
+
     pr_set_pdeathsig = 1  # linux/prctl.h
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -44,8 +80,8 @@ def install() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """True when Transformer Engine imports.  Only asked on CUDA: its empty CPU shell raises on import."""
-    if backend() is not cuda:
+    """True when Transformer Engine imports.  Only asked where it may be: its empty CPU shell raises on import."""
+    if not backend().TRANSFORMER_ENGINE:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401

@@ -5,21 +5,52 @@ times with CUDA streams and compares tensor types by name.  Each stand-in below 
 (megatron-core 0.19.2).  `torch.cuda.is_available()` stays False, so everybody who asks still gets the truth.
 """
 
-import contextlib
-import functools
+from __future__ import annotations
+
 import importlib
 import os
-import resource
-from collections.abc import Callable
 from types import SimpleNamespace
-
-import torch
-import torch.utils._device
 
 from megatron_patch.errors import UserError
 
+TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
 NAME = "cpu"
-CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------- for the launchers
+
+DEVICES, COUNTED_BY = "processes", "TP x PP x CP"
+REFUSED = {
+    "PR=fp8": "needs a GPU, and this run is on CPU",
+    "AC=offload": "needs a GPU: on CPU the activations are in host memory already",
+    "OPTIMIZER_OFFLOAD=static": "needs a GPU: on CPU the optimizer state is in host memory already",
+    "OPTIMIZER_OFFLOAD=auto": "needs a GPU: on CPU the optimizer state is in host memory already",
+    "PROFILER=nsys": "needs a GPU: Nsight ranges are marked through CUDA; use torch",
+}
+ATTENTION_BACKENDS = None
+
+
+def count() -> None:
+    """As many processes as a model needs."""
+    return None
+
+
+def environment(nodes: int) -> dict[str, str]:
+    """No GPU is seen, nothing is compiled (see install()), and processes of one node meet on its loopback."""
+    variables = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    if nodes == 1 and os.path.exists("/sys/class/net/lo"):
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or "lo"
+    return variables
+
+
+# ---------------------------------------------------------------- for the run
+
+TRANSFORMER_ENGINE = False
+DISTRIBUTED_BACKEND = "gloo"
 
 # Factories that Megatron calls with device="cuda" or pin_memory=True (training.py, schedules.py, clip_grads.py, ...).
 FACTORIES = (
@@ -33,11 +64,25 @@ _installed = False
 
 def current_device() -> torch.device:
     """The one CPU device."""
-    return CPU
+    import torch
+
+    return torch.device("cpu")
+
+
+def is_available() -> bool:
+    """Always."""
+    return True
+
+
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int:
     """Bytes of resident memory, at their peak."""
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
@@ -45,11 +90,17 @@ def megatron_arguments(have_transformer_engine: bool) -> list[str]:
     """Local layers on gloo; the fusions left out are CUDA kernels."""
     del have_transformer_engine
     return [
-        *("--transformer-impl", "local", "--distributed-backend", "gloo"),
+        *("--transformer-impl", "local", "--distributed-backend", DISTRIBUTED_BACKEND),
         *("--no-rope-fusion", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
         *("--no-masked-softmax-fusion", "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion"),
         "--no-bias-dropout-fusion",
     ]
+
+
+def optimizer_offload(fraction: float) -> list[str]:
+    """There is none: the state is in host memory."""
+    del fraction
+    return []
 
 
 def install() -> None:
@@ -73,6 +124,8 @@ def install() -> None:
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:
     if not hasattr(owner, name):
+        import torch
+
         raise UserError(
             f"torch {torch.__version__} has no {getattr(owner, '__name__', owner)}.{name}, which the CPU stand-ins "
             "replace; install a torch version named in requirements.txt"
@@ -85,11 +138,11 @@ class _Stream:
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
-    def wait_stream(self, _: "_Stream") -> None: ...
+    def wait_stream(self, _: _Stream) -> None: ...
 
-    def wait_event(self, _: "_Event") -> None: ...
+    def wait_event(self, _: _Event) -> None: ...
 
-    def record_event(self, _: object = None) -> "_Event":
+    def record_event(self, _: object = None) -> _Event:
         return _Event()
 
     def synchronize(self) -> None: ...
@@ -103,16 +156,20 @@ class _Event(_Stream):
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, _: "_Event") -> float:
+    def elapsed_time(self, _: _Event) -> float:
         return 0.0
 
 
 def _replace_cuda_module() -> None:
-    cuda = torch.cuda
+    import contextlib
+
+    import torch
+
+    cuda, cpu = torch.cuda, current_device()
 
     def nothing(*_: object, **__: object) -> None: ...
 
-    _replace(cuda, "current_device", lambda: CPU)  # core/timers.py and every device=torch.cuda.current_device()
+    _replace(cuda, "current_device", lambda: cpu)  # core/timers.py and every device=torch.cuda.current_device()
     # initialize.py skips the model-parallel groups and the RNG tracker when the count is 0
     _replace(cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
@@ -137,10 +194,18 @@ def _replace_cuda_module() -> None:
 
 
 def _is_cuda(device: object) -> bool:
+    import torch
+
     return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
 
 
 def _replace_factories() -> None:
+    import functools
+
+    import torch
+    import torch.utils._device
+
+    cpu = current_device()
     # `with torch.device("meta")` recognises factories by identity, in a set that is built at its first use.  Built
     # after the wrapping it would hold the wrappers, the context would do nothing, and transformers would load models
     # with uninitialised rotary frequencies: wrong text, no error.  So it is built now.
@@ -150,7 +215,7 @@ def _replace_factories() -> None:
         @functools.wraps(factory)
         def build(*args: object, **kwargs: object) -> torch.Tensor:
             if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
+                kwargs["device"] = cpu
             kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
@@ -161,6 +226,9 @@ def _replace_factories() -> None:
 
 
 def _replace_tensor_methods() -> None:
+    import torch
+
+    cpu = current_device()
     original_type, original_to = torch.Tensor.type, torch.Tensor.to
     original_barrier = torch.distributed.barrier
 
@@ -173,9 +241,9 @@ def _replace_tensor_methods() -> None:
 
     def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
+            args = (cpu, *args[1:])
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = cpu
         return original_to(self, *args, **kwargs)
 
     def barrier(*args: object, **kwargs: object) -> object:

@@ -54,9 +54,6 @@ TOWER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh,
 }
 
-# CLIPViTModel's names of its variants: with class token and norm before the layers, or with a bias of the patches.
-MEGATRON_SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-
 TOWER_RECOMPUTE: dict[str, dict[str, object]] = {
     "false": {},
     "sel": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -265,7 +262,7 @@ class LlavaModel(MegatronModule):
             patch_dim=tower.patch_px,
             img_h=whole_patches_px,
             img_w=whole_patches_px,
-            model_subtype=MEGATRON_SUBTYPES[tower.model_type],
+            model_subtype=tower.kind.megatron_subtype,
             pg_collection=self.pg_collection,
         )
         side_config = projector_config(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch import device
-from megatron_patch.arguments import TEMPLATE_OF_MODEL, add_arguments
+from megatron_patch.arguments import add_arguments
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.data.loading.blend import read_parts
 from megatron_patch.data.loading.config import DataConfig
@@ -250,9 +250,7 @@ def _data_settings(
     """What the data room needs to know; `images`: image_mean, center_crop and resample."""
     template = arguments.conversation_template
     if template == "auto":
-        tokenizer = llava_folder / "tokenizer.json"
-        speaks_llama_3 = tokenizer.is_file() and b"<|start_header_id|>" in tokenizer.read_bytes()
-        template = "llama_3" if speaks_llama_3 else TEMPLATE_OF_MODEL[geometry.language.model_type]
+        template = geometry.language.family.template_for(llava_folder / "tokenizer.json")
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1

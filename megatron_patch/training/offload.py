@@ -1,7 +1,6 @@
 """OPTIMIZER_OFFLOAD: how much of Adam's state goes to host memory."""
 
-import torch
-
+from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry
 
@@ -30,24 +29,18 @@ def offload_arguments(
     """Megatron's arguments for `false`, `static` (all of the state) or `auto` (what does not fit).
 
     Raises:
-        UserError: there is no GPU whose memory could be spared.
+        UserError: the accelerator has no such offload.
     """
     if policy == "false":
         return []
-    if not torch.cuda.is_available():
-        raise UserError(f"OPTIMIZER_OFFLOAD is {policy}, but there is no GPU: the state is in host memory; pass false")
+    here = device.backend()
+    why = here.REFUSED.get(f"OPTIMIZER_OFFLOAD={policy}")
+    if why is not None:
+        raise UserError(f"OPTIMIZER_OFFLOAD is {policy}, which {why}; pass false")
     fraction = 1.0
     if policy == "auto":
-        total = torch.cuda.get_device_properties(0).total_memory
         model_parallel = tensor * pipeline
         fraction = offload_fraction(
-            language.parameters // model_parallel, max(1, world_size // (model_parallel * context)), total
+            language.parameters // model_parallel, max(1, world_size // (model_parallel * context)), here.memory()
         )
-    if fraction == 0.0:
-        return []
-    return [
-        "--optimizer-cpu-offload",
-        "--optimizer-offload-fraction",
-        f"{fraction:.2f}",
-        "--use-precision-aware-optimizer",
-    ]
+    return here.optimizer_offload(fraction) if fraction > 0.0 else []

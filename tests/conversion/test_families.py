@@ -16,8 +16,10 @@ from megatron_patch.conversion.hub_weights import hub_name
 from megatron_patch.conversion.plan import wanted_tensors
 from megatron_patch.conversion.table import table_of_weights
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LANGUAGE_MODELS, VISION_TOWERS, read_geometry
+from megatron_patch.geometry import read_geometry
+from megatron_patch.language_models import LANGUAGE_MODELS
 from megatron_patch.training.config import decoder_arguments
+from megatron_patch.vision_towers import VISION_TOWERS
 from tests.conversion.conftest import tensors_of
 from tests.conversion.test_round_trip import image, load, same_bytes, there_and_back
 from tests.conversion.tiny_openai_clip import SIDE_PX, make_tiny_openai_clip

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron, original_layout
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
+from megatron_patch.vision_towers import published_towers
 from tests.conversion.conftest import tensors_of
 from tests.conversion.original_folders import make_original, use_sentencepiece
 from tests.conversion.test_refusals import edit_json, forward
@@ -218,7 +219,7 @@ def test_added_tokens_are_kept(hub, tmp_path):
 def test_known_towers_are_those_of_transformers():
     """A tower inside a folder has no config there: the numbers of the four that are known."""
     tokens = {"patch14-336": 576, "patch14": 256, "patch16": 196, "patch32": 49}
-    for name in original_layout.KNOWN_TOWERS:
+    for name in published_towers():
         values = {"mm_vision_tower": name, "mm_hidden_size": 1024 if "large" in name else 768}
         source = original_layout.Original(Path("x"), values, "llama", name, -2, "mlp2x_gelu")
         found = original_layout.find_tower(source, None, [TOWER + "vision_model.pre_layrnorm.weight"])

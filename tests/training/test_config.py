@@ -51,7 +51,7 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
         ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not offered"),
         ({"use_megatron_fsdp": ""}, "--use-megatron-fsdp is not offered"),
         ({"fp8_format": "hybrid"}, "PR=fp8 needs Transformer Engine"),
-        ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*no GPU"),
+        ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*needs a GPU"),
         ({"train_dataset_path": "/nonexistent"}, "TRAIN_DATASET_PATH.*no .nv-meta"),
         ({"init_from": "/nonexistent"}, "PRETRAIN_CHECKPOINT_PATH.*no finished checkpoint"),
         ({"init_from": "none"}, "TOKENIZER_PATH is not set"),

@@ -31,7 +31,6 @@ from megatron_patch.errors import UserError
 
 ALL_TOKENS = 1 << 30  # longest record where --max-length sets no other limit
 LOOKED_AT = 2000  # records of a folder whose figures are taken, without --all
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 DECODER_LENGTHS = (1024, 2048, 4096, 8192)  # offered as DECODER_SEQ_LEN
 
 
@@ -112,8 +111,9 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
     """Settings of the data room and the tokenizer, from the checkpoint or the arguments.  Raises UserError."""
     from megatron_patch.data.conversation import IMAGE_MARK
     from megatron_patch.tokenizer_files import load_tokenizer
+    from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS
 
-    known = {"side_px": 336, "image_mean": CLIP_MEAN}
+    known = {"side_px": 336, "image_mean": VISION_TOWERS[OF_OPENAI_FILES].image_mean}  # LLaVA-1.5's tower
     if arguments.checkpoint is not None:
         known |= read_checkpoint(arguments.checkpoint)
     given = {"template": arguments.template, "image_tokens": arguments.image_tokens, "side_px": arguments.side_px}
@@ -149,7 +149,6 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a converted checkpoint's llava/ folder says.  Raises UserError."""
-    from megatron_patch.arguments import TEMPLATE_OF_MODEL
     from megatron_patch.geometry import read_geometry_of
     from megatron_patch.training.config import LLAVA_FOLDER, image_settings
 
@@ -164,7 +163,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     del images["image_std"]  # images are normalised on the device
     return {
         "tokenizer_path": str(folder),
-        "template": TEMPLATE_OF_MODEL[geometry.language.model_type],
+        "template": geometry.language.family.template_for(folder / "tokenizer.json"),
         "image_token_id": geometry.image_token_id,
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,

@@ -21,6 +21,10 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from megatron_patch.data.templates import TEMPLATES
 
 FOLDER = Path(__file__).parent / "tokenizers"
+LEARNT = (  # templates, in the order in which the tokenizers saw them
+    *("plain", "v0", "v1", "llama_2", "llama_3", "mistral", "chatml", "chatml_direct", "qwen", "nvgpt"),
+    "japanese_v1",
+)
 SPECIAL_TOKENS = (
     "<image>",
     "<|im_start|>",
@@ -45,10 +49,10 @@ PATTERN = (
 
 
 def corpus() -> list[str]:
-    """What the tokenizers learn: the words of the templates and of the conversations."""
+    """What the tokenizers learn: the words of these templates and of the conversations."""
     texts = [
         getattr(template, name)
-        for template in TEMPLATES.values()
+        for template in map(TEMPLATES.get, LEARNT)
         for name in ("system", "system_turn", "question", "answer", "opening")
     ]
     return [line for text in (*texts, *WORDS) for line in text.split("\n") if line.strip()]

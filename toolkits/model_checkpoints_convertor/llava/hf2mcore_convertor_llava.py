@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
-from megatron_patch.conversion.convert import FORMATS, LAYOUTS, PRECISIONS  # noqa: E402
+from megatron_patch.conversion.convert import FORMATS, PRECISIONS  # noqa: E402
+from megatron_patch.conversion.layouts import LAYOUTS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
 from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_direction(arguments)
     if arguments.mg2hf:
         source, target = Path(arguments.source_llm), Path(arguments.target)
-        layout = arguments.layout or LAYOUTS[0]
+        layout = arguments.layout or next(iter(LAYOUTS))
         report = convert_to_huggingface(
             source,
             target,

@@ -31,7 +31,7 @@ show_help() {
 
 # is_llava FOLDER: is it a whole LLaVA, in the layout of transformers or of the original code?
 is_llava() {
-    [[ -f $1/config.json && $(<"$1/config.json") =~ \"model_type\"[[:space:]]*:[[:space:]]*\"llava(_llama|_mistral|_qwen)?\" ]]
+    [[ -f $1/config.json && $(<"$1/config.json") =~ \"model_type\"[[:space:]]*:[[:space:]]*\"llava ]]
 }
 
 # check_conversion: the rules that hold between rows.

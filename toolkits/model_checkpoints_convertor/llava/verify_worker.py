@@ -110,7 +110,7 @@ def outputs(plan: dict, case: dict) -> dict[str, Tensor]:
 def main() -> int:
     """Exit code 0, or 2 with a sentence."""
     plan = json.loads(Path(sys.argv[1]).read_text())
-    torch.distributed.init_process_group("nccl" if device.backend().NAME == "cuda" else "gloo")
+    torch.distributed.init_process_group(device.backend().DISTRIBUTED_BACKEND)
     mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"])
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     for case in plan["cases"]:

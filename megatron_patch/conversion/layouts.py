@@ -1,0 +1,75 @@
+"""The layouts in which a checkpoint is exported, one row each.
+
+A row is a function (llava/ folder, its config.json, geometry, precision, tower's name or None) -> Export; it raises
+UserError when the checkpoint cannot have that layout.  To be read as well, a layout has a kind of source in plan.py.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_patch.conversion import hub_files, original_layout
+from megatron_patch.conversion.original_layout import Blocks
+from megatron_patch.conversion.plan import PROVENANCE
+from megatron_patch.conversion.table import HubTensor
+from megatron_patch.errors import UserError
+from megatron_patch.geometry import LlavaGeometry
+
+UNTRAINED_TOWER = "untrained_tower.safetensors"  # in the llava/ folder: what the tower has and no training sees
+
+
+class Export(Protocol):
+    """How a checkpoint is written in a layout."""
+
+    notes: Sequence[str]  # for the user
+
+    def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
+        """The tensors of the folder, and blocks() that is asked for those."""
+
+    def write_text_files(self, folder: Path, hub: Path) -> None:
+        """config.json, tokenizer and image processor; `hub` is the checkpoint's llava/ folder."""
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """What transformers' LlavaForConditionalGeneration loads."""
+
+    config: dict[str, Any]
+    notes: Sequence[str] = ()
+
+    def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
+        return list(tensors), blocks
+
+    def write_text_files(self, folder: Path, hub: Path) -> None:
+        for path in sorted(hub.iterdir()):
+            if path.name not in (UNTRAINED_TOWER, PROVENANCE, "config.json") and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+
+
+def _plan_hub(
+    hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, tower_name: str | None
+) -> _Hub:
+    del hub
+    if tower_name is not None:
+        raise UserError(
+            f"the tower's name {tower_name!r} is for the original layouts; the hub's holds the tower itself"
+        )
+    if geometry.projector_type != "mlp2x_gelu":
+        raise UserError(
+            f"the checkpoint has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu "
+            "only: choose the layout original"
+        )
+    return _Hub(hub_files.finish_config(config, precision, geometry.projector_type))
+
+
+# By the value of EXPORT_LAYOUT, whose rule in hf2mcore_convertor_llava.sh lists the same names; the default first.
+LAYOUTS: dict[str, Callable[[Path, dict[str, Any], LlavaGeometry, str, str | None], Export]] = {
+    "hub": _plan_hub,
+    "original": partial(original_layout.plan_export, with_tower=True),  # liuhaotian's own
+    "original_without_tower": partial(original_layout.plan_export, with_tower=False),
+}
