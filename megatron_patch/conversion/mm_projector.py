@@ -3,12 +3,12 @@
 A torch.save of {"model.mm_projector.0.weight": [h, t], ...}; a linear projector has no number in its names.
 """
 
-import os
 import re
 from pathlib import Path
 
 import torch
 
+from megatron_patch.atomic_files import atomic_file
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.conversion.hub_weights import Stored, hub_name, open_weight_file
 from megatron_patch.conversion.original_layout import original_name
@@ -68,24 +68,12 @@ def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None 
 
 
 def _save(tensors: dict[str, torch.Tensor], target: Path) -> int:
-    """torch.save beside the target, then renamed; returns the bytes of the weights."""
+    """Returns the bytes of the weights."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_disk(target.parent, nbytes)
-    beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "xb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(beside, target)  # unlike a rename it fails when the target appeared meanwhile
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            os.rename(beside, target)
+        with atomic_file(target, durable=True, replace=False) as beside, open(beside, "wb") as file:
+            torch.save(tensors, file)  # given a path, it would write that name into the file
     except (OSError, RuntimeError) as error:
         raise UserError(f"writing {target} failed: {error}; nothing was left behind") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return nbytes

@@ -7,8 +7,10 @@ beside and renamed instead.  Remove when save_checkpoint does so itself.
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
+from megatron_patch.atomic_files import atomic_file
 from megatron_patch.checkpoint_files import TRACKER
 
 TARGETS = (("megatron.training.checkpointing", "maybe_msc"),)
@@ -22,12 +24,9 @@ def applies(backend: str) -> bool:
 
 @contextlib.contextmanager
 def _whole(path: str) -> Iterator[IO[str]]:
-    beside = f"{path}.tmp"
-    with open(beside, "w") as stream:
+    # durable: an empty tracker after a crash of the machine would leave every checkpoint without a name
+    with atomic_file(Path(path), durable=True) as beside, open(beside, "w") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
 
 
 def apply() -> None:

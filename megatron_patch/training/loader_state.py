@@ -1,6 +1,5 @@
 """The loader's state in a folder of checkpoints, as Megatron lays it down with each of them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,3 @@ def read_saved_state(folder: Path, iteration: int, rank: int) -> dict[str, Any]:
         f"{states}: no data position in the checkpoint, so the data would start over; pass the checkpoint as "
         "PRETRAIN_CHECKPOINT_PATH of a new OUTPUT_BASEPATH if that is what you want"
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole: a kill leaves the old one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, path)

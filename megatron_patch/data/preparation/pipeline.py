@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_patch.atomic_files import sync, write_text
 from megatron_patch.data.preparation import shard_writer
 from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
 from megatron_patch.data.preparation.json_stream import stream_records
@@ -279,11 +280,10 @@ class _Preparation:
             raise UserError(f"{self._source.name}: holds no records")
         self._fill_train()
         shard_writer.write_meta(folder, self._counts)
-        ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
-        shard_writer.write_durably(folder / LEDGER, ledger.encode())
+        write_text(folder / LEDGER, json.dumps(self._ledger.to_json(), indent=2) + "\n", durable=True)
         with ThreadPoolExecutor(8) as threads:  # waiting together takes the disk little longer than waiting once
-            list(threads.map(shard_writer.sync, folder.iterdir()))
-        shard_writer.sync(folder)
+            list(threads.map(sync, folder.iterdir()))
+        sync(folder)
         written = time.monotonic()
         self._ledger.seconds = written - self._began
         filled = [split for split in SPLITS if self._ledger.written[split]]
