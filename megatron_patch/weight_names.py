@@ -1,5 +1,4 @@
-"""What model, trainer and converter say alike about names of weights: the norms' two spellings, and the lists of what
-does not fit."""
+"""What model, trainer and converter say alike about the names of weights, and the report of those that do not fit."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +10,9 @@ NORM_KEYS_AS_TRANSFORMER_ENGINE = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+HEAD = "language_model.output_layer.weight"  # absent where it is tied to the embedding
 
 # Titles of the lists.
 MISSING, UNKNOWN, LEFT_OVER, WRONG = "missing", "unknown", "left over", "of another shape or dtype"
@@ -41,6 +43,18 @@ def differences(found: Shapes, wanted: Shapes, authority: str) -> dict[str, list
             if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
+
+
+def without_padding(found: Shapes, wanted: Shapes, vocabulary: int) -> dict[str, Sequence[int]]:
+    """The shapes found, those of embedding and head as wanted where they hold all rows of the vocabulary.
+
+    Megatron pads both to a multiple that depends on the tensor-parallel size, and reads either padding.
+    """
+    shapes = dict(found)
+    for key in found.keys() & wanted.keys() & {EMBEDDING, HEAD}:
+        if tuple(found[key][1:]) == tuple(wanted[key][1:]) and found[key][0] >= vocabulary:
+            shapes[key] = wanted[key]
+    return shapes
 
 
 def another_shape(name: str, found: Sequence[int], wanted: Sequence[int], authority: str) -> str:

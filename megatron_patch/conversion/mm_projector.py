@@ -17,6 +17,7 @@ from megatron_patch.conversion.table import projector_rows, table_of_weights
 from megatron_patch.conversion.torch_ranks import open_checkpoint
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
+from megatron_patch.weight_names import check_nothing_differs, differences
 
 
 def read_projector(path: Path) -> tuple[str, dict[str, Stored]]:
@@ -51,19 +52,16 @@ def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None 
     geometry = read_geometry_of(checkpoint / "llava")
     tensors: dict[str, torch.Tensor] = {}
     with open_checkpoint(iteration, table_of_weights(geometry)) as reader:
-        problems = []
+        wanted = {row.key: row.shape for row in projector_rows(geometry)}
+        found = {key: entry.size for key, entry in reader.tensors.items() if key in wanted}
+        check_nothing_differs(
+            f"{iteration} does not hold the projector its config.json tells of",
+            differences(found, wanted, "config.json says"),
+        )
         for row in projector_rows(geometry):
-            entry = reader.tensors.get(row.key)
-            if entry is None:
-                problems.append(f"{row.key} is missing")
-            elif tuple(entry.size) != row.shape:
-                problems.append(f"{row.key} is {list(entry.size)}, config.json says {list(row.shape)}")
-            else:
-                (part,) = row.parts  # the layouts of a projector are Same: one hub tensor each
-                whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
-                tensors[original_name(part.name, geometry.projector_type)] = whole.to(dtype or whole.dtype)
-    if problems:
-        raise UserError(f"{iteration} does not hold the projector its config.json tells of: {'; '.join(problems)}")
+            (part,) = row.parts  # the layouts of a projector are Same: one hub tensor each
+            whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
+            tensors[original_name(part.name, geometry.projector_type)] = whole.to(dtype or whole.dtype)
     return geometry.projector_type, _save(tensors, target)
 
 

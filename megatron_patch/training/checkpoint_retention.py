@@ -168,7 +168,6 @@ class Keeper:
     def _write_notes(self, iteration: int) -> None:
         here = self.evaluated is not None and self.evaluated[0] == iteration
         beside = self.folder / DATA_FOLDER / folder_name(iteration)
-        beside.mkdir(parents=True, exist_ok=True)
         found = {**self.notes(), "validation loss": self.evaluated[1] if here else None}
         write_text(beside / NOTES, json.dumps(found) + "\n")
 

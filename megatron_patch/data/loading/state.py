@@ -1,6 +1,5 @@
 """The data position as a dict of plain numbers and strings, which torch.load(weights_only=True) reads back."""
 
-from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import UserError
@@ -36,17 +35,3 @@ def check(state: Any, expected: dict[str, Any], path: str) -> int:
             f"({'; '.join(differences)}); resume with the same data and seed, or start with a new OUTPUT_BASEPATH"
         )
     return int(state["position"])
-
-
-def read(file: str) -> dict[str, Any]:
-    """Read a state that torch.save wrote, executing no code.  Raises UserError."""
-    import torch
-
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such file; it should hold the data position of the run to be resumed")
-    try:
-        return torch.load(file, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{file}: the data position cannot be read ({type(error).__name__}); resume from an older one"
-        ) from error

@@ -96,34 +96,6 @@ class Shard:
         self._pieces, self._buffered = [], 0
 
 
-class ShardWriter:
-    """Writes the samples of one split into shards `<split>-000000.tar`, ... of at most `samples_per_shard`."""
-
-    def __init__(self, folder: Path, split: str, samples_per_shard: int) -> None:
-        self.counts: dict[str, int] = {}  # shard name -> samples
-        self.samples = 0
-        self._folder = folder
-        self._split = split
-        self._samples_per_shard = samples_per_shard
-        self._shard: Shard | None = None
-
-    def write(self, number: int, parts: Mapping[str, bytes]) -> None:
-        """Append a sample, {part name: bytes}; its number must differ from those of all other samples of the folder."""
-        if self._shard is None:
-            self._shard = Shard(self._folder, shard_name(self._split, len(self.counts)))
-        self._shard.add(number, parts)
-        self.samples += 1
-        if self._shard.samples == self._samples_per_shard:
-            self.close()
-
-    def close(self) -> None:
-        """End the open shard."""
-        if self._shard is not None:
-            self._shard.close()
-            self.counts[shard_name(self._split, len(self.counts))] = self._shard.samples
-            self._shard = None
-
-
 def shard_name(split: str, number: int) -> str:
     """File name of a split's shard."""
     return f"{split}-{number:06d}.tar"
