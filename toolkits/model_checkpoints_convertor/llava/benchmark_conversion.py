@@ -31,8 +31,8 @@ from megatron_patch.conversion.hub_weights import row_blocks, write_hub_weights 
 from megatron_patch.conversion.output import check_disk  # noqa: E402
 from megatron_patch.conversion.plan import wanted_tensors  # noqa: E402
 from megatron_patch.conversion.table import HubTensor, table_of_weights  # noqa: E402
-from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 from megatron_patch.geometry import read_geometry  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 PEAK_MIB = 1536
 SHARE_OF_COPY = 0.6
