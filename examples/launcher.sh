@@ -21,7 +21,7 @@ declare -A recipe=()      # values of a preset by name
 declare -a names=()       # names of the positional rows, in order
 declare -a complaints=()  # one line each
 declare -a environment=() # NAME=VALUE for the started program
-declare -a command=()     # the started program, one word each
+declare -a command=()     # the started program, one argument each
 detail=                   # what `fits` found, when the rule alone does not tell
 
 MODEL_SIZES="tiny 0.1B 0.5B 1B 1.5B 3B 7B 8B 13B 14B 32B 72B"
@@ -99,7 +99,7 @@ fits() {
             [[ ! -d $value ]] || detail="it is a folder"
             [[ -f $value ]]
             ;;
-        "words")
+        "text")
             [[ $value == *[![:space:]]* ]]
             ;;
         "a program")
@@ -284,7 +284,7 @@ choose_python() {
     check_row PYTHON "a program"
 }
 
-# start: becomes `command` in `environment`, or prints both, one word per line.
+# start: becomes `command` in `environment`, or prints both, one argument per line.
 start() {
     if [[ ${arg[DRY_RUN]} == 1 ]]; then
         printf '%s\n' env "${environment[@]}" "${command[@]}"
@@ -295,7 +295,7 @@ start() {
 }
 
 COMMON_OPTIONS="PYTHON|(.venv or python3)|a program|the Python interpreter that runs everything
-DRY_RUN|0|one of 0 1|1: print the command, one word per line, and write nothing"
+DRY_RUN|0|one of 0 1|1: print the command, one argument per line, and write nothing"
 
 # --- The machine -----------------------------------------------------------------------------------------------------
 
@@ -353,8 +353,8 @@ free_port() {
     printf '%d' "$port"
 }
 
-# torchrun_words OUTPUT: environment and command up to the script that torchrun starts.
-torchrun_words() {
+# torchrun_arguments OUTPUT: environment and command up to the script that torchrun starts.
+torchrun_arguments() {
     local cores threads
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
     threads=$((cores / processes))
@@ -439,7 +439,7 @@ apply_preset() {
 # training_options FREEZE_LANGUAGE_MODEL CONVERSATION_TEMPLATE: rows, with the defaults in which the stages differ.
 training_options() {
     cat <<OPTIONS
-PRESET|(none)|words|a published recipe; it fills in arguments given as - and defaults of options (table below)
+PRESET|(none)|text|a published recipe; it fills in arguments given as - and defaults of options (table below)
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
@@ -456,7 +456,7 @@ MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable befor
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
 FSDP|false|one of false full hybrid grad|sharded weights or gradients: refused, with the reason; DO=true shares out the optimizer state
 FIRST_STAGE_LAYERS|(layers / PP)|$COUNT|decoder layers of the first pipeline stage, which holds the vision tower too; the others share the rest
-VIRTUAL_STAGES|1|a whole number from 1 to 999|pieces of the decoder on each pipeline rank (interleaved pipeline); above 1 needs PP above 1
+VIRTUAL_STAGES|1|a whole number from 1 to 999|virtual pipeline stages on each pipeline rank (interleaved schedule); above 1 needs PP above 1
 RECOMPUTE_METHOD|uniform|one of uniform block|with AC=full: every RECOMPUTE_LAYERS layers as one piece, or only the first RECOMPUTE_LAYERS of a stage
 RECOMPUTE_LAYERS|1|$COUNT|with AC=full: see RECOMPUTE_METHOD
 TOWER_AC|(AC)|one of sel full false|what of the vision tower is recomputed, where it is trained
@@ -465,12 +465,12 @@ FP8_RECIPE|delayed|one of delayed tensorwise|with PR=fp8: scales from the amax h
 FP8_MARGIN|0|a whole number from 0 to 99|with FP8_RECIPE=delayed: powers of two that scales stay below the largest
 FP8_AMAX_HISTORY|1024|$COUNT|with FP8_RECIPE=delayed: length of the amax history
 FP8_AMAX_ALGORITHM|max|one of max most_recent|with FP8_RECIPE=delayed: which of the history counts
-ON_BAD_LOSS|stop|one of stop skip rollback|a loss or gradient that is not finite, or leaps: end; drop this step; start again from the last checkpoint and leave it out
+ON_BAD_LOSS|stop|one of stop skip rollback|a loss or gradient that is not finite, or a loss spike: end; drop this step; start again from the last checkpoint and leave it out
 SPIKE_FACTOR|0|a number from 0|a loss above so many times the median of the last 50 is bad too; 0: none is
 MAX_ROLLBACKS|3|a whole number from 0 to 99|with ON_BAD_LOSS=rollback: after so many the run ends
 TIME_LIMIT|(none)|$COUNT|minutes from the start, before whose end the run saves and ends with exit code 0
 KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that are retained, older ones are deleted; 0: all
-KEEP_BEST|false|one of true false|keep the best by validation loss as checkpoint/best, saving it where none was due
+KEEP_BEST|false|one of true false|retain the best by validation loss as checkpoint/best, saving it where none was due
 DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
 ACCELERATOR|auto|one of auto cpu cuda|auto: GPUs where there are any
@@ -485,8 +485,8 @@ SAMPLE_ANSWERS|0|a whole number from 0 to 99|questions of the validation data th
 PROFILE|(none)|iterations, as 10-12|iterations to trace
 PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the launcher under nsys profile -c cudaProfilerApi, on GPUs
 PROFILE_RANKS|0|ranks, as 0,1|processes to trace
-WANDB_PROJECT|(see meaning)|words|llava; W&B is told all that TensorBoard is when WANDB_API_KEY is in the environment, or WANDB_MODE=offline
-WANDB_NAME|(last folder of OUTPUT_BASEPATH)|words|name of the run at W&B
+WANDB_PROJECT|(see meaning)|text|llava; W&B is told all that TensorBoard is when WANDB_API_KEY is in the environment, or WANDB_MODE=offline
+WANDB_NAME|(last folder of OUTPUT_BASEPATH)|text|name of the run at W&B
 CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
 VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower; its lowest keeps the ratio of MIN_LR to LR
@@ -522,15 +522,15 @@ launch_llava() {
     read_options "$options"
     [[ ${arg[ENV]} != dlc ]] || read_cluster "$CLUSTER_VARIABLES"
     choose_python
-    check_extra_words "${@:24}"
+    check_extra_arguments "${@:24}"
     check_training
     stop_if_wrong
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
-    torchrun_words "${arg[OUTPUT_BASEPATH]}"
+    torchrun_arguments "${arg[OUTPUT_BASEPATH]}"
     local script=$repository/examples/llava_mcore/pretrain_llava.py first_word=$((${#command[@]} + 1))
     command+=("$script")
-    training_words
+    training_arguments
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
     [[ $stage != 1 ]] || command+=(--allow-fresh-projector)
     command+=("${@:24}")
@@ -543,17 +543,17 @@ launch_llava() {
 }
 
 show_training_help() {
-    printf 'usage: bash %q %s [MEGATRON WORDS]\n\n%s\n' "$0" "$(cut -d'|' -f1 <<<"$TRAINING_ARGUMENTS" | xargs)" "$1"
-    printf 'Words after the 23rd argument go to Megatron as they are; the first of them begins with --.\n'
+    printf 'usage: bash %q %s [MEGATRON ARGUMENTS]\n\n%s\n' "$0" "$(cut -d'|' -f1 <<<"$TRAINING_ARGUMENTS" | xargs)" "$1"
+    printf 'Arguments after the 23rd go to Megatron as they are; the first of them begins with --.\n'
     show_rows "Arguments" "$TRAINING_ARGUMENTS" numbered
     show_rows "Options, from the environment: name, default, value" "$2" options
     show_rows "Presets: name and stage, source, values" "$PRESETS"
     show_rows "Required in the environment when ENV=dlc" "$CLUSTER_VARIABLES"
 }
 
-check_extra_words() {
+check_extra_arguments() {
     [[ -z ${1+set} || $1 == --?* ]] ||
-        complain "word 24 ${1@Q}" "must begin with -- (after 23 arguments come Megatron's words); quote values that hold spaces"
+        complain "argument 24 ${1@Q}" "must begin with -- (after the 23 come Megatron's own); quote values that hold spaces"
 }
 
 # check_training: the rules that hold between rows; each looks only at rows that are right by themselves.
@@ -606,7 +606,7 @@ check_training() {
     if right SPIKE_FACTOR && at_most "${arg[SPIKE_FACTOR]}" 1 && ! at_most "${arg[SPIKE_FACTOR]}" 0; then
         refuse SPIKE_FACTOR "must be 0 or above 1: at 1 half of all losses would be bad"
     fi
-    check_telling
+    check_reports
     right TP PP CP || return 0
     model_parallel=$((arg[TP] * arg[PP] * arg[CP]))
     if right DECODER_SEQ_LEN; then
@@ -649,8 +649,8 @@ check_training() {
     fi
 }
 
-# check_telling: the rules about what a run tells.
-check_telling() {
+# check_reports: the rules about what a run reports.
+check_reports() {
     if right SAMPLE_ANSWERS && ((arg[SAMPLE_ANSWERS] > 0)); then
         if right PP CP && ((arg[PP] > 1 || arg[CP] > 1)); then
             refuse SAMPLE_ANSWERS "needs PP=1 and CP=1: each process must hold whole layers and whole sequences"
@@ -667,7 +667,7 @@ check_telling() {
     fi
 }
 
-# wandb_wanted: is there a key for W&B, which is never passed on as a word, or is it to write files only?
+# wandb_wanted: is there a key for W&B, which is never passed on as an argument, or is it to write files only?
 wandb_wanted() {
     [[ ${WANDB_MODE:-} != disabled && (-n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == offline) ]]
 }
@@ -685,9 +685,9 @@ check_against() {
     fi
 }
 
-# training_words: the words for Megatron's parser and our own flags. Geometry, tokenizer and device words are not among
+# training_arguments: the arguments for Megatron's parser and our own. Those of geometry, tokenizer and device are not among
 # them: pretrain_llava.py takes those from the checkpoint and the machine.
-training_words() {
+training_arguments() {
     local output=${arg[OUTPUT_BASEPATH]}
     command+=(
         --micro-batch-size "${arg[BATCH_SIZE]}" --global-batch-size "${arg[GLOBAL_BATCH_SIZE]}"
@@ -713,9 +713,9 @@ training_words() {
     ((arg[TP] == 1)) || command+=(--sequence-parallel)
     ((arg[VIRTUAL_STAGES] == 1)) || command+=(--num-virtual-stages-per-pipeline-rank "${arg[VIRTUAL_STAGES]}")
     [[ -z ${arg[FIRST_STAGE_LAYERS]} ]] || command+=(--decoder-first-pipeline-num-layers "${arg[FIRST_STAGE_LAYERS]}")
-    precision_words
-    memory_words
-    telling_words
+    precision_arguments
+    memory_arguments
+    report_arguments
     # Ours.
     command+=(
         --train-dataset-path "${arg[DATASET_PATH]}" --valid-dataset-path "${arg[VALID_DATASET_PATH]}"
@@ -726,11 +726,11 @@ training_words() {
         --conversation-template "${arg[CONVERSATION_TEMPLATE]}"
         --optimizer-offload-policy "${arg[OPTIMIZER_OFFLOAD]}"
     )
-    local name word
+    local name option
     for name in VISION_TOWER_LR PROJECTOR_LR VISION_TOWER_WEIGHT_DECAY PROJECTOR_WEIGHT_DECAY; do
-        [[ -z ${arg[$name]} ]] || { word=${name,,} && command+=("--${word//_/-}" "${arg[$name]}"); }
+        [[ -z ${arg[$name]} ]] || { option=${name,,} && command+=("--${option//_/-}" "${arg[$name]}"); }
     done
-    guard_words
+    safeguard_arguments
     [[ ${arg[EMA_DECAY]} =~ ^[0.]+$ ]] || command+=(--ema-decay "${arg[EMA_DECAY]}")
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
     [[ ${arg[IMAGE_CONV_FRONT]} != true ]] || command+=(--image-conv-front)
@@ -742,8 +742,8 @@ training_words() {
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)
 }
 
-# guard_words: what ends a run early, and which checkpoints stay.
-guard_words() {
+# safeguard_arguments: what ends a run early, and which checkpoints are retained.
+safeguard_arguments() {
     command+=(
         --on-bad-loss "${arg[ON_BAD_LOSS]}" --spike-factor "${arg[SPIKE_FACTOR]}"
         --bad-batches-file "${arg[OUTPUT_BASEPATH]}/bad_batches.jsonl" --keep-last "${arg[KEEP_LAST]}"
@@ -764,8 +764,8 @@ guard_words() {
     fi
 }
 
-# telling_words: what the run writes beside checkpoints.
-telling_words() {
+# report_arguments: what the run reports beside checkpoints.
+report_arguments() {
     local output=${arg[OUTPUT_BASEPATH]} first=${arg[PROFILE]%-*} last=${arg[PROFILE]#*-}
     local -a ranks=()
     command+=(--output-path "$output" --sample-answers "${arg[SAMPLE_ANSWERS]}")
@@ -790,7 +790,7 @@ telling_words() {
     [[ ! -t 2 ]] || environment+=("LLAVA_TERMINAL=$(tty <&2)")
 }
 
-precision_words() {
+precision_arguments() {
     case ${arg[PR]} in
         fp16) command+=(--fp16 --initial-loss-scale 65536) ;; # Megatron's 2^32 skips the first 16 steps or so
         bf16) command+=(--bf16) ;;
@@ -810,7 +810,7 @@ precision_words() {
     fi
 }
 
-memory_words() {
+memory_arguments() {
     case ${arg[AC]} in
         true)
             printf 'AC=true means AC=sel: attention is recomputed in the backward pass\n' >&2

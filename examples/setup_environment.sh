@@ -135,7 +135,7 @@ make_environment() {
 
 install_requirements() {
     local pip_pid shown=0 unfinished
-    local -a words=(-m pip install --no-cache-dir --disable-pip-version-check --log "$log" -r "$requirements")
+    local -a arguments=(-m pip install --no-cache-dir --disable-pip-version-check --log "$log" -r "$requirements")
     # pip writes INSTALLER after a package's files: without it the package is half unpacked and must not count.
     for unfinished in "$environment"/lib/python3*/site-packages/*.dist-info; do
         [[ -e $unfinished/INSTALLER || ! -d $unfinished ]] || rm -rf "$unfinished"
@@ -152,9 +152,9 @@ install_requirements() {
     rm -f "$log"
     say "installing requirements.txt into .venv (2.7 GB to fetch on a fresh machine; log: $log)"
     if [[ -t 2 ]]; then
-        "$python" "${words[@]}" >&2 || install_failed
+        "$python" "${arguments[@]}" >&2 || install_failed
     else
-        "$python" "${words[@]}" >/dev/null 2>&1 &
+        "$python" "${arguments[@]}" >/dev/null 2>&1 &
         pip_pid=$!
         trap 'kill "$pip_pid" 2>/dev/null; exit 130' INT TERM
         while kill -0 "$pip_pid" 2>/dev/null; do

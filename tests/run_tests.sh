@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Sets up the environment if needed, then runs the tests.
 #   bash tests/run_tests.sh                 all that are not marked slow
-#   bash tests/run_tests.sh --all           the slow proofs too
-#   bash tests/run_tests.sh [--all] WORDS   the words go to pytest (files, -k NAME, -x, ...)
+#   bash tests/run_tests.sh --all           the slow proofs too; names at its end what it left out, and why
+#   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
+# COLD_START=1 in the environment starts every run as a user's; else most start from tests/warm/server.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 selection=(-m "not slow")
 if [[ ${1:-} == --all ]]; then
-    selection=()
+    selection=(-rs)
     shift
 fi
 PYTHON=$("$BASH" examples/setup_environment.sh)

@@ -14,14 +14,14 @@ usage() {
 
 fresh=false
 folder=
-for word; do
-    case $word in
+for argument; do
+    case $argument in
         --help | -h) usage 0 ;;
         --fresh) fresh=true ;;
         -*) usage 2 >&2 ;;
         *)
             [[ -z $folder ]] || usage 2 >&2
-            folder=$word
+            folder=$argument
             ;;
     esac
 done

@@ -36,7 +36,7 @@ def with_modules(
     """
     from megatron.core.optimizer import ParamKey
 
-    def overrides(config: Any) -> dict:
+    def of_every_module(config: Any) -> dict:
         found = standard_overrides(config=config)
         for module, chosen in overrides().items():
             group: dict[str, Any] = {"module": module}
@@ -48,7 +48,7 @@ def with_modules(
             found[ParamKey(name=f"*{module}.*")] = group
         return found
 
-    return overrides
+    return of_every_module
 
 
 def keep_typed(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_patch.conversion import convert, convert_to_huggingface, convert_t
 from megatron_patch.conversion.hub_weights import FileSpan
 from megatron_patch.conversion.torch_dist import CheckpointReader
 from tests.conversion.conftest import tensors_of
+from tests.warm import interpreter
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_read_saved_and_exported_at(processes, parallelisms, hub, tmp_path):
     convert_to_megatron(hub("llava_llama"), None, tmp_path / "once", model_size="tiny", precision="fp32")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+            *(interpreter.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
             *(
                 str(Path(__file__).with_name("transforms_worker.py")),
                 str(tmp_path / "once"),

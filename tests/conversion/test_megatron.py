@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,14 @@ from megatron_patch.conversion import convert_to_huggingface, convert_to_megatro
 from megatron_patch.conversion.torch_dist import CheckpointReader, _contiguous_start
 from megatron_patch.errors import UserError
 from tests.conversion.conftest import tensors_of
+from tests.warm import interpreter
 
 ROOT = Path(__file__).parents[2]
 
 
 def megatron(*jobs: dict) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("megatron_side.py")), json.dumps(jobs, default=str)],
+        [interpreter.python(), str(Path(__file__).with_name("megatron_side.py")), json.dumps(jobs, default=str)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_patch.conversion import convert_to_megatron
 from tests import tiny_models
+from tests.warm import interpreter
 
 SCRIPT = Path(__file__).parents[2] / "toolkits/model_checkpoints_convertor/llava/verify_conversion.py"
+
+
+@pytest.fixture(autouse=True)
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool starts Megatron's processes with this interpreter."""
+    monkeypatch.setattr(sys, "executable", interpreter.python())
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
+from megatron_patch.data import image as image_module
 from megatron_patch.data.image import check_image, image_to_pixels, open_image
 from megatron_patch.data.rejection import RecordError
 

@@ -219,9 +219,9 @@ def test_words_after_the_last_argument(inputs: Inputs):
     assert result.stdout.splitlines()[-3:] == words[-3:]
     for extra in ("log-throughput", "-x", "--", ""):
         result = start(STAGE_1, [*inputs.training(), extra], cwd=inputs.folder, DRY_RUN="1")
-        assert_refused(result, inputs.folder, tree(inputs.folder), f"word 24 '{extra}' must begin with --")
+        assert_refused(result, inputs.folder, tree(inputs.folder), f"argument 24 '{extra}' must begin with --")
     words = [*inputs.conversion(HF_CKPT_PATH=str(inputs.llm)), "x"]
-    assert_refused(start(CONVERTER, words), inputs.folder, tree(inputs.folder), "word 10 'x' is one too many")
+    assert_refused(start(CONVERTER, words), inputs.folder, tree(inputs.folder), "argument 10 'x' is one too many")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_rules_between_conversion_arguments(inputs: Inputs, changes: dict, line:
             "environment PROJECTOR_PATH='absent' must be a file (it does not exist)",
         ),
         ("false", {"PROJECTOR_PATH": "llm"}, "environment PROJECTOR_PATH='llm' must be a file (it is a folder)"),
-        ("false", {"ADD_TOKENS": " "}, "environment ADD_TOKENS=' ' must be words"),
+        ("false", {"ADD_TOKENS": " "}, "environment ADD_TOKENS=' ' must be text"),
     ],
 )
 def test_options_of_the_conversion(inputs: Inputs, mg2hf: str, environment: dict, line: str):

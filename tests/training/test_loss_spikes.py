@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_patch.training.loss_spikes import LossHistory
 from tests.training.launching import Workspace, losses, run
-from tests.training.poison import RECORD, poisoned_workspace
+from tests.training.poison import RECORD, poisoned_workspace, spoilt_checkpoint
 from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 STEPS = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 2, "EVAL_ITERS": 0}
@@ -70,7 +71,6 @@ def test_the_run_stops_and_goes_on_without_that_iteration(poisoned, skipped, tmp
     assert_same_bits(tensors_of_run(tmp_path / "out", 6), tensors_of_run(output, 6))
 
 
-@pytest.mark.slow
 def test_roll_back(poisoned, skipped, tmp_path: Path) -> None:
     output, _, iteration = skipped
     printed = run(poisoned, tmp_path / "out", ON_BAD_LOSS="rollback", MAX_ROLLBACKS=1, **STEPS)
@@ -97,13 +97,30 @@ def test_every_layout_decides_alike(parallelism: str, poisoned, skipped, tmp_pat
     assert_same_bits(tensors_of_run(tmp_path / "left out", 6), tensors_of_run(tmp_path / "out", 6))
 
 
-@pytest.mark.slow
-def test_weights_that_are_bad_end_the_run(poisoned, workspace: Workspace, tmp_path: Path) -> None:
-    """Every step a leap: skipping has an end.  A learning rate of 100 sees to it."""
-    words = {"LR": "100", "MIN_LR": "100", "LR_WARMUP_ITERS": 11, "TRAIN_ITERS": 60, "SPIKE_FACTOR": 1.5}
-    printed = run(workspace, tmp_path / "out", expected_exit=1, ON_BAD_LOSS="skip", EVAL_ITERS=0, **words)
+def test_weights_that_are_bad_end_the_run(workspace: Workspace, tmp_path: Path) -> None:
+    """No step can be trained on: skipping has an end."""
+    spoilt = Workspace(spoilt_checkpoint(tmp_path), workspace.dataset)
+    printed = run(spoilt, tmp_path / "out", expected_exit=1, ON_BAD_LOSS="skip", **{**STEPS, "TRAIN_ITERS": 60})
+    assert [line["iteration"] for line in written_down(tmp_path / "out")[::4]] == list(range(1, 12))
     assert "so were the 10 before, so the weights may be bad" in printed
-    assert "1.5 times the median of the last steps" in printed
+
+
+def test_a_step_above_the_median_of_the_last_ones_is_dropped(workspace: Workspace, tmp_path: Path) -> None:
+    """With a learning rate that moves nothing the losses are those of the records, and a small factor tells some."""
+    factor = 1.02
+    settings = {"LR": "1e-30", "MIN_LR": "1e-30", "GLOBAL_BATCH_SIZE": 2, "TRAIN_ITERS": 40, "EVAL_ITERS": 0}
+    found = losses(run(workspace, tmp_path / "out", ON_BAD_LOSS="skip", SPIKE_FACTOR=factor, **settings))
+    dropped = {line["iteration"]: line for line in written_down(tmp_path / "out")}
+    history: list[float] = []
+    for iteration in range(1, 41):
+        highest = factor * statistics.median(history) if len(history) >= 10 else math.inf
+        if iteration in dropped:
+            assert dropped[iteration]["loss"] > highest
+            assert dropped[iteration]["reason"].endswith("1.02 times the median of the last steps")
+        else:
+            assert found[iteration] <= highest * (1 + 1e-6)  # printed with seven digits
+            history.append(found[iteration])
+    assert 3 <= len(dropped) <= 25, "a factor that tells nothing proves nothing"
 
 
 def test_a_leap_is_measured_by_the_median() -> None:

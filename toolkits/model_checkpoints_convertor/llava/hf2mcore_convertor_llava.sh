@@ -16,9 +16,9 @@ HF_CKPT_PATH|a Hugging Face model folder|with mg2hf=true required: the model it 
 OPTIONS="PROJECTOR|(mlp2x_gelu)|one of mlp2x_gelu linear|kind of the new projector; not with mg2hf=true
 PROJECTOR_PATH|(a new one)|a file|mm_projector.bin to start from, such as stage 1 of LLaVA leaves; not with mg2hf=true
 VISION_FEATURE_LAYER|(-2)|one of -2 -1|layer of the vision tower whose features the projector sees: the last but one or the last; not with mg2hf=true
-ADD_TOKENS|(none)|words|special tokens for tokenizer, embedding and head, before the image token; x_0..x_7 is a range; not with mg2hf=true
+ADD_TOKENS|(none)|text|special tokens for tokenizer, embedding and head, before the image token; x_0..x_7 is a range; not with mg2hf=true
 EXPORT_LAYOUT|(hub)|one of hub original original_without_tower|with mg2hf=true: the layout of transformers, or that of the original LLaVA code
-VISION_TOWER_NAME|(see meaning)|words|with an original layout: its mm_vision_tower; else the name of the source or of the known CLIP
+VISION_TOWER_NAME|(see meaning)|text|with an original layout: its mm_vision_tower; else the name of the source or of the known CLIP
 CKPT_FORMAT|(torch_dist)|one of torch_dist torch|torch_dist: any TP and PP reads it; torch: one file per rank of this TP and PP; mg2hf=true reads both
 $COMMON_OPTIONS"
 
@@ -70,7 +70,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     exit 0
 fi
 read_arguments "$ARGUMENTS" 9 "${@:1:9}"
-(($# < 10)) || complain "word 10 ${10@Q}" "is one too many: there are 9 arguments; quote values that hold spaces"
+(($# < 10)) || complain "argument 10 ${10@Q}" "is one too many: there are 9 arguments; quote values that hold spaces"
 read_options "$OPTIONS"
 choose_python
 check_conversion
