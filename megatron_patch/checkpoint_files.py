@@ -6,25 +6,36 @@ Two formats lie below CKPT/release or CKPT/iter_0000010, and both the trainer an
 """
 
 import io
+import math
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_patch.errors import UserError
+from megatron_patch.file_window import FileWindow
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
 # Entries of a trainer's checkpoint that are no weights of the model begin with these.
 NOT_WEIGHTS = ("optimizer", "opt_param_scheduler", "chained_", "rng_state", "rerun_state", "common_state")
-STORAGE_NAMES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
-_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_NAMES.items()}
+_STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+}
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 
 
@@ -169,31 +180,8 @@ def read_metadata(iteration: Path) -> dcp.Metadata:
 
 # ---------------------------------------------------------------- files of torch.save
 
-
-class _Window(io.RawIOBase):
-    """Part of a file, as a file of its own."""
-
-    def __init__(self, descriptor: int, begin: int, length: int) -> None:
-        self._descriptor, self._begin, self._length, self._at = descriptor, begin, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        left = self._length - self._at
-        data = os.pread(self._descriptor, left if count < 0 else min(count, left), self._begin + self._at)
-        self._at += len(data)
-        return data
+# What reading a file that is none of torch.save's, or holds more than tensors, may raise.
+STRANGE = (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -211,7 +199,7 @@ def archive_entries(descriptor: int, begin: int, length: int) -> dict[str, Archi
     Raises:
         zipfile.BadZipFile: there is no archive.
     """
-    with zipfile.ZipFile(_Window(descriptor, begin, length)) as archive:
+    with zipfile.ZipFile(FileWindow(descriptor, begin, length)) as archive:
         entries = archive.infolist()
     records = {}
     for entry in entries:
@@ -247,9 +235,14 @@ class SavedTensor:
         return _STORAGE_DTYPES.get(self.storage)
 
     @property
+    def count(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def in_order(self) -> bool:
         """Do its bytes stand one after the other?"""
-        expected = torch.Size(self.shape).numel()
+        expected = self.count
         for size, stride in zip(self.shape, self.stride, strict=True):
             expected //= max(size, 1)
             if size > 1 and stride != expected:
@@ -278,7 +271,7 @@ class TensorFacts(pickle.Unpickler):
             return name
         if self._lenient:
             return _Inert
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
 
     def persistent_load(self, identifier: tuple) -> object:
         return identifier[1], identifier[2]  # storage type, record
@@ -293,6 +286,36 @@ class PlacedTensor:
     position: int
 
 
+class TensorArchive:
+    """What torch.save wrote in [begin, begin + length) of an open file: its pickle, and where the tensors' bytes stand.
+
+    saved: the object that was saved, with SavedTensor in place of tensors.
+    Raises zipfile.BadZipFile when there is no archive, and whatever a strange pickle may raise.
+    """
+
+    def __init__(
+        self, descriptor: int, begin: int, length: int, facts: Callable[[bytes], TensorFacts] = TensorFacts
+    ) -> None:
+        """facts: reads the pickle."""
+        self._records = archive_entries(descriptor, begin, length)
+        order = self._records.get("byteorder")
+        self._readable = order is None or content(descriptor, order) == b"little"
+        self.saved: Any = facts(content(descriptor, self._records["data.pkl"])).load()
+
+    def storage(self, tensor: SavedTensor) -> ArchiveEntry | None:
+        """The bytes that hold the tensor, its own or those of a larger one; None: not as they are in memory."""
+        record = self._records.get(f"data/{tensor.record}")
+        return record if record is not None and record.stored and self._readable else None
+
+    def place(self, tensor: SavedTensor) -> PlacedTensor | None:
+        """Where the tensor's bytes stand; None: not in order, or of a dtype that is not known here."""
+        record = self.storage(tensor)
+        if record is None or tensor.dtype is None or not tensor.in_order:
+            return None
+        first, last = (tensor.dtype.itemsize * number for number in (tensor.first, tensor.first + tensor.count))
+        return PlacedTensor(tensor.dtype, tensor.shape, record.position + first) if last <= record.nbytes else None
+
+
 def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
     """Name -> place of the model's tensors in one model_optim_rng.pt.  Only its pickle is read.
 
@@ -300,16 +323,11 @@ def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
         UserError: the file is cut off or no such file, or was written by an interleaved pipeline.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(descriptor).st_size
-            records = archive_entries(descriptor, 0, size)
-            state = TensorFacts(content(descriptor, records["data.pkl"]), lenient=True).load()
-        finally:
-            os.close(descriptor)
-        if "model0" in state:
+        with open(path, "rb") as file:
+            archive = TensorArchive(file.fileno(), 0, path.stat().st_size, partial(TensorFacts, lenient=True))
+        if "model0" in archive.saved:
             raise UserError(f"{path} comes from an interleaved pipeline (model0, model1, ...), which is not read here")
-        model = state["model"]
+        model = archive.saved["model"]
     except UserError:
         raise
     except Exception as error:  # whatever a pickle that is cut off or strange may raise
@@ -318,11 +336,8 @@ def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
     for name, tensor in model.items():
         if not isinstance(tensor, SavedTensor):
             continue  # an extra state
-        record = records.get(f"data/{tensor.record}")
-        if tensor.dtype is None or not tensor.in_order or record is None or not record.stored:
+        place = archive.place(tensor)
+        if place is None:
             raise UserError(f"{path}: {name} is stored as {tensor.storage} in an order or dtype that is not read here")
-        position = record.position + tensor.first * tensor.dtype.itemsize
-        if position + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize > size:
-            raise UserError(f"{path} is cut off within {name}; write it again")
-        found[name] = PlacedTensor(tensor.dtype, tensor.shape, position)
+        found[name] = place
     return found

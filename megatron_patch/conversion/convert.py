@@ -28,7 +28,7 @@ from megatron_patch.conversion.hub_weights import (
 )
 from megatron_patch.conversion.layouts import LAYOUTS, UNTRAINED_TOWER
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
+from megatron_patch.conversion.plan import PROVENANCE, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
@@ -36,6 +36,7 @@ from megatron_patch.conversion.transforms import QueryKeyValue
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, check_known, read_geometry
 from megatron_patch.model_sizes import check_model_size
+from megatron_patch.weight_names import EMBEDDING, UNKNOWN, WRONG, check_nothing_differs, differences, without_padding
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("torch_dist", "torch")
@@ -253,24 +254,14 @@ def _check_keys(reader: CheckpointReader | RanksReader, rows: list[Row], folder:
             f"{folder} holds its layers one by one ({per_layer[0]}, ...); this converter reads stacked layers, which "
             "Megatron writes unless its layers are declared non-homogeneous: load and save it once without that"
         )
-    unknown = [key for key in stored if key not in wanted]
-    unknown += [key for key in reader.objects if "_extra_state" not in key and not key.startswith(NOT_WEIGHTS)]
-    missing = [key for key in wanted if key not in stored]
-    shapes = []
-    for key, row in wanted.items():
-        if key not in stored:
-            continue
-        have, want = tuple(stored[key].size), row.shape
-        padded = key.startswith("language_model.") and row.parts[0].name in VOCABULARY_TENSORS
-        if not (have == want or (padded and have[0] >= want[0] and have[1:] == want[1:])):
-            shapes.append(f"{key} is {list(have)}, config.json says {list(want)}")
-        if stored[key].properties.dtype not in PRECISIONS.values():
-            shapes.append(f"{key} has dtype {stored[key].properties.dtype}")
-    lists = {"unknown": unknown, "missing": missing, "of another shape": shapes}
-    if any(lists.values()):
-        lines = [f"the weights in {folder} do not fit {folder.parent / 'llava' / 'config.json'}:"]
-        lines += [f"  {title} ({len(names)}): {', '.join(names[:8]) or 'none'}" for title, names in lists.items()]
-        raise UserError("\n".join(lines))
+    shapes = {key: row.shape for key, row in wanted.items()}
+    found = without_padding({key: entry.size for key, entry in stored.items()}, shapes, shapes[EMBEDDING][0])
+    lists = differences(found, shapes, "config.json says")
+    lists[UNKNOWN] += [key for key in reader.objects if "_extra_state" not in key and not key.startswith(NOT_WEIGHTS)]
+    for key, entry in stored.items():
+        if key in wanted and entry.properties.dtype not in PRECISIONS.values():
+            lists[WRONG].append(f"{key} has dtype {entry.properties.dtype}")
+    check_nothing_differs(f"the weights in {folder} do not fit {folder.parent / 'llava' / 'config.json'}", lists)
 
 
 def _check_same_llm(ours: dict[str, Any], checkpoint: Path, hf_checkpoint: Path) -> None:

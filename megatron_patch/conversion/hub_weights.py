@@ -8,7 +8,6 @@ import errno
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint_files import TensorFacts, archive_entries, content
+from megatron_patch.checkpoint_files import STRANGE, PlacedTensor, TensorArchive
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.conversion.transforms import Shape
 from megatron_patch.errors import UserError
+from megatron_patch.weight_names import LEFT_OVER, MISSING, UNKNOWN, WRONG, another_shape, check_nothing_differs
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -155,7 +155,7 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
         if stop - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{path}: {name} has {stop - begin} bytes, not those of {dtype} {list(shape)}")
 
-        read_rows = _pread_rows(path, 8 + length + begin, dtype, shape)
+        read_rows = pread_rows(path, 8 + length + begin, dtype, shape)
         entries[name] = Stored(dtype, shape, read_rows, path.name)
     return entries
 
@@ -177,8 +177,9 @@ def _pickle_entries(path: Path) -> dict[str, Stored]:
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {name} is a {type(tensor).__name__}, no tensor; wanted a plain state dict")
         dtype, shape = tensor.dtype, tuple(tensor.shape)
-        if places.get(name, (None,))[:2] == (dtype, shape):
-            read_rows = _pread_rows(path, places[name][2], dtype, shape)
+        place = places.get(name)
+        if place is not None and (place.dtype, place.shape) == (dtype, shape):
+            read_rows = pread_rows(path, place.position, dtype, shape)
         else:
 
             def read_rows(first: int, last: int, tensor: Tensor = tensor) -> Tensor:
@@ -188,25 +189,17 @@ def _pickle_entries(path: Path) -> dict[str, Stored]:
     return entries
 
 
-def _places(path: Path) -> dict[str, tuple[torch.dtype, Shape, int]]:
-    """Dtype, shape and position of the tensors of a torch.save whose bytes stand in order; empty for other files."""
-    places = {}
+def _places(path: Path) -> dict[str, PlacedTensor | None]:
+    """The tensors of a torch.save, None for those whose bytes do not stand in order; empty for other files."""
     try:
         with open(path, "rb") as file:
-            records = archive_entries(file.fileno(), 0, path.stat().st_size)
-            saved = TensorFacts(content(file.fileno(), records["data.pkl"])).load()
-            if "byteorder" in records and content(file.fileno(), records["byteorder"]) != b"little":
-                return {}
-        for name, tensor in saved.items():
-            record = records[f"data/{tensor.record}"]
-            if tensor.dtype is not None and tensor.in_order and record.stored:
-                places[name] = (tensor.dtype, tensor.shape, record.position + tensor.first * tensor.dtype.itemsize)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError):
+            archive = TensorArchive(file.fileno(), 0, path.stat().st_size)
+        return {name: archive.place(tensor) for name, tensor in archive.saved.items()}
+    except STRANGE:
         return {}
-    return places
 
 
-def _pread_rows(path: Path, start: int, dtype: torch.dtype, shape: Shape) -> Callable[[int, int], Tensor]:
+def pread_rows(path: Path, start: int, dtype: torch.dtype, shape: Shape) -> Callable[[int, int], Tensor]:
     """A function that reads rows [first, last) of the tensor whose bytes begin at `start`."""
 
     def read_rows(first: int, last: int) -> Tensor:
@@ -325,36 +318,6 @@ def hub_name(kind: str, raw: str) -> str | None:
     return None
 
 
-@dataclass
-class Accounting:
-    """What a source holds against what the table wants."""
-
-    unknown: list[str]  # in the source, and no name the table could ever want
-    missing: list[str]  # wanted, and not in the source
-    left_over: list[str]  # in the source under a name like a wanted one, and not wanted: another layer, a duplicate
-    wrong: list[str]  # wanted, of another shape or of no floating-point dtype
-
-    def check(self, source: str) -> None:
-        """Stop when a list is not empty.
-
-        Raises:
-            UserError: with all lists.
-        """
-        lists = {
-            "unknown": self.unknown,
-            "missing": self.missing,
-            "left over": self.left_over,
-            "of another shape or dtype": self.wrong,
-        }
-        if not any(lists.values()):
-            return
-        lines = [f"the weights in {source} do not fit their config:"]
-        for title, names in lists.items():
-            shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
-            lines.append(f"  {title} ({len(names)}): {shown or 'none'}")
-        raise UserError("\n".join(lines))
-
-
 def _pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".{layer}.", name)
 
@@ -367,24 +330,29 @@ def account(kind: str, source: Mapping[str, Stored], wanted: Iterable[HubTensor]
     """
     shapes = {tensor.name: tensor.shape for tensor in wanted}
     known = {_pattern(name) for name in shapes}
-    report, found = Accounting([], [], [], []), {}
+    unknown, left_over, wrong = [], [], []
+    found: dict[str, Stored] = {}
     for raw, stored in source.items():
         if re.fullmatch(IGNORED[kind], raw):
             continue
         name = hub_name(kind, raw)
         if name is None or _pattern(name) not in known:
-            report.unknown.append(raw)
+            unknown.append(raw)  # no name that the config could ever want
         elif name not in shapes or name in found:
-            report.left_over.append(raw)
+            left_over.append(raw)  # another layer, a duplicate
         else:
             found[name] = stored
             if stored.shape != shapes[name]:
-                report.wrong.append(f"{raw} is {list(stored.shape)}, the config says {list(shapes[name])}")
+                wrong.append(another_shape(raw, stored.shape, shapes[name], "the config says"))
             if stored.dtype not in DTYPE_NAMES:
-                report.wrong.append(f"{raw} is {stored.dtype}, wanted float32, float16 or bfloat16")
-    report.missing = [name for name in shapes if name not in found]
+                wrong.append(f"{raw} is {stored.dtype}, wanted float32, float16 or bfloat16")
+    missing = [name for name in shapes if name not in found]
     origins = sorted({stored.origin for stored in source.values()})
-    report.check(", ".join(origins[:3]) + (", ..." if len(origins) > 3 else ""))
+    files = ", ".join(origins[:3]) + (", ..." if len(origins) > 3 else "")
+    check_nothing_differs(
+        f"the weights in {files} do not fit their config",
+        {MISSING: missing, UNKNOWN: unknown, LEFT_OVER: left_over, WRONG: wrong},
+    )
     return found
 
 

@@ -3,12 +3,12 @@
 A torch.save of {"model.mm_projector.0.weight": [h, t], ...}; a linear projector has no number in its names.
 """
 
-import os
 import re
 from pathlib import Path
 
 import torch
 
+from megatron_patch.atomic_files import atomic_file
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.conversion.hub_weights import Stored, hub_name, open_weight_file
 from megatron_patch.conversion.original_layout import original_name
@@ -17,6 +17,7 @@ from megatron_patch.conversion.table import projector_rows, table_of_weights
 from megatron_patch.conversion.torch_ranks import open_checkpoint
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
+from megatron_patch.weight_names import check_nothing_differs, differences
 
 
 def read_projector(path: Path) -> tuple[str, dict[str, Stored]]:
@@ -51,41 +52,26 @@ def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None 
     geometry = read_geometry_of(checkpoint / "llava")
     tensors: dict[str, torch.Tensor] = {}
     with open_checkpoint(iteration, table_of_weights(geometry)) as reader:
-        problems = []
+        wanted = {row.key: row.shape for row in projector_rows(geometry)}
+        found = {key: entry.size for key, entry in reader.tensors.items() if key in wanted}
+        check_nothing_differs(
+            f"{iteration} does not hold the projector its config.json tells of",
+            differences(found, wanted, "config.json says"),
+        )
         for row in projector_rows(geometry):
-            entry = reader.tensors.get(row.key)
-            if entry is None:
-                problems.append(f"{row.key} is missing")
-            elif tuple(entry.size) != row.shape:
-                problems.append(f"{row.key} is {list(entry.size)}, config.json says {list(row.shape)}")
-            else:
-                (part,) = row.parts  # the layouts of a projector are Same: one hub tensor each
-                whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
-                tensors[original_name(part.name, geometry.projector_type)] = whole.to(dtype or whole.dtype)
-    if problems:
-        raise UserError(f"{iteration} does not hold the projector its config.json tells of: {'; '.join(problems)}")
+            (part,) = row.parts  # the layouts of a projector are Same: one hub tensor each
+            whole = reader.read(row.key, tuple(0 for _ in row.shape), row.shape)
+            tensors[original_name(part.name, geometry.projector_type)] = whole.to(dtype or whole.dtype)
     return geometry.projector_type, _save(tensors, target)
 
 
 def _save(tensors: dict[str, torch.Tensor], target: Path) -> int:
-    """torch.save beside the target, then renamed; returns the bytes of the weights."""
+    """Returns the bytes of the weights."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_disk(target.parent, nbytes)
-    beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "xb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(beside, target)  # unlike a rename it fails when the target appeared meanwhile
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            os.rename(beside, target)
+        with atomic_file(target, durable=True, replace=False) as beside, open(beside, "wb") as file:
+            torch.save(tensors, file)  # given a path, it would write that name into the file
     except (OSError, RuntimeError) as error:
         raise UserError(f"writing {target} failed: {error}; nothing was left behind") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return nbytes

@@ -5,33 +5,24 @@ program.  The pickle is read by an unpickler that knows tensors and bare modules
 the head width of 64 are those of github.com/openai/CLIP, clip/model.py.
 """
 
-import io
 import math
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_patch.conversion.hub_weights import Stored, pread_into
-from megatron_patch.conversion.transforms import Shape
+from megatron_patch.checkpoint_files import SavedTensor, TensorArchive, TensorFacts
+from megatron_patch.conversion.hub_weights import Stored, pread_into, pread_rows
 from megatron_patch.errors import UserError
+from megatron_patch.weight_names import MISSING, WRONG, check_nothing_differs
 
 HEAD_WIDTH = 64
-_STORAGES = {
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-}
+# Weights that tell a number of the config, under the names of a Hugging Face CLIP.
+PATCHES = "vision_model.embeddings.patch_embedding.weight"
+POSITIONS = "vision_model.embeddings.position_embedding.weight"
+FIRST_MLP = "vision_model.encoder.layers.0.mlp.fc1.weight"
 _BLOCK = r"visual\.transformer\.resblocks\.(\d+)\."
 _LAYER = r"vision_model.encoder.layers.\1."
 # Name in OpenAI's files -> name in a Hugging Face CLIP.
@@ -53,90 +44,44 @@ _NOT_THE_TOWER = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class _Described:
-    """A tensor as the pickle describes it; offset and strides in elements."""
-
-    dtype: torch.dtype
-    key: str
-    offset: int
-    shape: Shape
-    strides: Shape
-
-    @property
-    def is_contiguous(self) -> bool:
-        return self.strides == tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-
-
 class _Module:
     """A module of the archive: nothing but its attributes."""
 
 
-def _describe(storage: tuple, offset: int, shape: Shape, strides: Shape, *_: object) -> _Described:
-    _, dtype, key, *_ = storage
-    return _Described(dtype, str(key), offset, tuple(shape), tuple(strides))
+class _ScriptFacts(TensorFacts):
+    """TensorFacts of TorchScript: modules without behaviour as well."""
 
-
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors, dictionaries and modules without behaviour."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _describe
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda data, *_: data
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+    def find_class(self, module: str, name: str) -> object:
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return lambda values: values
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module.startswith("__torch__"):
-            return _Module
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+        return _Module if module.startswith("__torch__") else super().find_class(module, name)
 
 
-def _walk(value: object, prefix: str = "") -> Iterator[tuple[str, _Described]]:
+def _walk(value: object, prefix: str = "") -> Iterator[tuple[str, SavedTensor]]:
     """(dotted name, tensor) of a module or dictionary and everything in it."""
-    if isinstance(value, _Described):
+    if isinstance(value, SavedTensor):
         yield prefix, value
     elif isinstance(value, _Module | dict):
         for name, inner in (value if isinstance(value, dict) else vars(value)).items():
             yield from _walk(inner, f"{prefix}.{name}" if prefix else str(name))
 
 
-def _places(archive: zipfile.ZipFile, root: str) -> dict[str, tuple[int, int]]:
-    """Storage key -> (offset in the file, bytes); storages are never compressed."""
-    places = {}
-    for entry in archive.infolist():
-        if entry.filename.startswith(f"{root}/data/") and entry.compress_type == zipfile.ZIP_STORED:
-            archive.fp.seek(entry.header_offset + 26)
-            name, extra = (int.from_bytes(archive.fp.read(2), "little") for _ in range(2))
-            key = entry.filename.removeprefix(f"{root}/data/")
-            places[key] = (entry.header_offset + 30 + name + extra, entry.file_size)
-    return places
-
-
-def _stored(path: Path, tensor: _Described, place: tuple[int, int]) -> Stored:
-    begin, nbytes = place
-    size = tensor.dtype.itemsize
-    last = tensor.offset + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if (last + 1) * size > nbytes:
-        raise ValueError(f"a tensor {list(tensor.shape)} reaches beyond its {nbytes} bytes")
+def _stored(path: Path, archive: TensorArchive, tensor: SavedTensor) -> Stored:
+    storage, place, dtype = archive.storage(tensor), archive.place(tensor), tensor.dtype
+    if storage is None or dtype is None:
+        raise ValueError(f"a tensor is stored as {tensor.storage}, compressed or of a dtype that is not read here")
+    last = tensor.first + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride, strict=True))
+    if (last + 1) * dtype.itemsize > storage.nbytes:
+        raise ValueError(f"a tensor {list(tensor.shape)} reaches beyond its {storage.nbytes} bytes")
+    if place is not None:
+        return Stored(dtype, tensor.shape, pread_rows(path, place.position, dtype, tensor.shape), path.name)
 
     def read_rows(first: int, stop: int) -> Tensor:
         with open(path, "rb", buffering=0) as file:
-            if tensor.is_contiguous:
-                shape = (stop - first, *tensor.shape[1:]) if tensor.shape else ()
-                start = tensor.offset + first * math.prod(tensor.shape[1:])
-                return pread_into(file.fileno(), begin + start * size, shape, tensor.dtype)
-            whole = pread_into(file.fileno(), begin, (nbytes // size,), tensor.dtype)
-            return whole.as_strided(tensor.shape, tensor.strides, tensor.offset)[first:stop].contiguous()
+            whole = pread_into(file.fileno(), storage.position, (storage.nbytes // dtype.itemsize,), dtype)
+        return whole.as_strided(tensor.shape, tensor.stride, tensor.first)[first:stop].contiguous()
 
-    return Stored(tensor.dtype, tensor.shape, read_rows, path.name)
+    return Stored(dtype, tensor.shape, read_rows, path.name)
 
 
 def _read_archive(path: Path) -> dict[str, Stored]:
@@ -146,13 +91,9 @@ def _read_archive(path: Path) -> dict[str, Stored]:
         UserError: the file is no such archive, cut off, or its pickle holds more than weights.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"it holds {len(pickles)} data.pkl")
-            described = dict(_walk(_Unpickler(io.BytesIO(archive.read(pickles[0]))).load()))
-            places = _places(archive, pickles[0].removesuffix("/data.pkl"))
-        return {name: _stored(path, tensor, places[tensor.key]) for name, tensor in described.items()}
+        with open(path, "rb") as file:
+            archive = TensorArchive(file.fileno(), 0, path.stat().st_size, _ScriptFacts)
+        return {name: _stored(path, archive, tensor) for name, tensor in _walk(archive.saved)}
     except Exception as error:  # unpickling bytes of unknown origin raises of many kinds
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is no archive of CLIP weights ({reason}); fetch OpenAI's file again") from None
@@ -203,12 +144,21 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: as in open_openai_clip(), or a tensor that tells a number is missing.
     """
     tensors = open_openai_clip(path)
-    try:
-        hidden, _, patch_px, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
-        positions, _ = tensors["vision_model.embeddings.position_embedding.weight"].shape
-        ffn_hidden, _ = tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not OpenAI's CLIP: {error} is missing or of another shape") from None
+    axes = {PATCHES: 4, POSITIONS: 2, FIRST_MLP: 2}
+    check_nothing_differs(
+        f"{path} is not OpenAI's CLIP",
+        {
+            MISSING: [name for name in axes if name not in tensors],
+            WRONG: [
+                f"{name} is {list(tensors[name].shape)}, wanted {count} axes"
+                for name, count in axes.items()
+                if name in tensors and len(tensors[name].shape) != count
+            ],
+        },
+    )
+    hidden, _, patch_px, _ = tensors[PATCHES].shape
+    positions, _ = tensors[POSITIONS].shape
+    ffn_hidden, _ = tensors[FIRST_MLP].shape
     return {
         "hidden_size": hidden,
         "intermediate_size": ffn_hidden,

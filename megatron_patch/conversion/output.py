@@ -1,7 +1,6 @@
 """Where results go: disk checked first, written beside, renamed at the end, progress shown; the disk kept busy."""
 
 import ctypes
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
 
 
@@ -45,32 +45,19 @@ def check_disk(target: Path, needed: int) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A new folder TARGET.tmp-<pid>, renamed to TARGET at the end and removed on any failure.
+    """An atomic_folder(), whose failures are sentences.
 
     Raises:
-        UserError: the folder cannot be made, or another process made the target meanwhile.
+        UserError: the folder cannot be made or written, or another process made the target meanwhile.
     """
     check_target(target)
-    target = target.absolute()
-    stage = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        try:
-            stage.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot make {stage}: {error.strerror}") from None
-        yield stage
-        try:
-            os.rename(stage, target)  # onto an empty folder or nothing; atomic
-        except OSError as error:
-            raise UserError(f"{target} appeared while this ran ({error.strerror}); nothing was written") from None
+        with atomic_folder(target) as folder:
+            yield folder
+    except FileExistsError as error:
+        raise UserError(f"{target} appeared while this ran ({error.strerror}); nothing was written") from None
     except OSError as error:
-        raise UserError(f"writing {stage} failed: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        for parent in made:  # nearest first; stays when the target is in it
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+        raise UserError(f"writing {target} failed: {error}; nothing was left behind") from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
-from megatron_patch.checkpoint_files import TensorFacts, archive_entries, content, read_metadata
+from megatron_patch.checkpoint_files import STRANGE, TensorArchive, read_metadata
 from megatron_patch.conversion.hub_weights import FileSpan, pread_into
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.transforms import Shape
@@ -262,15 +261,10 @@ class CheckpointReader:
 def _contiguous_start(descriptor: int, place: _StorageInfo, size: Shape, dtype: torch.dtype) -> int | None:
     """File position of a saved tensor's first byte; None when its bytes are not simply the tensor in order."""
     try:
-        records = archive_entries(descriptor, place.offset, place.length)
-        saved = TensorFacts(content(descriptor, records["data.pkl"])).load()
-        order = content(descriptor, records["byteorder"]) if "byteorder" in records else b"little"
-        data = records[f"data/{saved.record}"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError):
+        archive = TensorArchive(descriptor, place.offset, place.length)
+        found = archive.place(archive.saved)
+    except STRANGE:
         return None
-    count = math.prod(size)
-    if not saved.in_order or math.prod(saved.shape) != count or order != b"little" or saved.dtype != dtype:
+    if found is None or found.dtype != dtype or math.prod(found.shape) != math.prod(size):
         return None
-    if not data.stored or data.nbytes < (saved.first + count) * dtype.itemsize:
-        return None
-    return data.position + saved.first * dtype.itemsize
+    return found.position

@@ -38,15 +38,9 @@ from megatron_patch.conversion.torch_dist import CheckpointReader, Chunk
 from megatron_patch.conversion.transforms import Rows, Shape
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import VOCABULARY_STEP
+from megatron_patch.weight_names import EMBEDDING, HEAD, with_transformer_engine_norms
 
-EMBEDDING = "language_model.embedding.word_embeddings.weight"
-HEAD = "language_model.output_layer.weight"
 _LAST_STAGE = ("language_model.decoder.final_layernorm.", "language_model.output_layer.")
-# Names of the layers' norms without Transformer Engine -> with it.
-_NORMS = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
 
 
 @dataclass(frozen=True)
@@ -212,7 +206,7 @@ class RanksReader:
         self._rows = {row.key: row for row in rows}
         self._files = {ranks: read_rank_file(path) for ranks, path in paths.items()}
         self._files = {
-            ranks: {self._with_te_norms(name): place for name, place in places.items()}
+            ranks: {with_transformer_engine_norms(name): place for name, place in places.items()}
             for ranks, places in self._files.items()
         }
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {}
@@ -238,12 +232,6 @@ class RanksReader:
                     f"{self._iteration} has {self.pipeline} pipeline ranks for {row.layers} layers; "
                     "unequal stages are not read here"
                 )
-
-    @staticmethod
-    def _with_te_norms(name: str) -> str:
-        for local, engine in _NORMS.items():
-            name = name.replace(local, engine)
-        return name
 
     def _collect(self, rows: Sequence[Row]) -> None:
         """Whole shapes from the ranks' shapes; names that no row has stay as they are, for the caller's lists."""

@@ -19,11 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_patch.model.attention import ScaledDotProductAttention
-
-NORM_KEYS_AS_TRANSFORMER_ENGINE = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE
 
 
 def _uses_transformer_engine(config: TransformerConfig) -> bool:

@@ -30,12 +30,12 @@ from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
 from megatron_patch.model.layer_specs import (
-    NORM_KEYS_AS_TRANSFORMER_ENGINE,
     decoder_block,
     norm_builder,
     projector_layers,
     tower_block,
 )
+from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE, check_nothing_differs, differences
 
 
 def quick_gelu(states: Tensor) -> Tensor:
@@ -150,28 +150,6 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if isinstance(value, Tensor) and not name.endswith("_extra_state")
     }
-
-
-def check_weights(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the shapes of the weights given with those of a model.
-
-    Raises:
-        UserError: with three lists.
-    """
-    lists = {
-        "missing": [name for name in wanted if name not in given],
-        "unknown": [name for name in given if name not in wanted],
-        "of another shape": [
-            f"{name} is {list(given[name])}, the model has {list(shape)}"
-            for name, shape in wanted.items()
-            if name in given and given[name] != shape
-        ],
-    }
-    if any(lists.values()):
-        raise UserError(
-            "the checkpoint's weights are not this model's: "
-            + "; ".join(f"{title} ({len(names)}): {', '.join(names[:4]) or 'none'}" for title, names in lists.items())
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +281,8 @@ class LlavaModel(MegatronModule):
         """
         own = self.state_dict()
         given = {own_name(name, own): value for name, value in state_dict.items()}
-        check_weights(weight_shapes(given), weight_shapes(own))
+        lists = differences(weight_shapes(given), weight_shapes(own), "the model has")
+        check_nothing_differs("the checkpoint's weights are not this model's", lists)
         given = {name: given.get(name, value) for name, value in own.items()}
         return super().load_state_dict(given, strict=strict, assign=assign)
 

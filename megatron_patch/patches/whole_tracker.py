@@ -7,20 +7,19 @@ beside and renamed instead.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
+from megatron_patch.atomic_files import atomic_file
 from megatron_patch.checkpoint_files import TRACKER
 from megatron_patch.patches import touch_points
 
 
 @contextlib.contextmanager
 def _whole(path: str) -> Iterator[IO[str]]:
-    beside = f"{path}.tmp"
-    with open(beside, "w") as stream:
+    # durable: an empty tracker after a crash of the machine would leave every checkpoint without a name
+    with atomic_file(Path(path), durable=True) as beside, open(beside, "w") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
 
 
 def apply() -> None:

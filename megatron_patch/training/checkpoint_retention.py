@@ -20,10 +20,11 @@ from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch import device
+from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import TRACKER, checkpoint_format
 from megatron_patch.errors import UserError
 from megatron_patch.training.forward_step import LOSS
-from megatron_patch.training.loader_state import DATA_FOLDER, replace_text
+from megatron_patch.training.loader_state import DATA_FOLDER
 
 BEST, BEST_FILE, NOTES = "best", "best.json", "notes.json"
 DELETED = "deleted_"  # a folder under this name is on its way out
@@ -100,8 +101,8 @@ def record_best(folder: Path, iteration: int, loss: float) -> None:
     for name in ("llava", folder_name(iteration)):
         if not (best / name).is_symlink():
             (best / name).symlink_to(Path("..") / name)
-    replace_text(best / TRACKER, str(iteration))
-    replace_text(folder / BEST_FILE, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
+    write_text(best / TRACKER, str(iteration))
+    write_text(folder / BEST_FILE, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
     for number, link in _iterations(best).items():
         if number != iteration:
             link.unlink()
@@ -167,9 +168,8 @@ class Keeper:
     def _write_notes(self, iteration: int) -> None:
         here = self.evaluated is not None and self.evaluated[0] == iteration
         beside = self.folder / DATA_FOLDER / folder_name(iteration)
-        beside.mkdir(parents=True, exist_ok=True)
         found = {**self.notes(), "validation loss": self.evaluated[1] if here else None}
-        replace_text(beside / NOTES, json.dumps(found) + "\n")
+        write_text(beside / NOTES, json.dumps(found) + "\n")
 
     def settle(self) -> None:
         """Record the best and delete the old, as far as finished checkpoints allow: an asynchronous save takes time."""

@@ -16,10 +16,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
+from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import TRACKER
 from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training.checkpoint_retention import folder_name
-from megatron_patch.training.loader_state import replace_text
 
 AVERAGE_FOLDER = "average"  # below the folder of checkpoints
 
@@ -75,7 +75,7 @@ class MovingAverage:
         if torch.distributed.get_rank() == 0:
             if not (folder / "llava").is_symlink():
                 (folder / "llava").symlink_to(Path("..") / "llava")
-            replace_text(folder / TRACKER, str(iteration))
+            write_text(folder / TRACKER, str(iteration))
             for older in folder.glob("iter_*"):
                 if older != where and not (checkpoints / older.name).is_dir():
                     shutil.rmtree(older)

@@ -1,6 +1,5 @@
 """The loader's state in a folder of checkpoints, as Megatron lays it down with each of them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ def read_saved_state(folder: Path, iteration: int, rank: int, size: int) -> dict
     """Loader state for data-parallel rank `rank` of `size`, from what was saved at `iteration` by any number of ranks.
 
     Raises:
-        UserError: it is not there, so the data position would silently start over, or not that of every rank.
+        UserError: it is not there, so the data position would silently start over; it is not whole, or not that of every rank.
     """
     states = folder / DATA_FOLDER / f"iter_{iteration:07d}"
     first = _read_rank(states, 0)
@@ -33,15 +32,13 @@ def _read_rank(states: Path, rank: int) -> dict[str, Any]:
     for ranks in ("mp_rank_00", "mp_rank_00_000"):  # the second where the saving run had pipeline stages
         where = states / ranks / f"train_dataloader_dprank{rank:03d}.pt"
         if where.is_file():
-            return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+            try:
+                return torch.load(where, weights_only=True, map_location="cpu")["dataloader_state_dict"]
+            except Exception as error:  # whatever a file that is cut off or strange may raise
+                raise UserError(
+                    f"{where}: the data position cannot be read ({type(error).__name__}); resume from an older one"
+                ) from error
     raise UserError(
         f"{states}: no data position{f' of rank {rank}' if rank else ''} in the checkpoint, so the data would start "
         "over; pass the checkpoint as PRETRAIN_CHECKPOINT_PATH of a new OUTPUT_BASEPATH if that is what you want"
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole: a kill leaves the old one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, path)

@@ -24,8 +24,8 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_patch import device
+from megatron_patch.atomic_files import write_text
 from megatron_patch.launch import ROLL_BACK
-from megatron_patch.training.loader_state import replace_text
 
 MEDIAN_OF = 50  # losses of steps before this one
 FEWEST_LOSSES = 10  # before anything is called a spike
@@ -202,7 +202,7 @@ class Guard:
             save = get_args().save
             if torch.distributed.get_rank() == 0 and save:
                 windows = sorted(read_windows(save) | {iteration})
-                replace_text(Path(save) / WINDOWS, json.dumps(windows) + "\n")
+                write_text(Path(save) / WINDOWS, json.dumps(windows) + "\n")
             torch.distributed.barrier()
             _end(f"{what}; going back to the last checkpoint, to leave this iteration out", ROLL_BACK)
         self.skipped += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
+from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
 from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
@@ -29,11 +30,9 @@ def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
     target = Path(save) / LLAVA_FOLDER
     if target.exists() or target.resolve() == settings.llava_folder.resolve():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(settings.llava_folder, unfinished, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-    unfinished.rename(target)
+    with atomic_folder(target) as folder:
+        weights = shutil.ignore_patterns(*WEIGHT_FILES)
+        shutil.copytree(settings.llava_folder, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def train_llava() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_patch.atomic_files import atomic_file
+
 
 class Tracer:
     """Wraps Megatron's train_step(..., iteration=...), whose iteration counts from 0.
@@ -44,9 +46,7 @@ class Tracer:
         if self._profile is None:
             return
         self._profile.stop()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_name(f"unfinished_{self._file.name}")
-        self._profile.export_chrome_trace(str(unfinished))
-        unfinished.rename(self._file)
+        with atomic_file(self._file, suffix=".gz") as unfinished:  # compressed where the name ends so
+            self._profile.export_chrome_trace(str(unfinished))
         self._profile = None
         print(f"profile: {self._file}", flush=True)

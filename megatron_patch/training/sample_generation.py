@@ -5,7 +5,6 @@ is drawn at random and the loaders are not touched, so training goes on as witho
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch import device
+from megatron_patch.atomic_files import write_text
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.prompts import Prompts, Question
 
@@ -61,8 +61,4 @@ class SampleGeneration:
             if len(question.pixels):
                 writer.add_image(f"answers/{number}", np.concatenate(list(question.pixels), axis=2), iteration)
         if self._output is not None:
-            file = self._output / "answers" / f"iter_{iteration:07d}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f"{file.name}.tmp")
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(unfinished, file)
+            write_text(self._output / "answers" / f"iter_{iteration:07d}.jsonl", "\n".join(lines) + "\n")

@@ -30,9 +30,9 @@ from megatron_patch.checkpoint_files import (
 )
 from megatron_patch.errors import UserError
 from megatron_patch.model.llava import own_name, weight_shapes
+from megatron_patch.weight_names import check_nothing_differs, differences, without_padding
 
 Shapes = dict[str, tuple[int, ...]]
-VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 
 
 def source_folder(load: str | None, pretrained: str | None) -> Path | None:
@@ -126,27 +126,13 @@ def check_checkpoint(model: list[torch.nn.Module], checkpoint: Path, step: int |
     else:
         everything = {key: shape for report in reports for key, shape in report[1].items()}
         vocabulary = model[0].geometry.language.vocabulary
-        for key in VOCABULARY:  # padded differently by every TP, which Megatron allows; the true rows must be there
-            asked, found = everything.get(key), stored.get(key)
-            if asked and found and asked[1:] == found[1:] and found[0] >= vocabulary:
-                stored[key] = asked
-        pairs = [(everything, stored)]
-    missing, unknown, shapes = set(), set(), set()
-    for asked, found in pairs:
-        missing |= asked.keys() - found.keys()
-        unknown |= found.keys() - asked.keys()
-        shapes |= {
-            f"{key} is {list(found[key])}, the model has {list(shape)}"
-            for key, shape in asked.items()
-            if key in found and found[key] != shape
-        }
-    lists = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    if any(lists.values()):
-        parts = [f"{title} ({len(names)}): {', '.join(sorted(names)[:4]) or 'none'}" for title, names in lists.items()]
-        raise UserError(
-            f"{iteration} does not hold this model's weights: {'; '.join(parts)}; "
-            "convert it again, or start from the checkpoint that belongs to this model"
-        )
+        pairs = [(everything, without_padding(stored, everything, vocabulary))]
+    of_ranks = [differences(found, asked, "the model has") for asked, found in pairs]
+    check_nothing_differs(
+        f"{iteration} does not hold this model's weights; convert it again, or start from the checkpoint that belongs "
+        "to this model",
+        {title: sorted({name for lists in of_ranks for name in lists[title]}) for title in of_ranks[0]},
+    )
     loaded = len({key for asked, _ in pairs for key in asked})
     skipped = f"{others} skipped (no weights)" if others else "0 skipped"
     return f"weights: {loaded} loaded from {iteration}, {skipped}, 0 newly initialised"

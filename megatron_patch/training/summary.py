@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.training.record_counters import Totals, sentence
 from megatron_patch.training.throughput import Throughput
@@ -109,10 +109,7 @@ class Summary:
 
     def write(self, file: Path) -> None:
         """Whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.tmp")
-        unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        os.replace(unfinished, file)
+        write_text(file, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def _all_entries(records: dict[str, int]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_other_refusals(hub, tmp_path, command, extract):
         edit.replace('"model_type": "llava"', '"mm_projector_type": "linear"')
     )
     code, _, err = extract(tmp_path / "c", tmp_path / "out.bin")
-    assert code == 2 and "vision_projection.encoder.weight is missing" in err
+    assert code == 2 and "missing (2): vision_projection.encoder.weight" in err
     assert sorted(tmp_path.rglob("*")) == before
 
 

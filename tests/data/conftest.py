@@ -3,8 +3,7 @@
 import pytest
 
 from megatron_patch.data.loading import DataConfig
-from megatron_patch.data.preparation.pipeline import convert
-from tests.data.factories import SPECIAL_TOKENS, make_records, save_tokenizer
+from tests.data.factories import SPECIAL_TOKENS, convert_records, make_records, save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +41,5 @@ def settings(tokenizer_folders: dict[str, str]) -> DataConfig:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Energon folder of 103 records, 93 of them in train and 10 in val, in shards of ten."""
     root = make_records(tmp_path_factory.mktemp("records"), 103)
-    convert(root / "data.json", [root / "images"], root / "wds")
+    convert_records(root)
     return str(root / "wds")

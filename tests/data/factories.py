@@ -3,12 +3,17 @@
 import dataclasses
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from megatron_patch.data.loading import DataConfig
+from megatron_patch.data.preparation.pipeline import Options, PreparationReport, prepare
+from megatron_patch.data.preparation.shard_writer import Shard, shard_name, write_meta
+from megatron_patch.data.preparation.sources import LlavaSource
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
 WORDS = (
@@ -81,6 +86,24 @@ def make_records(root: Path, count: int, prefix: str = "r") -> Path:
         records.append(record)
     (root / "data.json").write_text(json.dumps(records))
     return root
+
+
+def convert_records(root: Path, output: str = "wds", **options: Any) -> PreparationReport:
+    """DIR with images/ and data.json -> energon folder DIR/output; options: of prepare()."""
+    source = LlavaSource(root / "data.json", [root / "images"])
+    return prepare(source, root / output, Options(**options))
+
+
+def write_shards(folder: Path, samples: Sequence[Mapping[str, bytes]], per_shard: int) -> None:
+    """{part name: bytes} of each sample -> energon folder with the split train, nothing checked."""
+    counts = {}
+    for number, first in enumerate(range(0, len(samples), per_shard)):
+        shard = Shard(folder, name := shard_name("train", number))
+        for place, parts in enumerate(samples[first : first + per_shard], first):
+            shard.add(place, parts)
+        shard.close()
+        counts[name] = shard.samples
+    write_meta(folder, {"train": counts})
 
 
 def changed(settings: DataConfig, **changes: object) -> DataConfig:

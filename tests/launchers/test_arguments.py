@@ -1,7 +1,10 @@
 """Every wrong argument is refused by position, name, value and rule, all at once, before anything is created."""
 
+import argparse
+
 import pytest
 
+from megatron_patch.arguments import add_arguments
 from megatron_patch.model_sizes import MODEL_SIZES
 from tests.launchers.launching import CONVERTER, STAGE_1, STAGE_2, Inputs, start, tree
 from tests.launchers.readme_tables import rows_of_help
@@ -333,3 +336,18 @@ def test_a_preset_fills_in_what_is_left_open_and_loses_against_what_is_said(inpu
         "--data-order": "cyclic",
     }.items():
         assert words[words.index(name) + 1] == value
+
+
+def test_defaults_are_those_of_the_parser() -> None:
+    """Options that the launchers hand on to our own flags of the same meaning: both tell one default."""
+    parser = add_arguments(argparse.ArgumentParser())
+    required = ["--init-from", "a", "--train-dataset-path", "b", "--valid-dataset-path", "c"]
+    flags = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    compared = {}
+    for option in rows_of_help(STAGE_1).options:
+        flag = {"MAX_SKIPPED": "--max-skipped-share"}.get(option.name, "--" + option.name.lower().replace("_", "-"))
+        if flag in flags and option.default and not option.default.startswith("("):
+            compared[option.name] = [*required, flag, option.default]
+    assert {"MEGA_BATCH_MULT", "MAX_SKIPPED", "DATA_ORDER", "IMAGE_TILES", "EMA_DECAY", "KEEP_LAST"} <= compared.keys()
+    for name, words in compared.items():
+        assert parser.parse_args(words) == parser.parse_args(required), name

@@ -12,7 +12,6 @@ right the first time and falls to chance the second time.
 
 import argparse
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from megatron_patch.atomic_files import write_text
 from megatron_patch.data.conversation import TEMPLATES, ConversationEncoder, Exchange
 from megatron_patch.errors import UserError
 
@@ -188,9 +188,7 @@ def answer_all(model_folder: Path, folder: Path, out: Path, template: str) -> li
         json.dumps({**asdict(question), "answer": own, "answer_about_other_image": swap})
         for question, own, swap in zip(questions, answers, swapped_answers, strict=True)
     ]
-    partial = out / "answers.jsonl.tmp"
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, out / "answers.jsonl")
+    write_text(out / "answers.jsonl", "\n".join(lines) + "\n")
     draw_sheet(out / "answers.png", folder, questions, answers)
     return score(questions, answers, swapped_answers)
 

@@ -12,7 +12,6 @@ Digits). Every fifth original is held out, so training and held-out images share
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
 
 SIDE_PX = 28
@@ -123,11 +123,9 @@ def split_originals() -> tuple[list[int], list[int]]:
 
 
 def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
-    """Writes the three sets; `out` must not exist. A crash midway leaves only a `.tmp` folder beside it."""
+    """Writes the three sets; `out` must not exist. A kill midway leaves only OUT.tmp-<process id>."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another folder")
-    partial = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     train, held_out = split_originals()
 
     def captioned(image: Drawing, _: np.random.Generator) -> list[dict[str, str]]:
@@ -142,10 +140,10 @@ def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
     def asked_everything(image: Drawing, generator: np.random.Generator) -> list[dict[str, str]]:
         return conversation(image, generator, len(QUESTIONS))
 
-    write_set(partial / "stage1", train, copies, seed=1, make_turns=captioned)
-    write_set(partial / "stage2", train, copies, seed=2, make_turns=asked)
-    write_set(partial / "heldout", held_out, 1, seed=3, make_turns=asked_everything, augment=False)
-    partial.rename(out)
+    with atomic_folder(out) as folder:
+        write_set(folder / "stage1", train, copies, seed=1, make_turns=captioned)
+        write_set(folder / "stage2", train, copies, seed=2, make_turns=asked)
+        write_set(folder / "heldout", held_out, 1, seed=3, make_turns=asked_everything, augment=False)
 
 
 def main() -> None:

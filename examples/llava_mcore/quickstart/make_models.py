@@ -10,7 +10,6 @@ The tokenizer has no <image> token, like that of every real LLM: the checkpoint 
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
 
 HIDDEN = 128
@@ -120,23 +120,20 @@ def texts_of(files: list[Path]) -> Iterator[str]:
 
 
 def make_models(out: Path, files: list[Path], seed: int = 1234) -> None:
-    """Writes out/llm and out/clip; `out` must not exist. A crash midway leaves only a `.tmp` folder beside it."""
+    """Writes out/llm and out/clip; `out` must not exist. A kill midway leaves only OUT.tmp-<process id>."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another folder")
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file; make the digits first")
-    partial = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(texts_of(files))
-    tokenizer.save_pretrained(partial / "llm")
-    make_llm(tokenizer).save_pretrained(partial / "llm")
-    make_tower().save_pretrained(partial / "clip")
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        partial / "clip"
-    )
-    partial.rename(out)
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    with atomic_folder(out) as folder:
+        tokenizer.save_pretrained(folder / "llm")
+        make_llm(tokenizer).save_pretrained(folder / "llm")
+        make_tower().save_pretrained(folder / "clip")
+        processor.save_pretrained(folder / "clip")
 
 
 def main() -> None:

@@ -18,22 +18,19 @@ def collate(
     """Rows (None: a record that was left out, whose place stays as an empty row) -> batch.
 
     tokens int64 [B, S]; labels int64 [B, S], -100 where nothing is trained; pixels uint8 [N, 3, side_px, side_px] in
-    the order of the placeholders, or None; image_spans int64 [N, 2] (row, first placeholder); record_ids of the B
-    rows ("" for an empty one).  S is the longest row, rounded up to a multiple of length_multiple.
+    the order of the placeholders, or None; record_ids of the B rows ("" for an empty one).  S is the longest row,
+    rounded up to a multiple of length_multiple.
     """
     longest = max((len(row.tokens) for row in rows if row is not None), default=1)
     tokens, labels = _empty(len(rows), _round_up(longest, config.length_multiple), pad_token_id)
-    spans = []
     for number, row in enumerate(rows):
         if row is not None:
             tokens[number, : len(row.tokens)] = row.tokens
             labels[number, : len(row.labels)] = row.labels
-            spans += [(number, start) for start in row.image_starts]
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
         "pixels": _pixels(rows, config) if with_pixels else None,
-        "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
         "record_ids": ["" if row is None else row.record_id for row in rows],
     }
 
@@ -52,16 +49,13 @@ def collate_packed(
     lengths[-1] += -sum(lengths) % config.length_multiple
     bounds = [0, *itertools.accumulate(lengths)]
     tokens, labels = _empty(1, bounds[-1], pad_token_id)
-    spans = []
     for start, record in zip(bounds, kept, strict=False):
         tokens[0, start : start + len(record.tokens)] = record.tokens
         labels[0, start : start + len(record.labels)] = record.labels
-        spans += [(0, start + first) for first in record.image_starts]
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
         "pixels": _pixels(kept, config) if with_pixels else None,
-        "image_spans": torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
         "record_ids": [record.record_id for record in kept],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
     }

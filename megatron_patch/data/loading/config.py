@@ -38,7 +38,7 @@ class DataConfig:
     # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
     order: str = "cyclic"
     step_records: int = 0  # with order=modality: records of an optimizer step
-    mega_batch_mult: int = 50  # with order=modality: steps that are sorted by length together
+    mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
     record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
 

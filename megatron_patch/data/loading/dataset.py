@@ -21,6 +21,7 @@ from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 from megatron_patch.data.loading.blend import is_blend, read_parts
 from megatron_patch.data.record import is_image_part
 from megatron_patch.errors import UserError
+from megatron_patch.file_window import FileWindow
 
 OPEN_SHARDS = 64
 
@@ -127,7 +128,7 @@ class _Shard:
         if with_images:
             sample: BinaryIO = io.BytesIO(os.pread(self._file.fileno(), end - start, start))
         else:
-            sample = io.BufferedReader(_Window(self._file.fileno(), start, end), buffer_size=tarfile.BLOCKSIZE)
+            sample = io.BufferedReader(FileWindow(self._file.fileno(), start, end - start), tarfile.BLOCKSIZE)
         if sample.seek(0, os.SEEK_END) < end - start:
             raise ValueError(f"the file ends {end - start - sample.tell()} bytes before the sample does")
         sample.seek(0)
@@ -146,41 +147,6 @@ class _Shard:
         if not parts:
             raise ValueError("the sample has no files")
         return parts
-
-
-class _Window(io.RawIOBase):
-    """A range of a file as a file of its own, of which only what is asked for is read."""
-
-    def __init__(self, descriptor: int, start: int, end: int) -> None:
-        self._descriptor, self._start = descriptor, start
-        self._size = min(end, os.fstat(descriptor).st_size) - start
-        self._position = 0
-
-    def readable(self) -> bool:
-        """True, as BufferedReader asks."""
-        return True
-
-    def seekable(self) -> bool:
-        """True, as BufferedReader asks."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a place; returns it."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        """Present place."""
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer from the present place on; returns the bytes read."""
-        length = max(0, min(len(buffer), self._size - self._position))
-        data = os.pread(self._descriptor, length, self._start + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 def _read_field_map(where: Path) -> dict[str, str] | None:

@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from megatron_patch.atomic_files import atomic_file
 from megatron_patch.data.loading.collator import as_it_is
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset
@@ -45,9 +46,8 @@ def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -
                 if len(saved["tokens"]) == len(dataset):
                     return RecordLengths(saved["tokens"], saved["images" if "images" in saved else "pictures"])
         lengths = count_lengths(dataset, encoder)
-        unfinished = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(unfinished, tokens=lengths.tokens, images=lengths.images)
-        unfinished.rename(file)
+        with atomic_file(file, suffix=".npz") as unfinished:  # numpy appends the suffix where it is not
+            np.savez(unfinished, tokens=lengths.tokens, images=lengths.images)
     return lengths
 
 

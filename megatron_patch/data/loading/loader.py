@@ -56,7 +56,6 @@ def build_train_loader(
     data_parallel_rank: int,
     data_parallel_size: int,
     with_pixels: bool = True,
-    state_file: str | None = None,
     state: dict[str, Any] | None = None,
 ) -> "TrainLoader":
     """Endless loader over the train split, from its start or from a saved state.
@@ -74,8 +73,6 @@ def build_train_loader(
         data_parallel_size,
         meaning,
     )
-    if state_file is not None:
-        state = data_state.read(state_file)
     if state is not None:
         loader.load_state(state)
     return loader
@@ -297,11 +294,6 @@ class TrainLoader(_Loader):
         self._count(counts, skipped)
         self._position += self._size * self._config.micro_batch_size
         return batch
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the train split so far."""
-        return self._position / self._batches.order.positions
 
     def save_state(self) -> dict[str, Any]:
         """Position after the batches taken so far, and this rank's counts; no communication, plain types only."""

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.rejection import current_reason
@@ -55,17 +54,3 @@ def redistribute(states: Sequence[dict[str, Any]], rank: int, size: int) -> dict
         total.update({current_reason(name): count for name, count in state["counts"].items()})
     topology = {"data_parallel_rank": rank, "data_parallel_size": size}
     return {**states[0], "topology": topology, "counts": dict(total), "inherited": dict(total)}
-
-
-def read(file: str) -> dict[str, Any]:
-    """Read a state that torch.save wrote, executing no code.  Raises UserError."""
-    import torch
-
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such file; it should hold the data position of the run to be resumed")
-    try:
-        return torch.load(file, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{file}: the data position cannot be read ({type(error).__name__}); resume from an older one"
-        ) from error

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_patch.atomic_files import sync, write_text
 from megatron_patch.data.preparation import shard_writer
 from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
 from megatron_patch.data.preparation.json_stream import stream_records
 from megatron_patch.data.preparation.report import SPLITS, PreparationReport, Rejection, RejectionFile
-from megatron_patch.data.preparation.sources import LlavaSource, Source
+from megatron_patch.data.preparation.sources import Source
 from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
 from megatron_patch.data.preparation.workers import Done, Job, LengthLimit, Sample, ShardBuilder, Workers, result_of
 from megatron_patch.data.preparation.workspace import LEDGER, Workspace, digest_of
@@ -32,7 +33,7 @@ from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
 
-__all__ = ["SPLITS", "LengthLimit", "Options", "PreparationReport", "convert", "prepare", "stream_records"]
+__all__ = ["SPLITS", "LengthLimit", "Options", "PreparationReport", "prepare", "stream_records"]
 
 MAX_REJECTED_SHARE = 0.01
 LEAST_SHARDS = 10  # per split, where that leaves at least LEAST_SAMPLES_PER_SHARD in each
@@ -102,21 +103,6 @@ class _Silent:
 
     def close(self) -> None:
         """Nothing."""
-
-
-def convert(
-    source: Path,
-    image_roots: Sequence[Path],
-    output: Path,
-    ratio: tuple[int, ...] = (9, 1, 0),
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-    keep_going: bool = False,
-    workers: int | None = None,
-) -> PreparationReport:
-    """LLaVA-format JSON and its images -> energon folder; see prepare."""
-    options = Options(ratio, samples_per_shard, overwrite, keep_going=keep_going, workers=workers)
-    return prepare(LlavaSource(source, image_roots), output, options)
 
 
 def prepare(
@@ -279,11 +265,10 @@ class _Preparation:
             raise UserError(f"{self._source.name}: holds no records")
         self._fill_train()
         shard_writer.write_meta(folder, self._counts)
-        ledger = json.dumps(self._ledger.to_json(), indent=2) + "\n"
-        shard_writer.write_durably(folder / LEDGER, ledger.encode())
+        write_text(folder / LEDGER, json.dumps(self._ledger.to_json(), indent=2) + "\n", durable=True)
         with ThreadPoolExecutor(8) as threads:  # waiting together takes the disk little longer than waiting once
-            list(threads.map(shard_writer.sync, folder.iterdir()))
-        shard_writer.sync(folder)
+            list(threads.map(sync, folder.iterdir()))
+        sync(folder)
         written = time.monotonic()
         self._ledger.seconds = written - self._began
         filled = [split for split in SPLITS if self._ledger.written[split]]

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_patch.atomic_files import sync, write_text
+
 BLOCK_BYTES = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits of ustar's size field
@@ -94,56 +96,9 @@ class Shard:
         self._pieces, self._buffered = [], 0
 
 
-class ShardWriter:
-    """Writes the samples of one split into shards `<split>-000000.tar`, ... of at most `samples_per_shard`."""
-
-    def __init__(self, folder: Path, split: str, samples_per_shard: int) -> None:
-        self.counts: dict[str, int] = {}  # shard name -> samples
-        self.samples = 0
-        self._folder = folder
-        self._split = split
-        self._samples_per_shard = samples_per_shard
-        self._shard: Shard | None = None
-
-    def write(self, number: int, parts: Mapping[str, bytes]) -> None:
-        """Append a sample, {part name: bytes}; its number must differ from those of all other samples of the folder."""
-        if self._shard is None:
-            self._shard = Shard(self._folder, shard_name(self._split, len(self.counts)))
-        self._shard.add(number, parts)
-        self.samples += 1
-        if self._shard.samples == self._samples_per_shard:
-            self.close()
-
-    def close(self) -> None:
-        """End the open shard."""
-        if self._shard is not None:
-            self._shard.close()
-            self.counts[shard_name(self._split, len(self.counts))] = self._shard.samples
-            self._shard = None
-
-
 def shard_name(split: str, number: int) -> str:
     """File name of a split's shard."""
     return f"{split}-{number:06d}.tar"
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that a crash of the machine leaves it whole or absent."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_meta(folder: Path, splits: Mapping[str, Mapping[str, int]]) -> None:
@@ -152,12 +107,12 @@ def write_meta(folder: Path, splits: Mapping[str, Mapping[str, int]]) -> None:
     meta.mkdir(exist_ok=True)
     counts = {name: count for shards in splits.values() for name, count in shards.items()}
     info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
-    write_durably(meta / ".info.json", (json.dumps(info, indent=2) + "\n").encode())
+    write_text(meta / ".info.json", json.dumps(info, indent=2) + "\n", durable=True)
     lines = ["split_parts:"]
     for split, shards in splits.items():
         if shards:
             lines += [f"  {split}:", *(f"  - {name}" for name in shards)]
-    write_durably(meta / "split.yaml", "\n".join([*lines, "exclude: []", ""]).encode())
-    kind = b"__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  layout: llava\n"
-    write_durably(meta / "dataset.yaml", kind)
+    write_text(meta / "split.yaml", "\n".join([*lines, "exclude: []", ""]), durable=True)
+    kind = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  layout: llava\n"
+    write_text(meta / "dataset.yaml", kind, durable=True)
     sync(meta)

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.atomic_files import sync
 from megatron_patch.data.preparation.report import Rejection
-from megatron_patch.data.preparation.shard_writer import sync
 from megatron_patch.data.preparation.workers import Done, Job
 from megatron_patch.errors import UserError
 

@@ -20,10 +20,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_patch.data.preparation.deduplication import Deduplicator
-from megatron_patch.data.preparation.pipeline import Options, convert, prepare
+from megatron_patch.data.preparation.pipeline import Options, prepare
 from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
-from tests.data.factories import image_bytes, make_records, save_tokenizer
+from tests.data.factories import convert_records, image_bytes, make_records, save_tokenizer
 from tests.data.torture import make_torture, turns
 
 ROOT = Path(__file__).parents[3]
@@ -173,13 +173,13 @@ def test_train_is_never_empty(tmp_path, records: int) -> None:
     """Not in tiny sets, and not when the only records of train turn out to be bad."""
     ratio = (1, 9, 9)
     root = make_records(tmp_path / "in", records)
-    assert convert(root / "data.json", [root / "images"], root / "wds", ratio, workers=0).written["train"] >= 1
+    assert convert_records(root, ratio=ratio, workers=0).written["train"] >= 1
     content = json.loads((root / "data.json").read_text())
     content[0] |= {"image": "absent.png", "conversations": turns("<image>", "a")}
     (root / "data.json").write_text(json.dumps(content))
     if records == 1:
         return
-    ledger = convert(root / "data.json", [root / "images"], root / "bad", ratio, keep_going=True, workers=0)
+    ledger = convert_records(root, "bad", ratio=ratio, keep_going=True, workers=0)
     assert ledger.written["train"] >= 1 and sum(ledger.written.values()) == records - 1
     assert len(samples_of(root / "bad", "train")) == ledger.written["train"]
 

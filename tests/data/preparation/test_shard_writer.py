@@ -21,7 +21,7 @@ from megatron_patch.data.preparation.shard_writer import tar_header
 from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
-from tests.data.factories import image_bytes
+from tests.data.factories import image_bytes, write_shards
 from tests.data.torture import turns
 
 ROOT = Path(__file__).parents[3]
@@ -30,13 +30,11 @@ CONVERTER = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrai
 
 def test_two_older_layouts_train(settings: DataConfig, tmp_path) -> None:
     """json as a list of turns (Pai-Megatron-Patch), and json {question} + txt + jpg."""
-    from megatron_patch.data.preparation.shard_writer import ShardWriter, write_meta
-
-    writer = ShardWriter(tmp_path, "train", 10)
-    writer.write(0, {"jpg": image_bytes(1), "json": json.dumps(turns("<image>\nwhat?", "a digit")).encode()})
-    writer.write(1, {"jpg": image_bytes(2), "json": b'{"question": "what?"}', "txt": b"a digit"})
-    writer.close()
-    write_meta(tmp_path, {"train": writer.counts})
+    samples = [
+        {"jpg": image_bytes(1), "json": json.dumps(turns("<image>\nwhat?", "a digit")).encode()},
+        {"jpg": image_bytes(2), "json": b'{"question": "what?"}', "txt": b"a digit"},
+    ]
+    write_shards(tmp_path, samples, per_shard=10)
     batch = next(build_train_loader(str(tmp_path), settings, 0, 1))
     assert torch_equal(batch["tokens"][0], batch["tokens"][1]) and len(batch["pixels"]) == 2
     assert sorted(batch["record_ids"]) == ["train-000000.tar/00000000", "train-000000.tar/00000001"]

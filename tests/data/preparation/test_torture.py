@@ -9,9 +9,7 @@ import pytest
 
 from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
-from megatron_patch.data.preparation.pipeline import convert
-from megatron_patch.data.preparation.shard_writer import ShardWriter, write_meta
-from tests.data.factories import changed
+from tests.data.factories import changed, convert_records, write_shards
 from tests.data.torture import Case, make_torture
 
 
@@ -20,7 +18,7 @@ def torture(tmp_path_factory) -> tuple[Path, list[Case]]:
     """Converted torture folder and its cases."""
     root = tmp_path_factory.mktemp("torture")
     cases = make_torture(root)
-    convert(root / "data.json", [root / "images"], root / "wds", ratio=(1,), keep_going=True)
+    convert_records(root, ratio=(1,), keep_going=True)
     return root, cases
 
 
@@ -98,13 +96,12 @@ def test_training_reads_the_converted_folder_without_a_loss(torture, settings: D
 def test_a_folder_made_elsewhere_gives_the_same_account_in_training(torture, settings: DataConfig, tmp_path) -> None:
     """Every record written unchecked, in energon's layout, with those of its images that exist."""
     root, cases = torture
-    writer = ShardWriter(tmp_path, "train", 7)
-    for number, case in enumerate(cases):
+    samples = []
+    for case in cases:
         found = [] if case.training == "image marks" and case.converter == "image missing" else image_names(case.record)
         images = {f"{place}.jpg": (root / "images" / name).read_bytes() for place, name in enumerate(found)}
-        writer.write(number, {**images, "json": json.dumps(case.record).encode()})
-    writer.close()
-    write_meta(tmp_path, {"train": writer.counts})
+        samples.append({**images, "json": json.dumps(case.record).encode()})
+    write_shards(tmp_path, samples, per_shard=7)
     account = account_of_training(tmp_path, settings, len(cases))
     assert account == [case.training for case in cases]
     differing = {case.converter for case in cases if case.converter != case.training}

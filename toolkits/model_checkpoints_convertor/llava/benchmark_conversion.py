@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,8 +33,8 @@ from megatron_patch.conversion.hub_weights import row_blocks, write_hub_weights 
 from megatron_patch.conversion.output import check_disk  # noqa: E402
 from megatron_patch.conversion.plan import wanted_tensors  # noqa: E402
 from megatron_patch.conversion.table import HubTensor, table_of_weights  # noqa: E402
-from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import read_geometry  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 PEAK_MIB = 1536
 SHARE_OF_COPY = 0.6
@@ -208,19 +207,18 @@ def benchmark(size: str, work: Path) -> bool:
     return good
 
 
+def run(arguments: argparse.Namespace) -> int:
+    check_disk(arguments.work / "x", 3 * ROOM[arguments.size])
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.work) as folder:
+        return 0 if benchmark(arguments.size, Path(folder)) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7B")
     parser.add_argument("--work", type=Path, default=Path.cwd(), help="a folder on the disk to measure; default: here")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        check_disk(arguments.work / "x", 3 * ROOM[arguments.size])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.work) as folder:
-        return 0 if benchmark(arguments.size, Path(folder)) else 1
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

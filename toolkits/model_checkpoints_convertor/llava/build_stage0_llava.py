@@ -5,7 +5,6 @@ get <image>. hf2mcore_convertor_llava.sh converts the folder, LlavaForConditiona
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
 from megatron_patch.conversion.stage0 import build_stage0  # noqa: E402
-from megatron_patch.errors import UserError  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import add_token_arguments, exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,40 +29,32 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="give embedding and head unused rows up to a multiple of N",
     )
-    parser.add_argument(
-        "--add-tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
-    )
+    add_token_arguments(parser)
     parser.add_argument("--mm-projector", metavar="FILE", help="an mm_projector.bin instead of a new projector")
     parser.add_argument("--seed", type=int, help="of the new projector's weights; default: 1234")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the staged folder goes too
-    try:
-        report = build_stage0(
-            arguments.text_model,
-            arguments.vision_model,
-            arguments.save_dir,
-            precision=arguments.precision,
-            vocabulary_multiple=arguments.vocab_size_padding,
-            add_tokens=arguments.add_tokens,
-            mm_projector=arguments.mm_projector,
-            seed=arguments.seed,
-            progress=not arguments.no_progress,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace) -> None:
+    report = build_stage0(
+        arguments.text_model,
+        arguments.vision_model,
+        arguments.save_dir,
+        precision=arguments.precision,
+        vocabulary_multiple=arguments.vocab_size_padding,
+        add_tokens=arguments.add_tokens,
+        mm_projector=arguments.mm_projector,
+        seed=arguments.seed,
+        progress=not arguments.no_progress,
+    )
     for line in (*report.notes, f"wrote {report.summary}"):
         print(line)
-    return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Started by hf2mcore_convertor_llava.sh, whose nine arguments become these words.
 import argparse
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_patch.conversion.layouts import LAYOUTS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
 from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import add_token_arguments, exit_code  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,13 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mm-projector", metavar="FILE", help="start from this mm_projector.bin, not from a new projector"
     )
-    parser.add_argument(
-        "--add-tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="special tokens before <image>, single or as a range: '<extra_id_0>..<extra_id_7>'",
-    )
+    add_token_arguments(parser)
     parser.add_argument("--vision-feature-layer", type=int, help="of --source-clip, for the projector; default: -2")
     parser.add_argument("--seed", type=int, help="of a new projector's weights; default: 1234")
     parser.add_argument(
@@ -125,13 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the staged folder goes too
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

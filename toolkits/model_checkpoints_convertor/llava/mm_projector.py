@@ -12,7 +12,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
 from megatron_patch.conversion.mm_projector import extract_projector  # noqa: E402
-from megatron_patch.errors import UserError  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,16 +23,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run(arguments: argparse.Namespace) -> None:
+    dtype = arguments.precision and PRECISIONS[arguments.precision]
+    kind, nbytes = extract_projector(Path(arguments.checkpoint), Path(arguments.output), dtype)
+    print(f"wrote the {kind} projector, {nbytes / 1e6:.3f} MB -> {arguments.output}")
+
+
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        dtype = arguments.precision and PRECISIONS[arguments.precision]
-        kind, nbytes = extract_projector(Path(arguments.checkpoint), Path(arguments.output), dtype)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote the {kind} projector, {nbytes / 1e6:.3f} MB -> {arguments.output}")
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

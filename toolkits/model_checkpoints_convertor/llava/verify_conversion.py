@@ -33,6 +33,7 @@ from megatron_patch.conversion.table import projector_rows, table_of_weights  # 
 from megatron_patch.conversion.torch_ranks import open_checkpoint  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import LlavaGeometry, read_geometry_of  # noqa: E402
+from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 IGNORE_LABEL = -100
 TEXT_TOKENS = 24
@@ -293,11 +294,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        return verify(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: verify(arguments))
 
 
 if __name__ == "__main__":
