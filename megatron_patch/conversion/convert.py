@@ -28,20 +28,21 @@ from megatron_patch.conversion.hub_weights import (
     write_safetensors,
 )
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import PROVENANCE, VOCABULARY_TENSORS, make_plan, wanted_tensors
+from megatron_patch.conversion.plan import VOCABULARY_TENSORS, make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
+from megatron_patch.conversion.trained_settings import hub_advice, hub_processor
 from megatron_patch.conversion.transforms import QueryKeyValue
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, check_known, read_geometry
+from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, PROVENANCE, UNTRAINED_TOWER, LlavaFolder
 from megatron_patch.model_sizes import check_model_size
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("torch_dist", "torch")
 LAYOUTS = ("hub", "original", "original_without_tower")
 SMALL_SPAN = 64 * 2**10  # bytes; below that reading and writing is as fast as having the kernel copy
-UNTRAINED_TOWER = "untrained_tower.safetensors"
 
 
 @dataclass
@@ -204,11 +205,11 @@ def convert_to_megatron(
     check_disk(target, nbytes)
     notes = list(plan.notes)
     with staged_folder(target) as folder:
-        hub = folder / "llava"
+        llava = LlavaFolder.of(folder)
+        hub = llava.path
         notes += hub_files.write_hub_folder(hub, plan.config, plan.tokens, llm, plan.tower_folder)
         if plan.original is not None:
-            saved = hub / original_layout.SAVED_FOLDER
-            original_layout.save_text_files(plan.original, saved, with_tokenizer=not additions.tokens)
+            original_layout.save_text_files(plan.original, llava.original, with_tokenizer=not additions.tokens)
         with progress_bar(nbytes, "hub -> Megatron", progress) as advance:
             release = folder / "release"
             if checkpoint_format == "torch":
@@ -220,7 +221,7 @@ def convert_to_megatron(
             def blocks(tensor: HubTensor) -> Iterator[Tensor]:
                 yield cast(plan.weights[tensor.name].read(), dtype, tensor.name)
 
-            write_safetensors(hub / UNTRAINED_TOWER, carried, dtype, blocks, advance)
+            write_safetensors(llava.untrained_tower, carried, dtype, blocks, advance)
         arguments = {
             "model_size": model_size,
             "precision": precision,
@@ -233,7 +234,9 @@ def convert_to_megatron(
             "checkpoint_format": checkpoint_format,
         }
         text = provenance_text("huggingface to megatron", plan.sources, arguments, plan.facts | {"notes": notes})
-        (hub / PROVENANCE).write_text(text, encoding="utf-8")
+        llava.write_provenance(text)
+        if plan.trained_with is not None:
+            llava.write_training_settings(plan.trained_with)
         (folder / TRACKER).write_text("release\n")
     return Report(target, nbytes, time.monotonic() - began, notes)
 
@@ -270,7 +273,7 @@ def _check_keys(reader: CheckpointReader | RanksReader, rows: list[Row], folder:
             shapes.append(f"{key} has dtype {stored[key].properties.dtype}")
     lists = {"unknown": unknown, "missing": missing, "of another shape": shapes}
     if any(lists.values()):
-        lines = [f"the weights in {folder} do not fit {folder.parent / 'llava' / 'config.json'}:"]
+        lines = [f"the weights in {folder} do not fit {LlavaFolder.of(folder.parent).config}:"]
         lines += [f"  {title} ({len(names)}): {', '.join(names[:8]) or 'none'}" for title, names in lists.items()]
         raise UserError("\n".join(lines))
 
@@ -363,11 +366,18 @@ def _hub_blocks(
     return blocks
 
 
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
 def _write_hub_text_files(folder: Path, hub: Path, config: dict[str, Any]) -> None:
     for path in sorted(hub.iterdir()):
-        if path.name not in (UNTRAINED_TOWER, PROVENANCE, "config.json") and path.is_file():
+        if path.name not in (UNTRAINED_TOWER, PROVENANCE, CONFIG) and path.is_file():
             shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / CONFIG, config)
+    settings = LlavaFolder(hub).training_settings
+    if settings is not None:
+        _write_json(folder / IMAGE_PROCESSOR, hub_processor(hub_files.read_json(hub / IMAGE_PROCESSOR), settings))
 
 
 def convert_to_huggingface(
@@ -409,9 +419,10 @@ def convert_to_huggingface(
     check_target(target)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder; wanted a Megatron checkpoint with its llava/ folder")
-    hub = checkpoint / "llava"
+    llava = LlavaFolder.of(checkpoint)
+    hub, trained_with = llava.path, llava.training_settings
     iteration = newest_iteration(checkpoint)
-    config = hub_files.read_json(hub / "config.json")
+    config = hub_files.read_json(llava.config)
     geometry = read_geometry(config)
     if layout == "hub" and geometry.projector_type != "mlp2x_gelu":
         raise UserError(
@@ -423,7 +434,7 @@ def convert_to_huggingface(
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
     if hf_checkpoint is not None:
         _check_same_llm(config, checkpoint, Path(hf_checkpoint))
-    tower_file = hub / UNTRAINED_TOWER
+    tower_file = llava.untrained_tower
     if not tower_file.is_file():
         raise UserError(f"{tower_file} is not there; without it the tower's last layers are unknown")
     carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.tower))
@@ -445,11 +456,13 @@ def convert_to_huggingface(
                 export.write_text_files(folder, hub)
             else:
                 _write_hub_text_files(folder, hub, hub_files.finish_config(config, precision, geometry.projector_type))
-            earlier = hub_files.read_json(hub / PROVENANCE) if (hub / PROVENANCE).is_file() else None
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
-            facts = {"iteration": iteration.name, "checkpoint_provenance": earlier}
+            facts = {"iteration": iteration.name, "checkpoint_provenance": llava.provenance or None}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
-            (folder / PROVENANCE).write_text(text, encoding="utf-8")
+            LlavaFolder(folder).write_provenance(text)
     notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
-    notes += export.notes if export is not None else []
+    if export is not None:
+        notes += export.notes
+    elif trained_with is not None:
+        notes += hub_advice(trained_with)
     return Report(target, nbytes, time.monotonic() - began, notes)

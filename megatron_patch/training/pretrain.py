@@ -1,5 +1,6 @@
 """A run from its command line to Megatron's pretrain()."""
 
+import os
 import shutil
 import sys
 import warnings
@@ -8,7 +9,8 @@ from pathlib import Path
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import UserError
-from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
+from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
+from megatron_patch.training.config import RunConfig, has_checkpoint, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
 
 # Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
@@ -22,16 +24,20 @@ def _silence_known_warnings() -> None:
 
 
 def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
-    """Copy configs and tokenizer beside the checkpoints to come, whole or not at all."""
+    """Configs, tokenizer and what is trained with beside the checkpoints to come, whole or not at all."""
     if save is None:
         return
-    target = Path(save) / LLAVA_FOLDER
-    if target.exists() or target.resolve() == settings.llava_folder.resolve():
+    source, target = settings.llava_folder.path, LlavaFolder.of(save).path
+    if target.resolve() == source.resolve() or (target.exists() and has_checkpoint(Path(save))):
+        LlavaFolder(target).write_training_settings(settings.trained_with)  # a run of before they were saved has none
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(settings.llava_folder, unfinished, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    left_out = shutil.ignore_patterns(*WEIGHT_FILES, TRAINING, f"{TEMPLATE}.*")
+    shutil.copytree(source, unfinished, ignore=left_out)
+    LlavaFolder(unfinished).write_training_settings(settings.trained_with)
+    shutil.rmtree(target, ignore_errors=True)  # of a start that saved no checkpoint
     unfinished.rename(target)
 
 
@@ -42,6 +48,8 @@ def train_llava() -> None:
         patches.check_version()
     except UserError as error:
         refuse(error)
+    if settings.warning and os.environ.get("RANK", "0") == "0":
+        print(settings.warning, file=sys.stderr, flush=True)
     sys.argv[1:] = settings.megatron_arguments
     _silence_known_warnings()
     patches.apply_all(device.backend().NAME)
