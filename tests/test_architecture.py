@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Package or module below megatron_patch -> what it may import of the others.  A package's own modules are free to it;
 # the longest name that fits a module is its room.  Modules directly below megatron_patch in FREE import nothing but
 # the standard library (checkpoint_files: torch) when they are imported, and may be imported by all.
-FREE = {"errors", "geometry", "model_sizes", "tokenizer_files", "checkpoint_files"}
+FREE = {"errors", "geometry", "model_sizes", "tokenizer_files", "checkpoint_files", "llava_folder"}
 LOADING = {"data.loading", "data"}
 ROOMS = {
     "arguments": set(),

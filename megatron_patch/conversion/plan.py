@@ -173,9 +173,7 @@ def _plan_llava(source: Path, precision: str, additions: Additions) -> Plan:
         "vocabulary": {"rows": vocabulary, "image_token_index": index},
     }
     trained_with = LlavaFolder(source).training_settings
-    return Plan(
-        config, geometry, rows, weights, tokens, {"llava": source}, notes, facts, trained_with=trained_with
-    )
+    return Plan(config, geometry, rows, weights, tokens, {"llava": source}, notes, facts, trained_with=trained_with)
 
 
 def _plan_original(source: Path, clip: Path | None, precision: str, additions: Additions) -> Plan:

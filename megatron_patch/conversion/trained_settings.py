@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
+from megatron_patch.llava_folder import TRAINING, LlavaFolder, TrainingSettings
 
 _START_END = "IMAGE_START_END=true: write <im_start><image><im_end> in a prompt where you would write <image>"
 _FRONT = "IMAGE_CONV_FRONT=true: the images stand before the first question, in a prompt too"
+
+
+def _template(settings: TrainingSettings, advice: str) -> list[str]:
+    template = settings.conversation_template
+    return [] if template is None else [f"trained with the template {Path(template).name}: {advice} ({TRAINING})"]
 
 
 def _tiles(settings: TrainingSettings) -> list[str]:
@@ -45,7 +50,7 @@ def tower_processor(images: dict[str, Any], settings: TrainingSettings | None) -
 
 def hub_advice(settings: TrainingSettings) -> list[str]:
     """What who uses the exported folder must do, since no file of it does."""
-    notes = [f"trained with the template {_template_name(settings)} ({_FILE})"]
+    notes = _template(settings, "write prompts in it")
     if settings.image_aspect_ratio != "crop":
         notes.append(f"IMAGE_ASPECT_RATIO={settings.image_aspect_ratio}: AutoProcessor of the folder does so by itself")
     notes += _tiles(settings)
@@ -56,14 +61,6 @@ def hub_advice(settings: TrainingSettings) -> list[str]:
     if not settings.exif_orientation:
         notes.append("EXIF_ORIENTATION=false: open images without turning them, which transformers' load_image does")
     return notes
-
-
-_FILE = "llava_training.json holds the settings of images and prompts"
-
-
-def _template_name(settings: TrainingSettings) -> str:
-    template = settings.conversation_template
-    return "of a source that does not name it" if template is None else Path(template).name
 
 
 # ---------------------------------------------------------------- the original code
@@ -102,7 +99,7 @@ def original_values(values: dict[str, Any], settings: TrainingSettings) -> dict[
 
 def original_advice(settings: TrainingSettings) -> list[str]:
     """What the original code has no field for."""
-    notes = [f"trained with the template {_template_name(settings)}: choose it as conv-mode ({_FILE})"]
+    notes = _template(settings, "choose it as conv-mode")
     if settings.image_aspect_ratio == "stretch":
         notes.append("IMAGE_ASPECT_RATIO=stretch: the original code crops; squeeze images to a square before it")
     notes += _tiles(settings)

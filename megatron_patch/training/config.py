@@ -120,7 +120,9 @@ def training_settings(arguments: argparse.Namespace, folder: LlavaFolder) -> tup
     if resumed and saved is not None:
         wanted = dataclasses.replace(saved, **given)
         if wrong := wanted.differences(saved):
-            told = "; ".join(f"{name.upper()} is {wanted.spelled(name)}, wanted {saved.spelled(name)}" for name in wrong)
+            told = "; ".join(
+                f"{name.upper()} is {wanted.spelled(name)}, wanted {saved.spelled(name)}" for name in wrong
+            )
             raise UserError(
                 f"{arguments.load}: the run cannot be resumed with other images or prompts than it was started with "
                 f"({told}); set what is wanted, or pass this checkpoint as PRETRAIN_CHECKPOINT_PATH of a new "
