@@ -63,8 +63,8 @@ fits() {
         "an energon dataset (folder with .nv-meta, or a .yaml that lists such folders)")
             [[ $value == *.y?(a)ml && -f $value || -d $value/.nv-meta ]] || explain_path "$value" .nv-meta
             ;;
-        "COLUMNSxROWS, as 2x2")
-            [[ $value =~ ^[1-9]x[1-9]$ ]]
+        "COLUMNSxROWS, as 2x2, or auto")
+            [[ $value == auto || $value =~ ^[1-9]x[1-9]$ ]]
             ;;
         "iterations, as 10-12")
             [[ $value =~ ^([1-9][0-9]{0,8})-([1-9][0-9]{0,8})$ ]] && ((BASH_REMATCH[1] <= BASH_REMATCH[2]))
@@ -454,12 +454,12 @@ PRESET|(none)|text|a published recipe; it fills in arguments given as - and defa
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
-CONVERSATION_TEMPLATE|$2|auto, a built-in template, or a .json or .yaml file|how turns become text; auto: the one that fits the language model; built in: megatron_patch/data/conversation_templates
-IMAGE_CONV_FRONT|false|one of true false|images stand before the conversation
-IMAGE_START_END|false|one of true false|each image stands between <im_start> and <im_end>, which the tokenizer must know
-IMAGE_ASPECT_RATIO|crop|one of crop pad stretch|how an image becomes square
-IMAGE_TILES|1x1|COLUMNSxROWS, as 2x2|each image becomes that many tiles and a thumbnail, of SEQ_LEN tokens each; 1x1: only the image
-EXIF_ORIENTATION|true|one of true false|turn images as their EXIF tag says; false: as LLaVA's original code
+CONVERSATION_TEMPLATE|$2|auto, a built-in template, or a .json or .yaml file|how turns become text; auto: the one the checkpoint was trained with in stage 2, else the one that fits the language model; built in: megatron_patch/data/conversation_templates
+IMAGE_CONV_FRONT|auto|one of auto true false|images stand before the conversation; auto: as the checkpoint was trained, else false
+IMAGE_START_END|auto|one of auto true false|each image stands between <im_start> and <im_end>, which the tokenizer must know; auto: as the checkpoint was trained, else false
+IMAGE_ASPECT_RATIO|auto|one of auto crop pad stretch|how an image becomes square; auto: as the checkpoint was trained, else crop
+IMAGE_TILES|auto|COLUMNSxROWS, as 2x2, or auto|each image becomes that many tiles and a thumbnail, of SEQ_LEN tokens each; 1x1: only the image; auto: as the checkpoint was trained, else 1x1
+EXIF_ORIENTATION|auto|one of auto true false|turn images as their EXIF tag says; false: as LLaVA's original code; auto: as the checkpoint was trained, else true
 DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like length
 MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
@@ -574,7 +574,12 @@ check_training() {
         refuse MIN_LR "must be at most LR=${arg[LR]}"
     fi
     if right SEQ_LEN DECODER_SEQ_LEN IMAGE_TILES; then
-        local tiles=$((${arg[IMAGE_TILES]/x/*})) image=${arg[SEQ_LEN]} what="SEQ_LEN=${arg[SEQ_LEN]}"
+        local tiles=${arg[IMAGE_TILES]} image=${arg[SEQ_LEN]} what="SEQ_LEN=${arg[SEQ_LEN]}"
+        if [[ $tiles == auto ]]; then
+            tiles=$(note "${arg[PRETRAIN_CHECKPOINT_PATH]}/llava/llava_training.json" image_tiles)
+            tiles=${tiles:-1x1}
+        fi
+        tiles=$((${tiles/x/*}))
         if ((tiles > 1)); then
             image=$((arg[SEQ_LEN] * (tiles + 1)))
             what="$image, SEQ_LEN=${arg[SEQ_LEN]} for each of $tiles tiles and the thumbnail"
@@ -740,9 +745,17 @@ training_arguments() {
     safeguard_arguments
     [[ ${arg[EMA_DECAY]} =~ ^[0.]+$ ]] || command+=(--ema-decay "${arg[EMA_DECAY]}")
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
-    [[ ${arg[IMAGE_CONV_FRONT]} != true ]] || command+=(--image-conv-front)
-    [[ ${arg[IMAGE_START_END]} != true ]] || command+=(--image-start-end)
-    [[ ${arg[EXIF_ORIENTATION]} != false ]] || command+=(--ignore-exif-orientation)
+    for name in IMAGE_CONV_FRONT IMAGE_START_END; do
+        option=${name,,} && option=${option//_/-}
+        case ${arg[$name]} in
+            true) command+=("--$option") ;;
+            false) command+=("--no-$option") ;;
+        esac
+    done
+    case ${arg[EXIF_ORIENTATION]} in
+        true) command+=(--no-ignore-exif-orientation) ;;
+        false) command+=(--ignore-exif-orientation) ;;
+    esac
     [[ ${arg[PACKING]} != true ]] || command+=(--packing)
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)

@@ -3,9 +3,29 @@
 import argparse
 from pathlib import Path
 
+from megatron_patch.llava_folder import IMAGE_ASPECT_RATIOS, TOKENIZER, LlavaFolder
 
-def _grid(text: str) -> tuple[int, int]:
-    """`2x3` -> (2, 3): columns and rows."""
+
+def auto_template(folder: LlavaFolder, for_next_stage: bool = False) -> str:
+    """The template that `auto` stands for: the one the folder's weights were trained with, else their model's.
+
+    Args:
+        folder: of a checkpoint, or an exported one.
+        for_next_stage: of a run that starts from the folder: `plain`, stage 1's captions, is not taken over.
+    Raises:
+        UserError: the folder's files cannot be read, or the language model is not known.
+    """
+    settings = folder.training_settings
+    trained = settings.conversation_template if settings else None
+    if trained is not None and not (for_next_stage and trained == "plain"):
+        return trained
+    return folder.geometry().language.family.template_for(folder.path / TOKENIZER)
+
+
+def _grid(text: str) -> tuple[int, int] | None:
+    """`2x3` -> (2, 3): columns and rows; `auto` -> None."""
+    if text == "auto":
+        return None
     columns, rows = text.split("x")
     if int(columns) < 1 or int(rows) < 1:
         raise ValueError(text)
@@ -31,17 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--valid-dataset-path", metavar="PATH", required=True, help="energon folder or YAML")
     group.add_argument("--conversation-template", default="auto", help="auto, the name of a template, or a file")
     group.add_argument("--image-tokens", type=int, help="tokens of one image; checked against the vision tower")
-    group.add_argument("--image-aspect-ratio", choices=("crop", "pad", "stretch"), default="crop")
+    # where not given: as the checkpoint was trained, which the llava/ folder knows
+    group.add_argument("--image-aspect-ratio", choices=("auto", *IMAGE_ASPECT_RATIOS), default="auto")
     group.add_argument(
         "--image-tiles",
         type=_grid,
-        default=(1, 1),
         metavar="COLUMNSxROWS",
-        help="tiles of every image, with a thumbnail behind them; 1x1: none",
+        help="tiles of every image, with a thumbnail behind them; 1x1: none; auto",
     )
-    group.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
-    group.add_argument("--image-conv-front", action="store_true", help="images stand before the conversation")
-    group.add_argument("--image-start-end", action="store_true", help="images stand between <im_start>, <im_end>")
+    for name, meaning in (
+        ("ignore-exif-orientation", "as LLaVA's original code"),
+        ("image-conv-front", "images stand before the conversation"),
+        ("image-start-end", "images stand between <im_start>, <im_end>"),
+    ):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=meaning)
     group.add_argument("--data-order", choices=("cyclic", "single", "modality"), default="cyclic")
     group.add_argument(
         "--mega-batch-mult", type=int, default=50, help="with modality: optimizer steps that are sorted by length"

@@ -146,7 +146,7 @@ export_model() {
 answer_questions() {
     # One thread: the steps of so small a model are too short to share.
     OMP_NUM_THREADS=1 "$PYTHON" -m examples.llava_mcore.quickstart.answer "$folder/exported" "$folder/data/heldout" \
-        --out "$1" --template v1 --at-least 0.9
+        --out "$1" --at-least 0.9
 }
 
 plot_losses() {

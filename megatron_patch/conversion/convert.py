@@ -26,15 +26,16 @@ from megatron_patch.conversion.hub_weights import (
     write_hub_weights,
     write_safetensors,
 )
-from megatron_patch.conversion.layouts import LAYOUTS, UNTRAINED_TOWER
+from megatron_patch.conversion.layouts import LAYOUTS
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import PROVENANCE, make_plan, wanted_tensors
+from megatron_patch.conversion.plan import make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
 from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
 from megatron_patch.conversion.transforms import QueryKeyValue
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, check_known, read_geometry
+from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.weight_names import EMBEDDING, UNKNOWN, WRONG, check_nothing_differs, differences, without_padding
 
@@ -203,11 +204,11 @@ def convert_to_megatron(
     check_disk(target, nbytes)
     notes = list(plan.notes)
     with staged_folder(target) as folder:
-        hub = folder / "llava"
+        llava = LlavaFolder.of(folder)
+        hub = llava.path
         notes += hub_files.write_hub_folder(hub, plan.config, plan.tokens, llm, plan.tower_folder)
         if plan.original is not None:
-            saved = hub / original_layout.SAVED_FOLDER
-            original_layout.save_text_files(plan.original, saved, with_tokenizer=not additions.tokens)
+            original_layout.save_text_files(plan.original, llava.original, with_tokenizer=not additions.tokens)
         with progress_bar(nbytes, "hub -> Megatron", progress) as advance:
             release = folder / "release"
             if checkpoint_format == "torch":
@@ -219,7 +220,7 @@ def convert_to_megatron(
             def blocks(tensor: HubTensor) -> Iterator[Tensor]:
                 yield cast(plan.weights[tensor.name].read(), dtype, tensor.name)
 
-            write_safetensors(hub / UNTRAINED_TOWER, carried, dtype, blocks, advance)
+            write_safetensors(llava.untrained_tower, carried, dtype, blocks, advance)
         arguments = {
             "model_size": model_size,
             "precision": precision,
@@ -232,7 +233,9 @@ def convert_to_megatron(
             "checkpoint_format": checkpoint_format,
         }
         text = provenance_text("huggingface to megatron", plan.sources, arguments, plan.facts | {"notes": notes})
-        (hub / PROVENANCE).write_text(text, encoding="utf-8")
+        llava.write_provenance(text)
+        if plan.trained_with is not None:
+            llava.write_training_settings(plan.trained_with)
         (folder / TRACKER).write_text("release\n")
     return Report(target, nbytes, time.monotonic() - began, notes)
 
@@ -261,7 +264,7 @@ def _check_keys(reader: CheckpointReader | RanksReader, rows: list[Row], folder:
     for key, entry in stored.items():
         if key in wanted and entry.properties.dtype not in PRECISIONS.values():
             lists[WRONG].append(f"{key} has dtype {entry.properties.dtype}")
-    check_nothing_differs(f"the weights in {folder} do not fit {folder.parent / 'llava' / 'config.json'}", lists)
+    check_nothing_differs(f"the weights in {folder} do not fit {LlavaFolder.of(folder.parent).config}", lists)
 
 
 def _check_same_llm(ours: dict[str, Any], checkpoint: Path, hf_checkpoint: Path) -> None:
@@ -386,9 +389,10 @@ def convert_to_huggingface(
     check_target(target)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder; wanted a Megatron checkpoint with its llava/ folder")
-    hub = checkpoint / "llava"
+    llava = LlavaFolder.of(checkpoint)
+    hub = llava.path
     iteration = newest_iteration(checkpoint)
-    config = hub_files.read_json(hub / "config.json")
+    config = hub_files.read_json(llava.config)
     geometry = read_geometry(config)
     export = LAYOUTS[layout](hub, config, geometry, precision, tower_name=tower_name)
     rows = table_of_weights(geometry)
@@ -396,7 +400,7 @@ def convert_to_huggingface(
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
     if hf_checkpoint is not None:
         _check_same_llm(config, checkpoint, Path(hf_checkpoint))
-    tower_file = hub / UNTRAINED_TOWER
+    tower_file = llava.untrained_tower
     if not tower_file.is_file():
         raise UserError(f"{tower_file} is not there; without it the tower's last layers are unknown")
     carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.tower))
@@ -411,11 +415,10 @@ def convert_to_huggingface(
             with progress_bar(nbytes, f"Megatron -> {layout}", progress) as advance:
                 files = write_hub_weights(folder, tensors, dtype, blocks, advance, shard_bytes)
             export.write_text_files(folder, hub)
-            earlier = hub_files.read_json(hub / PROVENANCE) if (hub / PROVENANCE).is_file() else None
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
-            facts = {"iteration": iteration.name, "checkpoint_provenance": earlier}
+            facts = {"iteration": iteration.name, "checkpoint_provenance": llava.provenance or None}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
-            (folder / PROVENANCE).write_text(text, encoding="utf-8")
+            LlavaFolder(folder).write_provenance(text)
     notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
     notes += export.notes
     return Report(target, nbytes, time.monotonic() - began, notes)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.conversion import openai_clip
+from megatron_patch.conversion.trained_settings import tower_processor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import check_known, read_geometry
 from megatron_patch.language_models import LANGUAGE_MODELS
+from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, PROCESSOR, TOKENIZER_CONFIG, LlavaFolder
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS, whole_models
 
@@ -232,8 +234,8 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
         UserError: it crops to another size than the tower takes.
     """
     side = config["vision_config"]["image_size"]
-    path, notes = folder / "preprocessor_config.json", []
-    nested = folder / "processor_config.json"
+    path, notes = folder / IMAGE_PROCESSOR, []
+    nested = folder / PROCESSOR
     if path.is_file():
         values = read_json(path)
     elif nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
@@ -241,9 +243,10 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
     else:
         values = {}
         notes.append(
-            f"{folder.name} has no preprocessor_config.json: mean, std and bicubic resizing to {side} px are those of "
+            f"{folder.name} has no {IMAGE_PROCESSOR}: mean, std and bicubic resizing to {side} px are those of "
             "the tower's kind"
         )
+    values = tower_processor(values, LlavaFolder(folder).training_settings)
     kind = VISION_TOWERS[config["vision_config"]["model_type"]]
     defaults = {
         "do_resize": True,
@@ -291,11 +294,11 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", config)
+    _write_json(folder / CONFIG, config)
     images, notes = image_processor(tower, config)
-    _write_json(folder / "preprocessor_config.json", images)
+    _write_json(folder / IMAGE_PROCESSOR, images)
     _write_json(
-        folder / "processor_config.json",
+        folder / PROCESSOR,
         {
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE_TOKEN,
@@ -307,9 +310,9 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     )
     with _quiet_transformers():
         tokens.tokenizer.save_pretrained(str(folder))
-        settings = read_json(folder / "tokenizer_config.json")  # without a trace of how it was loaded here
+        settings = read_json(folder / TOKENIZER_CONFIG)  # without a trace of how it was loaded here
         _write_json(
-            folder / "tokenizer_config.json",
+            folder / TOKENIZER_CONFIG,
             {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")},
         )
         if (llm / "generation_config.json").is_file():

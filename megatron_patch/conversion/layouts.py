@@ -14,18 +14,26 @@ from typing import Any, Protocol
 
 from megatron_patch.conversion import hub_files, original_layout
 from megatron_patch.conversion.original_layout import Blocks
-from megatron_patch.conversion.plan import PROVENANCE
 from megatron_patch.conversion.table import HubTensor
+from megatron_patch.conversion.trained_settings import hub_advice, hub_processor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
-
-UNTRAINED_TOWER = "untrained_tower.safetensors"  # in the llava/ folder: what the tower has and no training sees
+from megatron_patch.llava_folder import (
+    CONFIG,
+    IMAGE_PROCESSOR,
+    PROVENANCE,
+    UNTRAINED_TOWER,
+    LlavaFolder,
+    TrainingSettings,
+)
 
 
 class Export(Protocol):
     """How a checkpoint is written in a layout."""
 
-    notes: Sequence[str]  # for the user
+    @property
+    def notes(self) -> Sequence[str]:
+        """For the user."""
 
     def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
         """The tensors of the folder, and blocks() that is asked for those."""
@@ -39,22 +47,32 @@ class _Hub:
     """What transformers' LlavaForConditionalGeneration loads."""
 
     config: dict[str, Any]
-    notes: Sequence[str] = ()
+    trained_with: TrainingSettings | None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return hub_advice(self.trained_with) if self.trained_with is not None else ()
 
     def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
         return list(tensors), blocks
 
     def write_text_files(self, folder: Path, hub: Path) -> None:
         for path in sorted(hub.iterdir()):
-            if path.name not in (UNTRAINED_TOWER, PROVENANCE, "config.json") and path.is_file():
+            if path.name not in (UNTRAINED_TOWER, PROVENANCE, CONFIG) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        _write_json(folder / CONFIG, self.config)
+        if self.trained_with is not None:
+            processor = hub_processor(hub_files.read_json(hub / IMAGE_PROCESSOR), self.trained_with)
+            _write_json(folder / IMAGE_PROCESSOR, processor)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _plan_hub(
     hub: Path, config: dict[str, Any], geometry: LlavaGeometry, precision: str, tower_name: str | None
 ) -> _Hub:
-    del hub
     if tower_name is not None:
         raise UserError(
             f"the tower's name {tower_name!r} is for the original layouts; the hub's holds the tower itself"
@@ -64,7 +82,8 @@ def _plan_hub(
             f"the checkpoint has the projector {geometry.projector_type!r}; the hub's LLaVA layout knows mlp2x_gelu "
             "only: choose the layout original"
         )
-    return _Hub(hub_files.finish_config(config, precision, geometry.projector_type))
+    finished = hub_files.finish_config(config, precision, geometry.projector_type)
+    return _Hub(finished, LlavaFolder(hub).training_settings)
 
 
 # By the value of EXPORT_LAYOUT, whose rule in hf2mcore_convertor_llava.sh lists the same names; the default first.

@@ -16,7 +16,7 @@ from megatron_patch.conversion.output import check_disk
 from megatron_patch.conversion.table import projector_rows, table_of_weights
 from megatron_patch.conversion.torch_ranks import open_checkpoint
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import read_geometry_of
+from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.weight_names import check_nothing_differs, differences
 
 
@@ -49,7 +49,7 @@ def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None 
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; remove it or choose another file")
     iteration = newest_iteration(checkpoint)
-    geometry = read_geometry_of(checkpoint / "llava")
+    geometry = LlavaFolder.of(checkpoint).geometry()
     tensors: dict[str, torch.Tensor] = {}
     with open_checkpoint(iteration, table_of_weights(geometry)) as reader:
         wanted = {row.key: row.shape for row in projector_rows(geometry)}

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from megatron_patch.conversion import hub_files
 from megatron_patch.conversion.table import HubTensor
+from megatron_patch.conversion.trained_settings import original_advice, original_values
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known
 from megatron_patch.language_models import LANGUAGE_MODELS, original_classes
+from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, IMAGE_SETTINGS, LlavaFolder, TrainingSettings
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
 Blocks = Callable[[HubTensor], Iterator[Tensor]]  # the rows of a tensor, in any number of blocks
-# Below CKPT/llava: config and tokenizer of an original source, as they were, for the way back.
-SAVED_FOLDER = "original"
 _TOWER = "model.vision_tower."
 _TEXT_FILES = (
     "config.json",
@@ -158,14 +158,12 @@ def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> T
     return Tower(config, clip, inside, notes)
 
 
-def advice(original: Original) -> list[str]:
-    """What the original config says that a converted checkpoint cannot hold."""
-    notes, values = [], original.values
-    if values.get("image_aspect_ratio") == "pad":
-        notes.append("the original was trained on padded images: set IMAGE_ASPECT_RATIO=pad when training on")
-    if values.get("mm_use_im_start_end"):
-        notes.append("the original put <im_start> and <im_end> around images; training here does not")
-    return notes
+def advice(trained_with: TrainingSettings | None) -> list[str]:
+    """What a run that starts from the converted checkpoint does unless it is told otherwise."""
+    if trained_with is None:
+        return ["config.json does not say how the original fitted images to a square; training on crops them"]
+    told = (f"{name.upper()}={trained_with.spelled(name)}" for name in IMAGE_SETTINGS)
+    return [f"training on sees images as the original did: {', '.join(told)}"]
 
 
 def save_text_files(source: Path, target: Path, with_tokenizer: bool) -> None:
@@ -203,6 +201,7 @@ class Export:
     with_tower: bool
     projector: str
     notes: list[str]
+    trained_with: TrainingSettings | None
 
     def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
         """The tensors of the folder under their original names, and blocks() that is asked for those."""
@@ -217,14 +216,17 @@ class Export:
         return renamed, lambda tensor: blocks(hub[tensor.name])
 
     def write_text_files(self, folder: Path, hub: Path) -> None:
-        """config.json, tokenizer and, with the tower, its image processor; `hub` is the checkpoint's llava/ folder."""
+        """config.json, tokenizer, settings of the training and, with the tower, its image processor; `hub` is the
+        checkpoint's llava/ folder."""
         source = self.texts or hub
         for name in _TEXT_FILES[1:]:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        if self.with_tower and not (folder / "preprocessor_config.json").exists():
-            shutil.copyfile(hub / "preprocessor_config.json", folder / "preprocessor_config.json")
-        saved = hub / SAVED_FOLDER / "config.json"
+        if self.with_tower and not (folder / IMAGE_PROCESSOR).exists():
+            shutil.copyfile(LlavaFolder(hub).image_processor, folder / IMAGE_PROCESSOR)
+        if self.trained_with is not None:
+            LlavaFolder(folder).write_training_settings(self.trained_with)
+        saved = LlavaFolder(hub).original / CONFIG
         if saved.is_file() and hub_files.read_json(saved) == self.config:
             shutil.copyfile(saved, folder / "config.json")  # byte for byte
             return
@@ -245,7 +247,7 @@ def plan_export(
     """
     known = [name for name, family in LANGUAGE_MODELS.items() if family.original]
     check_known("the original layout's LLM", geometry.language.model_type, known)
-    saved = hub / SAVED_FOLDER
+    saved, trained_with = LlavaFolder(hub).original, LlavaFolder(hub).training_settings
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     rows, notes, texts = geometry.language.vocabulary, [], None
     if (saved / "config.json").is_file():
@@ -261,7 +263,11 @@ def plan_export(
     else:
         values = _derived_config(config, geometry, dtype, tower_name or _known_tower(config, hub))
         values["unfreeze_mm_vision_tower"] = with_tower  # with it, the original code takes the tower inside
-        notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded images")
+        if trained_with is None:
+            notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded images")
+    if trained_with is not None:
+        values |= original_values(values, trained_with)
+        notes += original_advice(trained_with)
     name = values["mm_vision_tower"]
     if not with_tower:
         notes.append(f"without the tower: who loads the folder takes {name}; a tuned tower needs --layout original")
@@ -270,7 +276,7 @@ def plan_export(
             f"the original code loads {name} instead of the tower inside unless config.json says "
             "unfreeze_mm_vision_tower: set it to true when the tower was tuned"
         )
-    return Export(values, texts, rows, with_tower, geometry.projector_type, notes)
+    return Export(values, texts, rows, with_tower, geometry.projector_type, notes, trained_with)
 
 
 def _known_tower(config: dict[str, Any], hub: Path) -> str:
@@ -279,8 +285,7 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
     for name, numbers in VISION_TOWERS[vision["model_type"]].published.items():
         if all(vision.get(key) == value for key, value in numbers.items() if key != "projection_dim"):
             return name
-    provenance = hub_files.read_json(hub / "provenance.json") if (hub / "provenance.json").is_file() else {}
-    name = provenance.get("sources", {}).get("clip", {}).get("name")
+    name = LlavaFolder(hub).provenance.get("sources", {}).get("clip", {}).get("name")
     if not name:
         raise UserError("the original layout names the vision tower, and this one has none; pass --vision-tower-name")
     return name

@@ -18,12 +18,13 @@ from megatron_patch.conversion.hub_weights import Stored, account, in_memory, op
 from megatron_patch.conversion.mm_projector import read_projector
 from megatron_patch.conversion.openai_clip import open_openai_clip
 from megatron_patch.conversion.table import HubTensor, Row, projector_rows, table_of_weights, untrained_tower
+from megatron_patch.conversion.trained_settings import settings_of_original
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known, read_geometry
 from megatron_patch.language_models import LANGUAGE_MODELS
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from megatron_patch.vision_towers import VISION_TOWERS
 
-PROVENANCE = "provenance.json"
 VOCABULARY_TENSORS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -40,6 +41,7 @@ class Plan:
     notes: list[str]
     facts: dict[str, Any]
     original: Path | None = None  # the source, when it has the original layout
+    trained_with: TrainingSettings | None = None  # the source, as far as it says
 
     @property
     def tower_folder(self) -> Path:
@@ -176,7 +178,8 @@ def _plan_llava(source: Path, precision: str, additions: Additions) -> Plan:
         "projector": _origin_of_projector(source, geometry.projector_type),
         "vocabulary": {"rows": vocabulary, "image_token_index": index},
     }
-    return Plan(config, geometry, rows, weights, tokens, {"llava": source}, notes, facts)
+    trained_with = LlavaFolder(source).training_settings
+    return Plan(config, geometry, rows, weights, tokens, {"llava": source}, notes, facts, trained_with=trained_with)
 
 
 def _plan_original(source: Path, clip: Path | None, precision: str, additions: Additions) -> Plan:
@@ -199,7 +202,8 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     weights = account("original LLaVA", hub, [tensor for tensor in wanted if tensor not in outside])
     if outside:
         weights |= account("tower", open_tower(found.folder), outside)
-    notes = [*tokens.notes, *found.notes, *original_layout.advice(original)]
+    trained_with = settings_of_original(source, original.values)
+    notes = [*tokens.notes, *found.notes, *original_layout.advice(trained_with)]
     notes += _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {
         "projector": {"type": geometry.projector_type, "origin": "source"},
@@ -207,7 +211,9 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
         "vocabulary": {"rows": vocabulary, "rows_of_the_llm": stored_rows, "image_token_index": tokens.image_id},
     }
     sources = {"llava": source} | ({"clip": found.folder} if found.folder else {})
-    return Plan(config, geometry, rows, weights, tokens, sources, notes, facts, original=source)
+    return Plan(
+        config, geometry, rows, weights, tokens, sources, notes, facts, original=source, trained_with=trained_with
+    )
 
 
 def _drop_tied_head(source: dict[str, Stored], tied: bool, folder: Path) -> None:
@@ -247,7 +253,7 @@ def _new_projector(geometry: LlavaGeometry, seed: int) -> dict[str, Stored]:
 
 def _origin_of_projector(source: Path, kind: str) -> dict[str, Any]:
     """What is known about a whole LLaVA's projector: stage 0, or an export from before any training, left it new."""
-    note = hub_files.read_json(source / PROVENANCE) if (source / PROVENANCE).is_file() else {}
+    note = LlavaFolder(source).provenance
     if note.get("iteration") == "release":
         note = note.get("checkpoint_provenance") or {}
     projector = note.get("projector")

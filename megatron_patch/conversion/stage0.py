@@ -12,11 +12,12 @@ from megatron_patch.conversion.additions import Additions, read_tokens
 from megatron_patch.conversion.convert import PRECISIONS, Report, cast, precision_dtype, provenance_text
 from megatron_patch.conversion.hub_weights import open_hub_weights, row_blocks, write_hub_weights
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
-from megatron_patch.conversion.plan import PROVENANCE, make_plan, wanted_tensors
+from megatron_patch.conversion.plan import make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import check_known
 from megatron_patch.language_models import LANGUAGE_MODELS
+from megatron_patch.llava_folder import LlavaFolder
 
 
 def stored_precision(folder: Path) -> str:
@@ -96,6 +97,6 @@ def build_stage0(
             "seed": seed,
         }
         facts = plan.facts | {"notes": notes}
-        (folder / PROVENANCE).write_text(provenance_text("stage 0", plan.sources, arguments, facts), encoding="utf-8")
+        LlavaFolder(folder).write_provenance(provenance_text("stage 0", plan.sources, arguments, facts))
     notes.append(f"{len(tensors)} tensors in {len(files)} file(s), {precision}")
     return Report(target, nbytes, time.monotonic() - began, notes)

@@ -19,7 +19,7 @@ import torch
 from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_patch import device
+from megatron_patch import device, llava_folder
 from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import TRACKER, checkpoint_format
 from megatron_patch.errors import UserError
@@ -98,7 +98,7 @@ def record_best(folder: Path, iteration: int, loss: float) -> None:
     """Make best/ refer to `iteration`, whose checkpoint is finished.  At every moment it refers to a whole one."""
     best = folder / BEST
     best.mkdir(exist_ok=True)
-    for name in ("llava", folder_name(iteration)):
+    for name in (llava_folder.NAME, folder_name(iteration)):
         if not (best / name).is_symlink():
             (best / name).symlink_to(Path("..") / name)
     write_text(best / TRACKER, str(iteration))

@@ -3,23 +3,21 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_patch import device
-from megatron_patch.arguments import add_arguments
+from megatron_patch.arguments import add_arguments, auto_template
 from megatron_patch.checkpoint_files import TRACKER, newest_iteration
 from megatron_patch.data.loading.blend import read_parts
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, read_geometry_of
+from megatron_patch.geometry import LanguageGeometry, LlavaGeometry
+from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.training.offload import offload_arguments
-
-LLAVA_FOLDER = "llava"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,9 @@ class RunConfig:
     """Read once, checked once."""
 
     geometry: LlavaGeometry
-    llava_folder: Path  # configs, tokenizer and processor that this run uses and saves with its checkpoints
+    llava_folder: LlavaFolder  # what this run uses, and saves with its checkpoints
+    trained_with: TrainingSettings  # saved there
+    warning: str | None  # about them
     train_dataset_path: str
     valid_dataset_path: str | None  # None: nothing is evaluated
     data: DataConfig
@@ -65,10 +65,10 @@ def has_checkpoint(folder: Path | None) -> bool:
     return folder is not None and (folder / TRACKER).is_file()
 
 
-def _llava_folder(arguments: argparse.Namespace) -> Path:
+def _llava_folder(arguments: argparse.Namespace) -> LlavaFolder:
     """Where configs and tokenizer come from: the checkpoint resumed, else the one started from."""
     if has_checkpoint(arguments.load):
-        return arguments.load / LLAVA_FOLDER
+        return LlavaFolder.of(arguments.load)
     if arguments.init_from != "none":
         start = Path(arguments.init_from)
         if not has_checkpoint(start):
@@ -76,42 +76,66 @@ def _llava_folder(arguments: argparse.Namespace) -> Path:
                 f"PRETRAIN_CHECKPOINT_PATH {start}: no {TRACKER} in it, so no finished checkpoint; "
                 "convert one with hf2mcore_convertor_llava.sh, or pass `none` to start from random weights"
             )
-        return start / LLAVA_FOLDER
+        return LlavaFolder.of(start)
     if not arguments.tokenizer_path:
         raise UserError(
             "PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer"
         )
-    return Path(arguments.tokenizer_path)
+    return LlavaFolder(Path(arguments.tokenizer_path))
 
 
 def projector_is_fresh(checkpoint: Path) -> bool:
     """Is this the converter's output with a projector that no training has seen?"""
-    provenance = checkpoint / "llava" / "provenance.json"
-    if newest_iteration(checkpoint).name != "release" or not provenance.is_file():
+    if newest_iteration(checkpoint).name != "release":
         return False
-    return json.loads(provenance.read_text()).get("projector", {}).get("origin") == "new"
+    return LlavaFolder.of(checkpoint).provenance.get("projector", {}).get("origin") == "new"
 
 
-def image_settings(llava_folder: Path, side_px: int) -> dict[str, Any]:
-    """pixel_mean, pixel_std, center_crop and resample of RunConfig."""
-    where = llava_folder / "preprocessor_config.json"
-    if not where.is_file():
-        raise UserError(f"{where}: no such file; it holds the pixel statistics of the vision tower, convert again")
-    config = json.loads(where.read_text())
-    center_crop = config.get("do_center_crop", "crop_size" in config)
-    size, square = config.get("size"), {"height": side_px, "width": side_px}
-    wanted = (side_px, {"shortest_edge": side_px}) if center_crop else (side_px, square)
-    if size not in wanted or (center_crop and config.get("crop_size") not in (side_px, square)):
-        raise UserError(
-            f"{where}: size is {size}, crop_size {config.get('crop_size')}; for {side_px} x {side_px} px set "
-            f"size {wanted[1]}{f' and crop_size {square}' if center_crop else ''}"
-        )
-    return {
-        "image_mean": tuple(config["image_mean"]),
-        "image_std": tuple(config["image_std"]),
-        "center_crop": center_crop,
-        "resample": config.get("resample", 3),
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainingSettings that the command line names."""
+    ignore_exif = arguments.ignore_exif_orientation
+    values = {
+        "conversation_template": arguments.conversation_template,
+        "image_aspect_ratio": arguments.image_aspect_ratio,
+        "image_tiles": arguments.image_tiles,
+        "exif_orientation": None if ignore_exif is None else not ignore_exif,
+        "image_start_end": arguments.image_start_end,
+        "image_conv_front": arguments.image_conv_front,
     }
+    return {name: value for name, value in values.items() if value not in (None, "auto")}
+
+
+def training_settings(arguments: argparse.Namespace, folder: LlavaFolder) -> tuple[TrainingSettings, str | None]:
+    """Settings of images and prompts: what is given, else as the checkpoint was trained, else the shipped defaults.
+
+    Returns:
+        The settings, and a sentence where a run that starts sees images in another way than its checkpoint did.
+    Raises:
+        UserError: a resumed run was started with others.
+    """
+    given = _given(arguments)
+    resumed = has_checkpoint(arguments.load) and newest_iteration(arguments.load).name != "release"
+    # of a folder given with `none` configs and tokenizer are taken: these weights know no images yet
+    saved = folder.training_settings if resumed or arguments.init_from != "none" else None
+    if resumed and saved is not None:
+        wanted = dataclasses.replace(saved, **given)
+        if wrong := wanted.differences(saved):
+            told = "; ".join(
+                f"{name.upper()} is {wanted.spelled(name)}, wanted {saved.spelled(name)}" for name in wrong
+            )
+            raise UserError(
+                f"{arguments.load}: the run cannot be resumed with other images or prompts than it was started with "
+                f"({told}); set what is wanted, or pass this checkpoint as PRETRAIN_CHECKPOINT_PATH of a new "
+                "OUTPUT_BASEPATH"
+            )
+        return saved, None
+    given.setdefault("conversation_template", auto_template(folder, for_next_stage=True))
+    settings = dataclasses.replace(saved or TrainingSettings(None), **given)
+    changed = [name for name in settings.differences(saved) if name in IMAGE_SETTINGS] if saved else []
+    if not changed:
+        return settings, None
+    told = ", ".join(f"{name.upper()} is {settings.spelled(name)} and was {saved.spelled(name)}" for name in changed)
+    return settings, f"warning: {arguments.init_from} was trained with other images: {told}; its projector has to adapt"
 
 
 def _check_transformer_engine(arguments: argparse.Namespace) -> None:
@@ -172,7 +196,7 @@ def read_config(argv: list[str]) -> RunConfig:
     """
     arguments = parse_own_arguments(argv)
     folder = _llava_folder(arguments)
-    geometry = read_geometry_of(folder)
+    geometry = folder.geometry()
     geometry.check_parallel(
         arguments.tensor_model_parallel_size,
         arguments.pipeline_model_parallel_size,
@@ -231,36 +255,40 @@ def read_config(argv: list[str]) -> RunConfig:
     ]
     if arguments.init_from != "none":
         derived += ["--pretrained-checkpoint", arguments.init_from]
-    images = image_settings(folder, tower.side_px)
+    images = folder.image_processing(tower.side_px)
     pixel_std = images.pop("image_std")
+    trained_with, warning = training_settings(arguments, folder)
     return RunConfig(
         geometry,
         folder,
+        trained_with,
+        warning,
         arguments.train_dataset_path,
         arguments.valid_dataset_path if arguments.eval_iters else None,
-        _data_settings(arguments, geometry, folder, images),
+        _data_settings(arguments, geometry, folder, trained_with, images),
         pixel_std,
         megatron_arguments=(*derived, *argv),
     )
 
 
 def _data_settings(
-    arguments: argparse.Namespace, geometry: LlavaGeometry, llava_folder: Path, images: dict[str, Any]
+    arguments: argparse.Namespace,
+    geometry: LlavaGeometry,
+    folder: LlavaFolder,
+    trained_with: TrainingSettings,
+    images: dict[str, Any],
 ) -> DataConfig:
     """What the data room needs to know; `images`: image_mean, center_crop and resample."""
-    template = arguments.conversation_template
-    if template == "auto":
-        template = geometry.language.family.template_for(llava_folder / "tokenizer.json")
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
     return DataConfig(
-        tokenizer_path=str(llava_folder),
-        template=template,
+        tokenizer_path=str(folder.tokenizer),
+        template=trained_with.conversation_template,
         image_token_id=geometry.image_token_id,
         image_tokens=geometry.tower.image_tokens,
         side_px=geometry.tower.side_px,
-        image_aspect_ratio=arguments.image_aspect_ratio,
+        image_aspect_ratio=trained_with.image_aspect_ratio,
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,
         length_multiple=sequence * context,
@@ -268,11 +296,11 @@ def _data_settings(
         seed=arguments.seed,
         num_workers=arguments.num_workers,
         max_skipped_share=arguments.max_skipped_share,
-        image_conv_front=arguments.image_conv_front,
-        image_start_end=arguments.image_start_end,
-        apply_exif_orientation=not arguments.ignore_exif_orientation,
-        tile_columns=arguments.image_tiles[0],
-        tile_rows=arguments.image_tiles[1],
+        image_conv_front=trained_with.image_conv_front,
+        image_start_end=trained_with.image_start_end,
+        apply_exif_orientation=trained_with.exif_orientation,
+        tile_columns=trained_with.image_tiles[0],
+        tile_rows=trained_with.image_tiles[1],
         order=arguments.data_order,
         step_records=arguments.global_batch_size,
         mega_batch_mult=arguments.mega_batch_mult,

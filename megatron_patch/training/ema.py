@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
+from megatron_patch import llava_folder
 from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import TRACKER
 from megatron_patch.patches.touch_points import LOOP, wrap
@@ -73,8 +74,8 @@ class MovingAverage:
         dist_checkpointing.save(self._sharded(), str(where))
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
-            if not (folder / "llava").is_symlink():
-                (folder / "llava").symlink_to(Path("..") / "llava")
+            if not (folder / llava_folder.NAME).is_symlink():
+                (folder / llava_folder.NAME).symlink_to(Path("..") / llava_folder.NAME)
             write_text(folder / TRACKER, str(iteration))
             for older in folder.glob("iter_*"):
                 if older != where and not (checkpoints / older.name).is_dir():

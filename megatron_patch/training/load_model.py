@@ -1,6 +1,5 @@
 """The model of a checkpoint outside the training loop, for verification and tests: Megatron's parser, no globals."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,7 +8,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
-from megatron_patch.geometry import VOCABULARY_STEP, read_geometry_of
+from megatron_patch.geometry import VOCABULARY_STEP
+from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.config import decoder_arguments
 
@@ -26,7 +26,8 @@ def build_model(
         length: tokens of the longest record.
         tensor, pipeline, context: parallel sizes.
     """
-    geometry = read_geometry_of(checkpoint / "llava")
+    folder = LlavaFolder.of(checkpoint)
+    geometry = folder.geometry()
     sys.argv[1:] = [
         *device.megatron_arguments(),
         *decoder_arguments(geometry.language, length),
@@ -38,14 +39,14 @@ def build_model(
     ]
     args = parse_args()
     validate_args(args)
-    statistics = json.loads((checkpoint / "llava" / "preprocessor_config.json").read_text())
+    images = folder.image_processing(geometry.tower.side_px)
     step = VOCABULARY_STEP * tensor
     model = LlavaModel(
         core_transformer_config_from_args(args),
         geometry,
         -(-geometry.language.vocabulary // step) * step,
-        tuple(statistics["image_mean"]),
-        tuple(statistics["image_std"]),
+        images["image_mean"],
+        images["image_std"],
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
     )

@@ -16,7 +16,7 @@ def read_saved_state(folder: Path, iteration: int, rank: int, size: int) -> dict
     """Loader state for data-parallel rank `rank` of `size`, from what was saved at `iteration` by any number of ranks.
 
     Raises:
-        UserError: it is not there, so the data position would silently start over; it is not whole, or not that of every rank.
+        UserError: it is not there, not whole, or not that of every rank; the data would silently start over.
     """
     states = folder / DATA_FOLDER / f"iter_{iteration:07d}"
     first = _read_rank(states, 0)

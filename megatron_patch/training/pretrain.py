@@ -1,5 +1,6 @@
 """A run from its command line to Megatron's pretrain()."""
 
+import os
 import shutil
 import sys
 import warnings
@@ -9,8 +10,9 @@ from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
 from megatron_patch.patches.touch_points import LOOP, wrap
-from megatron_patch.training.config import LLAVA_FOLDER, RunConfig, read_config, refuse
+from megatron_patch.training.config import RunConfig, has_checkpoint, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
 
 # Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
@@ -24,15 +26,18 @@ def _silence_known_warnings() -> None:
 
 
 def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
-    """Copy configs and tokenizer beside the checkpoints to come, whole or not at all."""
+    """Configs, tokenizer and what is trained with beside the checkpoints to come, whole or not at all."""
     if save is None:
         return
-    target = Path(save) / LLAVA_FOLDER
-    if target.exists() or target.resolve() == settings.llava_folder.resolve():
+    source, target = settings.llava_folder.path, LlavaFolder.of(save).path
+    if target.resolve() == source.resolve() or (target.exists() and has_checkpoint(Path(save))):
+        LlavaFolder(target).write_training_settings(settings.trained_with)  # a run of before they were saved has none
         return
+    shutil.rmtree(target, ignore_errors=True)  # of a start that saved no checkpoint
     with atomic_folder(target) as folder:
-        weights = shutil.ignore_patterns(*WEIGHT_FILES)
-        shutil.copytree(settings.llava_folder, folder, ignore=weights, dirs_exist_ok=True)
+        left_out = shutil.ignore_patterns(*WEIGHT_FILES, TRAINING, f"{TEMPLATE}.*")
+        shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+        LlavaFolder(folder).write_training_settings(settings.trained_with)
 
 
 def train_llava() -> None:
@@ -42,6 +47,8 @@ def train_llava() -> None:
         patches.check(device.backend().NAME)
     except UserError as error:
         refuse(error)
+    if settings.warning and os.environ.get("RANK", "0") == "0":
+        print(settings.warning, file=sys.stderr, flush=True)
     sys.argv[1:] = settings.megatron_arguments
     _silence_known_warnings()
     patches.apply_all(device.backend().NAME)

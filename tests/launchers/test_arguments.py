@@ -156,7 +156,7 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
             "GLOBAL_BATCH_SIZE='255' must be divisible by 2: with VIRTUAL_STAGES",
         ),
         ({}, {"DATA_ORDER": "random"}, "environment DATA_ORDER='random' must be one of cyclic single modality"),
-        ({}, {"IMAGE_ASPECT_RATIO": "any"}, "environment IMAGE_ASPECT_RATIO='any' must be one of crop pad"),
+        ({}, {"IMAGE_ASPECT_RATIO": "any"}, "environment IMAGE_ASPECT_RATIO='any' must be one of auto crop pad"),
         ({}, {"MASTER_PORT": "65536"}, "environment MASTER_PORT='65536' must be a whole number from 1 to 65535"),
         ({}, {"ADAM_BETA2": "1.0"}, "environment ADAM_BETA2='1.0' must be a number from 0 to below 1"),
         ({}, {"WEIGHT_DECAY": "-0.1"}, "environment WEIGHT_DECAY='-0.1' must be a number from 0"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from tests.launchers.launching import CONVERTER, ROOT, STAGE_1, STAGE_2, Inputs, start, tree, value_after
 
 AC_LINE = "AC=true means AC=sel: attention is recomputed in the backward pass\n"
@@ -248,3 +249,22 @@ def test_a_cluster_job_takes_its_layout_from_the_cluster(inputs: Inputs):
 def test_jobs_on_one_machine_meet_at_different_ports(inputs: Inputs):
     ports = {value_after(dry_run(STAGE_1, inputs.training(AC="sel")), "--master_port") for _ in range(4)}
     assert len(ports) >= 3 and all(10000 <= int(port) < 30000 for port in ports)
+
+
+def test_images_are_the_checkpoints_unless_an_option_says_otherwise(inputs: Inputs):
+    """`auto` leaves the switches to the llava/ folder; only its tiles are looked at, for the length of a record."""
+    names = ("image-conv-front", "image-start-end", "ignore-exif-orientation")
+    words = dry_run(STAGE_1, inputs.training(AC="sel"))
+    assert (value_after(words, "--image-aspect-ratio"), value_after(words, "--image-tiles")) == ("auto", "auto")
+    assert not [name for name in names if {f"--{name}", f"--no-{name}"} & set(words)]
+    for value, wanted in (
+        ("true", {"--image-conv-front", "--image-start-end", "--no-ignore-exif-orientation"}),
+        ("false", {"--no-image-conv-front", "--no-image-start-end", "--ignore-exif-orientation"}),
+    ):
+        options = dict.fromkeys(("IMAGE_CONV_FRONT", "IMAGE_START_END", "EXIF_ORIENTATION"), value)
+        words = dry_run(STAGE_1, inputs.training(AC="sel"), **options)
+        assert {word for word in words if word.endswith(names)} == wanted
+    LlavaFolder.of(inputs.checkpoint).write_training_settings(TrainingSettings("plain", image_tiles=(2, 1)))
+    result = start(STAGE_2, inputs.training(AC="sel"), DRY_RUN="1")
+    assert result.returncode == 2 and "must be more than 1728, SEQ_LEN=576 for each of 2 tiles" in result.stderr
+    dry_run(STAGE_2, inputs.training(AC="sel"), IMAGE_TILES="1x1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, Lla
 
 from examples.llava_mcore.quickstart import answer, make_digits, make_models
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,6 +202,25 @@ def test_an_untrained_model_scores_at_most_chance(untrained_llava, digits, tmp_p
     assert f"{exact:.1%}" in result.stdout.splitlines()[-1]
     with Image.open(out / "answers.png") as sheet:
         assert sheet.width > 1000
+
+
+def test_prompts_are_those_of_the_training(untrained_llava, tmp_path):
+    """Without a note, those that fit the language model; with one, its template and marks; tiles nobody would cut."""
+    exported = LlavaFolder(tmp_path / "exported")
+    shutil.copytree(untrained_llava, exported.path)
+    tokenizer = AutoTokenizer.from_pretrained(exported.path)
+    tokenizer.add_tokens(["<im_start>", "<im_end>"])
+    asked = [answer.Exchange("<image>\nWhich?", None)]
+
+    def prompt(template: str | None = None) -> str:
+        return answer.make_encoder(exported.path, template, tokenizer).prompt(asked)
+
+    assert prompt() == prompt("v1") != prompt("plain")
+    exported.write_training_settings(TrainingSettings("plain", image_start_end=True))
+    assert prompt() == prompt("plain") and "<im_start><image><im_end>" in prompt("v1")
+    exported.write_training_settings(TrainingSettings("v1", image_tiles=(2, 1)))
+    with pytest.raises(UserError, match="was trained with IMAGE_TILES=2x1, wanted 1x1"):
+        prompt()
 
 
 def test_missing_questions_are_refused(untrained_llava, tmp_path):

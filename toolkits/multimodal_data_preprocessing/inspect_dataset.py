@@ -5,7 +5,8 @@ A folder that training reads (or a YAML list of such folders):
     inspect_dataset.py FOLDER --checkpoint CKPT [--template v1] [--split train] [--records 0,5,17] [--all]
 
 prints records with their trained text marked and the figures of the folder, and writes report.html, records.png and
-lengths.png.  In place of --checkpoint: --tokenizer, --template, --image-tokens and --side-px.
+lengths.png.  Template and images are as CKPT was trained, else as training would begin from it.  In place of
+--checkpoint: --tokenizer, --template, --image-tokens and --side-px.
 
 One record of a JSON file, without a folder:
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 
 ALL_TOKENS = 1 << 30  # longest record where --max-length sets no other limit
 LOOKED_AT = 2000  # records of a folder whose figures are taken, without --all
@@ -71,11 +73,13 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--image-token-id", type=int, metavar="ID", help="id of <image>, where not the tokenizer's")
     model.add_argument("--side-px", type=positive, metavar="PX", help="images become PX x PX; default: 336")
     parser.add_argument("--max-length", type=positive, metavar="N", help="as DECODER_SEQ_LEN; default: no limit")
-    parser.add_argument("--image-conv-front", action="store_true", help="images stand before the conversation")
-    parser.add_argument("--image-start-end", action="store_true", help="images stand between <im_start>, <im_end>")
-    parser.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, default="crop")
-    parser.add_argument("--image-tiles", type=grid, default=(1, 1), metavar="COLUMNSxROWS", help="default: 1x1, none")
-    parser.add_argument("--ignore-exif-orientation", action="store_true", help="as LLaVA's original code")
+    images = parser.add_argument_group("images", "default: as the checkpoint was trained, else as training's defaults")
+    switch = argparse.BooleanOptionalAction
+    images.add_argument("--image-conv-front", action=switch, help="images stand before the conversation")
+    images.add_argument("--image-start-end", action=switch, help="images stand between <im_start>, <im_end>")
+    images.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, help="how an image becomes square")
+    images.add_argument("--image-tiles", type=grid, metavar="COLUMNSxROWS", help="tiles of an image; 1x1: none")
+    images.add_argument("--ignore-exif-orientation", action=switch, help="as LLaVA's original code")
     folder = parser.add_argument_group("with FOLDER")
     folder.add_argument("--split", default="train", help="default: train")
     folder.add_argument("--records", type=numbers, metavar="0,5,17", help="the records to show")
@@ -114,11 +118,18 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
     from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS
 
     known = {"side_px": 336, "image_mean": VISION_TOWERS[OF_OPENAI_FILES].image_mean}  # LLaVA-1.5's tower
+    known |= image_options(TrainingSettings(None))
     if arguments.checkpoint is not None:
         known |= read_checkpoint(arguments.checkpoint)
     given = {"template": arguments.template, "image_tokens": arguments.image_tokens, "side_px": arguments.side_px}
     if arguments.tokenizer is not None:
         given["tokenizer_path"] = str(arguments.tokenizer)
+    given |= {"image_aspect_ratio": arguments.image_aspect_ratio, "image_start_end": arguments.image_start_end}
+    given["image_conv_front"] = arguments.image_conv_front
+    if arguments.ignore_exif_orientation is not None:
+        given["apply_exif_orientation"] = not arguments.ignore_exif_orientation
+    if arguments.image_tiles is not None:
+        given["tile_columns"], given["tile_rows"] = arguments.image_tiles
     known |= {name: value for name, value in given.items() if value is not None}
     options = {"tokenizer_path": "--tokenizer", "template": "--template", "image_tokens": "--image-tokens"}
     if missing := [option for name, option in options.items() if name not in known]:
@@ -132,42 +143,48 @@ def read_model(arguments: argparse.Namespace) -> tuple[DataConfig, Any]:
     known.setdefault("image_token_id", tokenizer.convert_tokens_to_ids(IMAGE_MARK))
     settings = DataConfig(
         **known,
-        image_aspect_ratio=arguments.image_aspect_ratio,
         decoder_seq_len=arguments.max_length or ALL_TOKENS,
         micro_batch_size=1,
         length_multiple=1,
         seed=0,
         num_workers=0,
-        image_conv_front=arguments.image_conv_front,
-        image_start_end=arguments.image_start_end,
-        apply_exif_orientation=not arguments.ignore_exif_orientation,
-        tile_columns=arguments.image_tiles[0],
-        tile_rows=arguments.image_tiles[1],
     )
     return settings, tokenizer
 
 
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a converted checkpoint's llava/ folder says.  Raises UserError."""
-    from megatron_patch.geometry import read_geometry_of
-    from megatron_patch.training.config import LLAVA_FOLDER, image_settings
+def image_options(trained_with: TrainingSettings) -> dict[str, Any]:
+    """Fields of DataConfig that say what a training did with images."""
+    return {
+        "image_aspect_ratio": trained_with.image_aspect_ratio,
+        "image_conv_front": trained_with.image_conv_front,
+        "image_start_end": trained_with.image_start_end,
+        "apply_exif_orientation": trained_with.exif_orientation,
+        "tile_columns": trained_with.image_tiles[0],
+        "tile_rows": trained_with.image_tiles[1],
+    }
 
-    folder = checkpoint / LLAVA_FOLDER
-    if not folder.is_dir():
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's llava/ folder says.  Raises UserError."""
+    from megatron_patch.arguments import auto_template
+
+    folder = LlavaFolder.of(checkpoint)
+    if not folder.path.is_dir():
         raise UserError(
-            f"{checkpoint}: no {LLAVA_FOLDER}/ folder in it; wanted a checkpoint of hf2mcore_convertor_llava.sh or of "
-            "training; without one give --tokenizer, --template, --image-tokens and --side-px"
+            f"{checkpoint}: no {folder.path.name}/ folder in it; wanted a checkpoint of hf2mcore_convertor_llava.sh "
+            "or of training; without one give --tokenizer, --template, --image-tokens and --side-px"
         )
-    geometry = read_geometry_of(folder)
-    images = image_settings(folder, geometry.tower.side_px)
+    geometry = folder.geometry()
+    images = folder.image_processing(geometry.tower.side_px)
     del images["image_std"]  # images are normalised on the device
     return {
-        "tokenizer_path": str(folder),
-        "template": geometry.language.family.template_for(folder / "tokenizer.json"),
+        "tokenizer_path": str(folder.tokenizer),
+        "template": auto_template(folder),
         "image_token_id": geometry.image_token_id,
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,
         **images,
+        **image_options(folder.training_settings or TrainingSettings(None)),
     }
 
 

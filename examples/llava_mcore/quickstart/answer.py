@@ -1,6 +1,6 @@
 """Asks an exported LLaVA folder questions about images and counts the answers that are exactly right.
 
-    python -m examples.llava_mcore.quickstart.answer MODEL QUESTIONS --out DIR [--template v1]
+    python -m examples.llava_mcore.quickstart.answer MODEL QUESTIONS --out DIR
 
 MODEL      a Hugging Face LLaVA folder (LlavaForConditionalGeneration and AutoProcessor load it)
 QUESTIONS  a folder with digits.json (LLaVA's JSON format, the gpt turns hold the truth) and images/
@@ -24,9 +24,12 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from megatron_patch.arguments import auto_template
 from megatron_patch.atomic_files import write_text
 from megatron_patch.data.conversation import TEMPLATES, ConversationEncoder, Exchange
+from megatron_patch.data.image import open_image
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 
 BATCH = 128
 MAX_NEW_TOKENS = 8
@@ -114,6 +117,7 @@ def generate(
     processor: AutoProcessor,
     encoder: ConversationEncoder,
     asked: Sequence[tuple[Path, str]],
+    exif_orientation: bool = True,
 ) -> list[str]:
     """(image file, question) pairs -> answers, greedily, in batches of BATCH.
 
@@ -129,7 +133,7 @@ def generate(
         same = [index for index, (_, other) in enumerate(asked) if other == text]
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
-            images = [Image.open(asked[index][0]).convert("RGB") for index in batch]
+            images = [open_image(asked[index][0].read_bytes(), exif_orientation) for index in batch]
             inputs = processor(text=[prompt] * len(batch), images=images, return_tensors="pt")
             if inputs.input_ids[0].tolist() != trained_ids:
                 raise UserError(
@@ -168,25 +172,49 @@ def draw_sheet(file: Path, folder: Path, questions: Sequence[Question], answers:
     pyplot.close(figure)
 
 
-def answer_all(model_folder: Path, folder: Path, out: Path, template: str) -> list[Score]:
+def make_encoder(model_folder: Path, template: str | None, tokenizer: object) -> ConversationEncoder:
+    """Prompts as the model was trained with; template: in place of that one.
+
+    Raises:
+        UserError: it was trained on tiles, which no processor of transformers makes for it.
+    """
+    exported = LlavaFolder(model_folder)
+    settings, geometry = exported.training_settings or TrainingSettings(None), exported.geometry()
+    if settings.image_tiles != (1, 1):
+        raise UserError(
+            f"{model_folder} was trained with IMAGE_TILES={settings.spelled('image_tiles')}, wanted 1x1: its processor "
+            "cuts no tiles; let training itself answer questions with SAMPLE_ANSWERS"
+        )
+    return ConversationEncoder(
+        tokenizer,
+        template or auto_template(exported),
+        geometry.image_token_id,
+        geometry.tower.image_tokens,
+        image_conv_front=settings.image_conv_front,
+        image_start_end=settings.image_start_end,
+    )
+
+
+def answer_all(model_folder: Path, folder: Path, out: Path, template: str | None = None) -> list[Score]:
     """Asks everything, writes answers.jsonl and answers.png to `out`, gives the scores."""
     questions = read_questions(folder)
     processor = AutoProcessor.from_pretrained(model_folder)
     model = LlavaForConditionalGeneration.from_pretrained(model_folder).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    config = model.config
-    encoder = ConversationEncoder(processor.tokenizer, template, config.image_token_index, config.image_seq_length)
+    encoder = make_encoder(model_folder, template, processor.tokenizer)
+    turned = (LlavaFolder(model_folder).training_settings or TrainingSettings(None)).exif_orientation
     other = swap_images([question.image for question in questions])
     images = folder / "images"
-    answers = generate(model, processor, encoder, [(images / question.image, question.text) for question in questions])
+    own = [(images / question.image, question.text) for question in questions]
+    answers = generate(model, processor, encoder, own, turned)
     swapped = [(images / other[question.image], question.text) for question in questions]
-    swapped_answers = generate(model, processor, encoder, swapped)
+    swapped_answers = generate(model, processor, encoder, swapped, turned)
 
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({**asdict(question), "answer": own, "answer_about_other_image": swap})
-        for question, own, swap in zip(questions, answers, swapped_answers, strict=True)
+        json.dumps({**asdict(question), "answer": answer, "answer_about_other_image": swap})
+        for question, answer, swap in zip(questions, answers, swapped_answers, strict=True)
     ]
     write_text(out / "answers.jsonl", "\n".join(lines) + "\n")
     draw_sheet(out / "answers.png", folder, questions, answers)
@@ -199,9 +227,7 @@ def main() -> None:
     parser.add_argument("questions", type=Path, help="folder with digits.json and images/")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers.jsonl and answers.png")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit with 1 when less than this share is right")
-    parser.add_argument(
-        "--template", default="v1", choices=sorted(TEMPLATES), help="the one the model was trained with"
-    )
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="default: the one the model was trained with")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

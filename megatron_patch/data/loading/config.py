@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import IMAGE_ASPECT_RATIOS
 
-IMAGE_ASPECT_RATIOS = ("crop", "pad", "stretch")
 ORDERS = ("cyclic", "single", "modality")
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from megatron_patch.data.loading.inspection import Figures, to_terminal, unshifted_labels, visible
 from megatron_patch.data.loading.loader import build_valid_loader
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.factories import changed, image_bytes
 from tests.data.golden.derive import FOLDER as GOLDEN
@@ -221,6 +222,38 @@ def test_a_checkpoint_says_everything_by_itself(folder, tmp_path, monkeypatch, c
     assert "template v1, 93 records" in out
     start, end = map(int, re.search(r"images at (\d+)\.\.(\d+)", out).groups())
     assert end - start == 16  # the tiny tower's (28 / 7) ** 2
+
+
+def test_template_and_images_are_the_checkpoints(folder, tmp_path, monkeypatch, capsys) -> None:
+    """As training's `auto`: Llama 3 by its tokens; once trained, as it was trained; what is typed wins."""
+    from tests.tiny_models import make_tiny_llava
+
+    llava = LlavaFolder.of(tmp_path / "checkpoint")
+    make_tiny_llava(llava.path)
+    tokenizer = (llava.path / "tokenizer.json").read_bytes()
+    (llava.path / "tokenizer.json").write_bytes((GOLDEN / "tokenizers/llama_3/tokenizer.json").read_bytes())
+
+    def read(*words: str):
+        monkeypatch.setattr(sys, "argv", ["inspect_dataset.py", "--checkpoint", str(tmp_path / "checkpoint"), *words])
+        return inspect_dataset.read_model(inspect_dataset.parse_arguments())[0]
+
+    found = read()
+    assert (found.template, found.image_aspect_ratio, found.tiles) == ("llama_3", "crop", 1)
+    assert (found.apply_exif_orientation, found.image_conv_front, found.image_start_end) == (True, False, False)
+    llava.write_training_settings(TrainingSettings("v0", "pad", (2, 1), False, True, True))
+    found = read()
+    assert (found.template, found.image_aspect_ratio, found.tiles) == ("v0", "pad", 3)
+    assert (found.apply_exif_orientation, found.image_conv_front, found.image_start_end) == (False, True, True)
+    switches = ("--no-ignore-exif-orientation", "--no-image-conv-front", "--no-image-start-end")
+    found = read("--template", "v1", "--image-aspect-ratio", "crop", "--image-tiles", "1x1", *switches)
+    assert (found.template, found.image_aspect_ratio, found.tiles) == ("v1", "crop", 1)
+    assert (found.apply_exif_orientation, found.image_conv_front, found.image_start_end) == (True, False, False)
+
+    (llava.path / "tokenizer.json").write_bytes(tokenizer)
+    llava.write_training_settings(TrainingSettings("v0", "pad"))
+    words = ("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "report", "--records", "1")
+    code, out, err = run(monkeypatch, capsys, folder, *words)
+    assert code == 0 and "template v0, 93 records" in out, err
 
 
 # ------------------------------------------------------------------------------------------------ parts

@@ -32,7 +32,8 @@ from megatron_patch.conversion import hub_files  # noqa: E402
 from megatron_patch.conversion.table import projector_rows, table_of_weights  # noqa: E402
 from megatron_patch.conversion.torch_ranks import open_checkpoint  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
-from megatron_patch.geometry import LlavaGeometry, read_geometry_of  # noqa: E402
+from megatron_patch.geometry import LlavaGeometry  # noqa: E402
+from megatron_patch.llava_folder import LlavaFolder, TrainingSettings  # noqa: E402
 from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 IGNORE_LABEL = -100
@@ -64,13 +65,18 @@ def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int)
     if arguments.image:
         from megatron_patch.data.image import image_to_pixels, open_image
 
-        image = open_image(arguments.image.read_bytes())
-        pixels = torch.from_numpy(image_to_pixels(image, side, "crop", (0.0, 0.0, 0.0)))[None]
+        folder = LlavaFolder.of(arguments.checkpoint)
+        settings = folder.training_settings or TrainingSettings(None)
+        way = folder.image_processing(side)
+        image = open_image(arguments.image.read_bytes(), settings.exif_orientation)
+        aspect = settings.image_aspect_ratio
+        fitted = image_to_pixels(image, side, aspect, way["image_mean"], way["center_crop"], way["resample"])
+        pixels = torch.from_numpy(fitted)[None]
     text = torch.randint(0, ids, (rows, TEXT_TOKENS), generator=generator)
     if arguments.prompt:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint / "llava")
+        tokenizer = AutoTokenizer.from_pretrained(LlavaFolder.of(arguments.checkpoint).tokenizer)
         text = torch.tensor([tokenizer(arguments.prompt).input_ids])
     text[text == geometry.image_token_id] = 0
     marks = torch.full((rows, geometry.tower.image_tokens), geometry.image_token_id)
@@ -105,7 +111,7 @@ def _assembled(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: to
     """transformers' LLaVA of a language model, a tower and the checkpoint's projector."""
     import transformers
 
-    config = transformers.LlavaConfig.from_pretrained(arguments.checkpoint / "llava")
+    config = transformers.LlavaConfig.from_pretrained(LlavaFolder.of(arguments.checkpoint).path)
     model = transformers.LlavaForConditionalGeneration(config).float()
     if geometry.projector_type == "linear":
         linear = torch.nn.Linear(geometry.tower.hidden, geometry.language.hidden)
@@ -236,7 +242,8 @@ def prepare(arguments: argparse.Namespace) -> Case:
     Raises:
         UserError: the folders are no checkpoint and no source of it, or TP and PP do not fit.
     """
-    geometry = read_geometry_of(arguments.checkpoint / "llava")
+    folder = LlavaFolder.of(arguments.checkpoint)
+    geometry = folder.geometry()
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
     rows = table_of_weights(geometry)
     with open_checkpoint(newest_iteration(arguments.checkpoint), rows) as reader:
@@ -247,7 +254,7 @@ def prepare(arguments: argparse.Namespace) -> Case:
     source = hub_files.full_config(arguments.hf)
     vocabulary = min(source.get("text_config", source)["vocab_size"], geometry.language.vocabulary)
     batch = make_batch(arguments, geometry, vocabulary)
-    statistics = hub_files.read_json(arguments.checkpoint / "llava" / "preprocessor_config.json")
+    statistics = folder.image_processing(geometry.tower.side_px)
     expected = run_source(load_source(arguments, geometry, dtype), batch, statistics)
     return Case(geometry, dtype, vocabulary, batch, expected)
 
