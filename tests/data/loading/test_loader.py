@@ -283,7 +283,7 @@ def test_data_that_cannot_be_used_is_refused_at_the_start(folder: str, settings:
 
 def test_nothing_usable_is_refused_whatever_is_tolerated(settings: DataConfig, tmp_path: Path) -> None:
     root = make_records(tmp_path, 3)
-    convert_records(root / "data.json", [root / "images"], root / "wds", ratio=(1,))
+    convert_records(root, ratio=(1,))
     damaged = spoilt(str(root / "wds"), tmp_path / "damaged", every=1)
     few = build_train_loader(damaged, changed(settings, max_skipped_share=1.0), 0, 1)
     assert few.records == 3, "one of the three has no image"
