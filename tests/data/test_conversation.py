@@ -19,7 +19,7 @@ from megatron_patch.data.conversation import (
 )
 from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.templates import VICUNA_SYSTEM, load_template
+from megatron_patch.data.templates import load_template
 from megatron_patch.errors import UserError
 from megatron_patch.tokenizer_files import load_tokenizer
 from tests.data.factories import SPECIAL_TOKENS
@@ -30,6 +30,10 @@ IMAGE = SPECIAL_TOKENS.index("<image>")
 BOS = SPECIAL_TOKENS.index("<s>")
 EOS = SPECIAL_TOKENS.index("</s>")
 IMAGE_TOKENS = 3
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 
 def make_encoder(folder: str, template: str) -> ConversationEncoder:

@@ -8,9 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.data.loading.dataset import EnergonFolder
-from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.data.preparation.shard_writer import tar_header
-from tests.data.factories import make_records
+from tests.data.factories import convert_records, make_records
 from tests.training.launching import Workspace, losses, run
 
 ITERATIONS = 12
@@ -108,7 +107,7 @@ def test_a_template_that_leaves_no_label_is_refused(workspace: Workspace, tmp_pa
 def test_turns_that_the_template_cannot_hold_are_refused_at_the_start(workspace: Workspace, tmp_path: Path) -> None:
     """Data of stage 2 under the template of stage 1: a third of the records have two questions."""
     root = make_records(tmp_path / "records", 60)
-    convert(root / "data.json", [root / "images"], root / "wds")
+    convert_records(root)
     several = Workspace(workspace.checkpoint, root / "wds")
     words = {"CONVERSATION_TEMPLATE": "plain", "CHECK": "true", "TRAIN_ITERS": 3}
     printed = run(several, tmp_path / "out", expected_exit=2, **words)

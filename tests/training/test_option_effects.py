@@ -25,11 +25,11 @@ from PIL import Image
 
 from megatron_patch.conversion.torch_dist import CheckpointReader
 from megatron_patch.data.loading import build_train_loader, build_valid_loader
-from megatron_patch.data.preparation.pipeline import convert
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.training.config import RunConfig, read_config
+from tests.data.factories import convert_records
 from tests.training.launching import ROOT, Workspace, command, run
 from tests.training.test_freezing import weights
 
@@ -40,7 +40,7 @@ IMAGE_TOKENS = 16
 QUESTION = "Which came first?"
 
 # Where the effect of each option is seen; FP8, offloading and Nsight need a GPU, and only their arguments are compared.
-HERE, WORDS = "tests/training/test_option_effects.py", "tests/launchers/test_megatron_words.py"
+HERE, ARGUMENTS = "tests/training/test_option_effects.py", "tests/launchers/test_megatron_arguments.py"
 OBSERVED = {
     "PRESET": "tests/launchers/test_arguments.py",
     **dict.fromkeys(
@@ -54,17 +54,17 @@ OBSERVED = {
     **{f"{module}_{what}": HERE for module in ("VISION_TOWER", "PROJECTOR") for what in ("LR", "WEIGHT_DECAY")},
     "FSDP": "tests/launchers/test_arguments.py",
     **dict.fromkeys(("FIRST_STAGE_LAYERS", "VIRTUAL_STAGES"), "tests/training/test_parallelism.py"),
-    **dict.fromkeys(("FP8_FORMAT", "FP8_RECIPE", "FP8_MARGIN", "FP8_AMAX_HISTORY", "PROFILER"), WORDS),
+    **dict.fromkeys(("FP8_FORMAT", "FP8_RECIPE", "FP8_MARGIN", "FP8_AMAX_HISTORY", "PROFILER"), ARGUMENTS),
     "FP8_AMAX_ALGORITHM": HERE,
     **dict.fromkeys(("ON_BAD_LOSS", "SPIKE_FACTOR", "MAX_ROLLBACKS"), "tests/training/test_loss_spikes.py"),
-    "TIME_LIMIT": WORDS,
+    "TIME_LIMIT": ARGUMENTS,
     **dict.fromkeys(("KEEP_LAST", "KEEP_BEST"), "tests/training/test_checkpoint_retention.py"),
     "ASYNC_SAVE": "tests/training/test_resume.py",
     **dict.fromkeys(("ACCELERATOR", "MASTER_PORT"), "tests/launchers/test_commands.py"),
     **dict.fromkeys(("NPROC_PER_NODE", "LOG_INTERVAL", "EVAL_INTERVAL", "PROFILE"), "tests/training/test_callbacks.py"),
     **dict.fromkeys(("EVAL_ITERS", "SAMPLE_ANSWERS"), "tests/training/test_sample_generation.py"),
     "PROFILE_RANKS": HERE,
-    "WANDB_NAME": WORDS,
+    "WANDB_NAME": ARGUMENTS,
     "WANDB_PROJECT": "tests/training/test_callbacks.py",
     "CHECK": "tests/training/test_data_options.py",
     "EMA_DECAY": "tests/training/test_ema.py",
@@ -123,7 +123,7 @@ def colours(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
         }
         records.append(record | ({"image": "three.png"} if with_image else {}))
     (folder / "data.json").write_text(json.dumps(records))
-    convert(folder / "data.json", [folder / "images"], folder / "wds", samples_per_shard=10)
+    convert_records(folder, samples_per_shard=10)
     return Workspace(folder / "checkpoint", folder / "wds")
 
 
