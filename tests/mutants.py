@@ -54,7 +54,7 @@ OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
 OF_IMAGE = "tests/data/test_image.py"
-WORDS = "tests/launchers/test_megatron_words.py"
+WORDS = "tests/launchers/test_megatron_arguments.py"
 
 
 def effect(row: str) -> str:

@@ -40,7 +40,7 @@ IMAGE_TOKENS = 16
 QUESTION = "Which came first?"
 
 # Where the effect of each option is seen; FP8, offloading and Nsight need a GPU, and only their arguments are compared.
-HERE, WORDS = "tests/training/test_option_effects.py", "tests/launchers/test_megatron_words.py"
+HERE, WORDS = "tests/training/test_option_effects.py", "tests/launchers/test_megatron_arguments.py"
 OBSERVED = {
     "PRESET": "tests/launchers/test_arguments.py",
     **dict.fromkeys(
