@@ -154,10 +154,16 @@ class Seen:
     @functools.cached_property
     def with_image(self) -> tuple[list[int], int]:
         """The first row with an image: its tokens, and the place of its first placeholder."""
+        placeholder = self.settings.data.image_token_id
         for batch in self.batches:
-            for row, start in batch["image_spans"].tolist():
-                return batch["tokens"][row].tolist(), start
+            for tokens in batch["tokens"].tolist():
+                if placeholder in tokens:
+                    return tokens, tokens.index(placeholder)
         raise AssertionError("no image in six steps")
+
+    def have_images(self, batch: dict) -> list[bool]:
+        """Of the rows of a micro-batch."""
+        return (batch["tokens"] == self.settings.data.image_token_id).any(dim=1).tolist()
 
     def pixel(self, row: int, column: int) -> tuple[int, ...]:
         """Of the first image."""
@@ -171,11 +177,11 @@ class Seen:
         """(has an image, tokens) of every record, step by step."""
         found = []
         for batch in self.batches:
-            with_images = set(batch["image_spans"][:, 0].tolist())
+            with_images = self.have_images(batch)
             # the text ends with the last label, the ending of the answer
             padding = (batch["labels"] != IGNORE_LABEL).int().flip(1).argmax(dim=1).tolist()
             length = batch["labels"].shape[1]
-            found += [(row in with_images, length - padding[row]) for row in range(len(padding))]
+            found += [(with_images[row], length - padding[row]) for row in range(len(padding))]
         return [found[start : start + STEP_RECORDS] for start in range(0, len(found), STEP_RECORDS)]
 
 
@@ -190,7 +196,7 @@ def top_edge(seen: Seen) -> tuple[int, ...]:
 def images_and_placeholders(seen: Seen) -> tuple[int, int]:
     tokens, _ = seen.with_image
     batch = next(batch for batch in seen.batches if len(batch["pixels"]))
-    rows = len(set(batch["image_spans"][:, 0].tolist()))
+    rows = sum(seen.have_images(batch))
     return len(batch["pixels"]) // rows, tokens.count(seen.settings.data.image_token_id)
 
 
@@ -330,7 +336,7 @@ def test_another_seed_is_another_order_and_the_same_is_the_same(colours: Workspa
 def test_the_tokenizer_of_a_run_from_nothing(colours: Workspace) -> None:
     mine = colours.checkpoint / "llava"
     seen = Seen(colours, PRETRAIN_CHECKPOINT_PATH="none", TOKENIZER_PATH=mine)
-    assert seen.settings.llava_folder == mine and seen.batches
+    assert seen.settings.data.tokenizer_path == str(mine) and seen.batches
 
 
 def test_siglip_squeezes_where_clip_crops(colours: Workspace, tmp_path: Path) -> None:
