@@ -327,7 +327,7 @@ def test_a_preset_fills_in_what_is_left_open_and_loses_against_what_is_said(inpu
 
 
 def test_defaults_are_those_of_the_parser() -> None:
-    """Options that a launcher hands on to our flags of the same meaning; of stage 2, for stage 1 has a template of its own."""
+    """Options that a launcher hands on to our own flags.  Stage 2: stage 1 has a template of its own."""
     parser = add_arguments(argparse.ArgumentParser())
     required = ["--init-from", "a", "--train-dataset-path", "b", "--valid-dataset-path", "c"]
     flags = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
