@@ -339,12 +339,12 @@ def test_a_preset_fills_in_what_is_left_open_and_loses_against_what_is_said(inpu
 
 
 def test_defaults_are_those_of_the_parser() -> None:
-    """Options that the launchers hand on to our own flags of the same meaning: both tell one default."""
+    """Options that a launcher hands on to our own flags.  Stage 2: stage 1 has a template of its own."""
     parser = add_arguments(argparse.ArgumentParser())
     required = ["--init-from", "a", "--train-dataset-path", "b", "--valid-dataset-path", "c"]
     flags = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
     compared = {}
-    for option in rows_of_help(STAGE_1).options:
+    for option in rows_of_help(STAGE_2).options:
         flag = {"MAX_SKIPPED": "--max-skipped-share"}.get(option.name, "--" + option.name.lower().replace("_", "-"))
         if flag in flags and option.default and not option.default.startswith("("):
             compared[option.name] = [*required, flag, option.default]
