@@ -26,7 +26,7 @@ _CORPUS = [
     "The digit is three. The digit is seven. The digit is one. What digit is this? It is a nine.",
     "What colour is the ink? The ink is red. What colour is the background? The background is blue.",
     "USER: What is in the picture? ASSISTANT: A green five on a yellow ground. zero two four six eight",
-    "a small image of a number, painted in white, black, purple and orange; please answer the question.",
+    "a small picture of a number, painted in white, black, purple and orange; please answer the question.",
 ]
 
 
