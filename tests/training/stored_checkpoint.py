@@ -16,6 +16,8 @@ MAY_DIFFER = {
         ("save", "load", "tensorboard_dir", "dataloader_save", "output_path", "bad_batches_file"), "OUTPUT_BASEPATH"
     ),
     "iteration": "where the process that saved had begun",
+    "num_floating_point_operations_so_far": "the same; how many there are now stands beside the arguments and is equal",
+    "finetune": "Megatron sets it for a start from PRETRAIN_CHECKPOINT_PATH, which a process that resumes is not",
 }
 
 

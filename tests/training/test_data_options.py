@@ -28,7 +28,7 @@ def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
             tar = folder / sample["__shard__"]
             data = tar.read_bytes()
             place = data.index(tar_header(f"{sample['__key__']}.jpg", len(sample["jpg"]))) + 512
-            tar.write_bytes(data[:place] + b"no image" + data[place + 10 :])
+            tar.write_bytes(data[:place] + b"no image" + data[place + 8 :])
             spoilt += 1
     return Workspace(workspace.checkpoint, folder)
 
