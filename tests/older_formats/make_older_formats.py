@@ -121,7 +121,7 @@ def unpack(folder: Path) -> None:
 
 
 def after_the_save(printed: str) -> dict[str, float]:
-    """Losses of the steps after the save; of a dropped one Megatron prints 0, or nothing where a start begins with it."""
+    """Losses of the steps after the save; a dropped one prints 0, or nothing where a start begins with it."""
     return {str(number): loss for number, loss in losses(printed).items() if number > SAVED_AT and loss}
 
 
