@@ -18,6 +18,7 @@ from tests.older_formats import make_older_formats as older
 from tests.training.launching import losses, run
 
 EXPECTED = json.loads((older.DATA / "expected.json").read_text())
+INFO = ".nv-meta/.info.json"
 LENGTHS = "llava_lengths_*.npz"
 
 
@@ -36,16 +37,18 @@ def files_of(folder: Path) -> list[str]:
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """Two energon folders of the same names and bytes."""
+    """Two energon folders of the same names and bytes, but for the version of energon that is noted in them."""
     names = files_of(one)
     assert names == files_of(other)
+    names.remove(INFO)
+    counts, others = (json.loads((folder / INFO).read_text())["shard_counts"] for folder in (one, other))
+    assert counts == others
     same, different, unread = filecmp.cmpfiles(one, other, names, shallow=False)
     assert same and not different and not unread, different + unread
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_dataset_has_the_same_figures(folder: Path, split: str) -> None:
-    assert older.inspect(folder, split) == EXPECTED["inspect"][split]
+def test_the_dataset_has_the_same_figures(folder: Path) -> None:
+    assert older.inspect(folder) == EXPECTED["inspect"]
 
 
 def test_the_killed_conversion_goes_on(folder: Path) -> None:
@@ -72,7 +75,7 @@ def resume(folder: Path, name: str, settings: dict[str, object], **changes: obje
     shutil.copytree(folder / name, output, symlinks=True)
     printed = run(older.workspace(folder), output, **settings, **changes)
     assert older.after_the_save(printed) == pytest.approx(expected["losses"], rel=1e-5)
-    assert losses(printed).keys() == {int(number) for number in expected["losses"]}, "it did not resume"
+    assert min(losses(printed)) > older.SAVED_AT, "it did not resume"
     assert older.account_of(output) == expected["records"]
     return printed
 
