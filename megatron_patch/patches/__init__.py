@@ -2,6 +2,7 @@
 
 touch_points.py                 every symbol of Megatron that this toolkit replaces or wraps, and why; the check of them
 allow_cpu_initialization.py     Megatron starts without CUDA
+async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 interleaved_loader_state.py     the loader's state of an interleaved pipeline

@@ -123,6 +123,18 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.schedule_async_call",
+        (
+            Layer(
+                "patches.async_save_copies",
+                "an asynchronous save on a CPU writes the very tensors that training goes on with",
+                "test_kill_and_resume passes without it for asynchronous saves",
+                backend="cpu",
+            ),
+        ),
+    ),
     TouchPoint(OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(

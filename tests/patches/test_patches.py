@@ -16,7 +16,7 @@ print(*patches.apply_all("cpu"))
 assert patches.apply_all("cpu")  # twice is once
 """
     names = in_new_process(program).split()
-    assert names == patches.listed("cpu") and len(names) == 7
+    assert names == patches.listed("cpu") and len(names) == 8
 
 
 def test_only_what_a_gpu_needs_is_applied_there() -> None:
@@ -60,3 +60,32 @@ assert torch.equal(torch.cat([one, two]), torch.cat([torch.rand(4), torch.rand(4
 print("same")
 """
     assert in_new_process(program).strip() == "same"
+
+
+def test_the_writer_of_an_asynchronous_save_gets_copies() -> None:
+    """What Megatron's own writer hands to its process does not change when training goes on."""
+    program = """
+import functools, torch
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core.dist_checkpointing.strategies import async_utils
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+weight, put = torch.zeros(3), []
+buckets = [("file", "key", ([], [("weight", weight)]))]
+stage = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+request = async_utils.AsyncRequest(print, (0, buckets, None), [], preload_fn=stage)
+caller = async_utils.PersistentAsyncCaller()
+caller.process = "stands in for the writer's"
+caller._persistent_preload_q = caller._persistent_queue = type("Queue", (), {"put": put.append, "join": lambda: None})
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+caller.schedule_async_call(request)
+weight += 1
+(sent,) = [item for item in put if item is not request.call_idx]
+(_, _, (_, ((_, written),))), = sent.preload_fn()
+assert sent.async_fn_args[1] is buckets and torch.equal(written, torch.zeros(3)), written
+print("copied")
+caller.process = None
+"""
+    assert in_new_process(program).splitlines()[-1] == "copied"
