@@ -34,7 +34,7 @@ def test_mutants_are_many_and_their_tests_exist() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 60
     tests = sorted({test for mutant in MUTANTS for test in mutant.tests})
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", *tests], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "--collect-only", *tests], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     collected = [line for line in done.stdout.splitlines() if "::" in line]

@@ -339,11 +339,11 @@ def advice(figures: Any, settings: DataConfig, arguments: argparse.Namespace) ->
     if figures.records == figures.rejected["excluded"]:
         return "the folder's split.yaml leaves out every record that was looked at; convert the data again"
     rejected = figures.rejected.total() - figures.rejected["excluded"]
-    if rejected > settings.max_skipped_share * figures.records:
+    if too_many(rejected, figures.records, settings.max_skipped_share):
         reason = figures.rejected.most_common(1)[0][0]
         return (
-            f"training would stop, as {rejected} of {figures.records} records are unusable, most of them for: {reason};"
-            " fix the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
+            f"training would refuse this: {rejected} of {figures.records} records are unusable, most of them for: "
+            f"{reason}; fix the data (its converter names each record), choose another template, or raise MAX_SKIPPED"
         )
     if figures.truncated > settings.max_skipped_share * figures.records:
         return (

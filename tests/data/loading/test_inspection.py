@@ -111,7 +111,7 @@ MODEL = ("--template", "v1", "--image-tokens", "2", "--tokenizer", QWEN)
         (["--record", "empty.json", *MODEL], "empty.json: holds no record, wanted one"),
         (["--record", "bad.json", *MODEL], "bad.json: roles: turn 2 is of human, wanted gpt"),
         (["--record", "text.json", *MODEL], "wanted a JSON list of records"),
-        (["--record", "R.json", *MODEL, "--template", "v9"], "template is 'v9'; wanted one of plain, v0, v1"),
+        (["--record", "R.json", *MODEL, "--template", "v9"], "template is 'v9'; wanted one of chatml, chatml_direct"),
         (["--record", "R.json", *MODEL, "--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--record", "R.json", *MODEL, "--tokenizer", "."], "no tokenizer that transformers can load"),
         (["--record", "R.json", *MODEL, "--image-root", "."], "image missing: 1.jpg"),
@@ -194,7 +194,7 @@ def test_records_that_training_leaves_out_are_counted_with_their_reason(
     assert 25 < rejected < 40  # every third record has two questions
     assert f"93 records: {93 - rejected} encoded + {rejected} rejected" in out
     assert "left out: turns: the template takes one question and one answer, got 2 questions" in out
-    assert f"next: training would stop, as {rejected} of 93 records are unusable, most of them for: turns" in out
+    assert f"next: training would refuse this: {rejected} of 93 records are unusable, most of them for: turns" in out
     code, out, err = run(
         monkeypatch, capsys, folder, *words[2:], "--template", "v1", "--max-length", 40, "--output", tmp_path, "--all"
     )
@@ -266,8 +266,17 @@ def test_template_and_images_are_the_checkpoints(folder, tmp_path, monkeypatch, 
         (Figures(lengths=[700] * 98 + [1500, 9000]), None, "train with DECODER_SEQ_LEN=2048 (10th argument)"),
         (Figures(lengths=[700] * 100), 1024, "give F to run_mcore_llava.sh as DATASET_PATH"),
         (Figures(lengths=[700] * 100, truncated=2), 700, "raise DECODER_SEQ_LEN (--max-length here): 2 of 100 records"),
-        (Figures(lengths=[700] * 98, rejected=Counter({"too long": 2})), 700, "training would refuse this: 2 of 100"),
-        (Figures(lengths=[700] * 98, rejected=Counter({"roles": 2})), 700, "training would stop, as 2 of 100 records"),
+        (Figures(lengths=[700] * 80, rejected=Counter({"too long": 20})), 700, "training would refuse this: 20 of 100"),
+        (
+            Figures(lengths=[700] * 80, rejected=Counter({"roles": 20})),
+            700,
+            "training would refuse this: 20 of 100 records",
+        ),
+        (
+            Figures(lengths=[700] * 98, rejected=Counter({"roles": 2})),
+            1024,
+            "give F to run_mcore_llava.sh as DATASET_PATH",
+        ),
         (Figures(lengths=[700] * 98, rejected=Counter({"excluded": 2})), 700, "give F to run_mcore_llava.sh"),
         (Figures(rejected=Counter({"excluded": 2})), None, "the folder's split.yaml leaves out every record"),
     ],

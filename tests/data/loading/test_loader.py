@@ -319,7 +319,7 @@ def test_a_run_that_could_never_learn_to_stop_is_refused(folder: str, settings: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"template": "chatty"}, "wanted one of plain, v0, v1"),
+        ({"template": "chatty"}, "wanted one of chatml, chatml_direct"),
         ({"image_token_id": 1}, "has id 3, the model wants 1"),
         ({"decoder_seq_len": 4}, "leaves no room for text"),
         ({"image_aspect_ratio": "square"}, "wanted crop or pad or stretch"),

@@ -13,6 +13,7 @@ from megatron.energon.flavors import VQASample
 from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.data.record import cook
+from megatron_patch.errors import UserError
 from tests.data.factories import changed, image_bytes
 
 RECORDS = 24
@@ -121,13 +122,11 @@ def test_a_folder_prepared_elsewhere_trains_as_it_is(
     assert loader.counts == {"kept": len(source), "truncated": 0, "skipped": 0}
 
 
-def test_a_field_that_is_not_there_is_named(
-    settings: DataConfig, prepared: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_field_that_is_not_there_is_named(settings: DataConfig, prepared: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(prepared["fields of other names"], tmp_path / "wds")
     where = folder / ".nv-meta" / "dataset.yaml"
     where.write_text(where.read_text().replace("json[a]", "json[b]"))
-    loader = build_train_loader(str(folder), changed(settings, micro_batch_size=1, max_skipped_share=1.0), 0, 1)
-    next(loader)
-    assert loader.counts["skipped: malformed"] == 1
-    assert "no answers at json[b]" in caplog.text
+    with pytest.raises(
+        UserError, match=r"20 of 20 records looked at cannot be used \(malformed 20; .*no answers at json\[b\]"
+    ):
+        build_train_loader(str(folder), changed(settings, micro_batch_size=1, max_skipped_share=1.0), 0, 1)
