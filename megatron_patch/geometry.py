@@ -108,7 +108,7 @@ class LlavaGeometry:
 
         Args:
             first_stage_layers: decoder layers of the first stage; None: as many as of the others.
-            virtual_stages: pieces of the decoder on each pipeline rank.
+            virtual_stages: virtual pipeline stages on each pipeline rank.
 
         Raises:
             UserError: naming the config values that do not divide.

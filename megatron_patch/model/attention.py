@@ -97,7 +97,7 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend(query, key, value, allowed=allowed)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """One causal attention per record of a packed row, each with a batch of one."""
+        """Block-diagonal attention: one causal attention per record of a packed row, each with a batch of one."""
         size = 1 if self.context_group is None else self.context_group.size()
         bounds = (cu_seqlens // size).tolist()  # each rank holds an equal part of every record
         # [size, T, groups, d]: the parts of a record lie at the same place of every rank's row

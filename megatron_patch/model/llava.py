@@ -172,7 +172,7 @@ class LlavaModel(MegatronModule):
         frozen: the parts without gradients.
         pre_process, post_process: this is the pipeline's first, last stage.
         pg_collection: process groups; None takes Megatron's global ones.
-        vp_stage: virtual stage of an interleaved pipeline.
+        vp_stage: virtual pipeline stage, of an interleaved schedule.
         tower_recompute: as in tower_config().
     """
 

@@ -1,7 +1,7 @@
 """megatron-core 0.19.2, training/checkpointing.py:1218: maybe_save_dataloader_state() knows one iterator only.
 
-An interleaved pipeline has a list of them, one per virtual stage, and every save ends in an AttributeError.  The first
-virtual stage's is the one whose state counts.
+An interleaved pipeline has a list of them, one per virtual pipeline stage, and every save ends in an AttributeError.
+The first one's is the state that counts.
 """
 
 from collections.abc import Callable

@@ -133,7 +133,7 @@ def show_progress(total: int) -> Progress:
 
 
 def report(ledger: PreparationReport, output: Path) -> None:
-    """The account, where everything lies, and what to do next."""
+    """The counts, where everything lies, and what to do next."""
     written = ", ".join(f"{split} {ledger.written[split]}" for split in SPLITS)
     print(f"{ledger.records_in} records in = {sum(ledger.written.values())} written ({written})", end="")
     print(f" + {ledger.rejected.total()} rejected")

@@ -349,7 +349,7 @@ class _Preparation:
                 yield Sample(sample.number, sample.data, sample.images, sample.content, repeats_id=True)
 
     def _enter(self, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
-        """Enter a job into the account; returns how many more records are accounted for."""
+        """Enter a job into the report; returns how many more records it covers."""
         if isinstance(begun, Done):
             done = begun
         else:
