@@ -197,7 +197,7 @@ CONVERSION = [
     ),
     *of(
         "megatron_patch/conversion/plan.py",
-        "tests/conversion/test_stage0.py::test_padding_tokens_and_projector",
+        "tests/conversion/test_stage0.py::test_extra_ids_after_32000",
         ("new rows of the vocabulary are a sum", "mean = (total / old)", "mean = (total / 1)"),
     ),
     *of(
@@ -232,8 +232,13 @@ LABELS_AND_MASKS = [
         ),
     ),
     *of(
+        CONVERSATION,
+        "tests/data/test_conversation.py::test_a_text_that_begins_with_bos_keeps_one",
+        ("BOS twice", "if bos is not None and piece_ids[:1] != [bos]:", "if bos is not None:"),
+    ),
+    *of(
         ENCODER,
-        f"{OF_LOADER}::test_tiles_are_images_of_their_own",
+        "tests/data/loading/test_task_encoder.py::test_every_tile_begins_where_its_placeholders_do",
         ("tiles begin at the same placeholder", "start + tile * config.image_tokens for start", "start for start"),
     ),
     *of(
@@ -264,7 +269,6 @@ LABELS_AND_MASKS = [
             "flags[first:last] = [True] * (last - first)",
             "flags[first + 1 : last] = [True] * (last - first - 1)",
         ),
-        ("BOS twice", "if bos is not None and piece_ids[:1] != [bos]:", "if bos is not None:"),
         (
             "images become one token less",
             "ids += [self._image_token_id] * self._image_tokens",

@@ -251,7 +251,8 @@ def test_existing_targets(hub, tmp_path, command):
         make(target)
         before = sorted(tmp_path.rglob("*"))
         code, _, err = command(*forward(hub("llama"), hub("clip"), target))
-        assert code == 2 and str(target) in err
+        # before anything is read: the folder that is made in the end would be refused later, for another reason
+        assert code == 2 and re.search(f"{target} (exists and is not empty|is a file)", err)
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
     code, out, err = command(*forward(hub("llama"), hub("clip"), tmp_path / "empty"))

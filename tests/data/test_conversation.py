@@ -359,6 +359,15 @@ def test_every_text_of_a_template_file_is_used(tmp_path) -> None:
             encoder.encode([*exchanges, *exchanges[:1]])
 
 
+def test_a_text_that_begins_with_bos_keeps_one(tmp_path: Path) -> None:
+    content = {"opening": "{bos}", "question": "Q:{question}A:", "answer": "{answer}{ending}", "ending": "<|im_end|>"}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    encoder = golden_encoder("llama_3", str(tmp_path / "own.json"))
+    bos = encoder._tokenizer.bos_token_id
+    ids = encoder.encode(read_exchanges(human("a", "b"), 0)).ids
+    assert ids[0] == bos and ids.count(bos) == 1
+
+
 def test_the_example_of_a_template_file_is_v1() -> None:
     example = ROOT / "toolkits" / "multimodal_data_preprocessing" / "template_example.yaml"
     assert load_template(example) == TEMPLATES["v1"]
