@@ -271,6 +271,7 @@ def cut_into_two(seen: Seen) -> bool:
 
 
 def records_cut_into_four(seen: Seen) -> bool:
+    assert any(len(batch["cu_seqlens"]) > 2 for batch in seen.batches), "no row holds several records"
     return all(bound % 4 == 0 for batch in seen.batches for bound in batch["cu_seqlens"].tolist())
 
 
@@ -298,7 +299,7 @@ EFFECTS = [
     ("BATCH_SIZE", rows, 2, "4", 4, {}),
     ("DECODER_SEQ_LEN", lambda seen: longest(seen) > 70, True, "70", False, {"MAX_SKIPPED": 1}),
     ("CP", cut_into_four, False, "2", True, {}),
-    ("CP", records_cut_into_four, False, "2", True, {"PACKING": "true", "BATCH_SIZE": 1}),
+    ("CP", records_cut_into_four, False, "2", True, {"PACKING": "true", "BATCH_SIZE": 1, "DECODER_SEQ_LEN": 256}),
     ("TP", cut_into_two, False, "2", True, {"DECODER_SEQ_LEN": 126}),
     ("EVAL_ITERS", validates, True, "0", False, {}),
 ]
