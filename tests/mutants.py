@@ -53,6 +53,7 @@ EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
+OF_PATCHES = "tests/patches/test_patches.py"
 OF_IMAGE = "tests/data/test_image.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
 
@@ -657,6 +658,20 @@ RECORDS = [
     ),
 ]
 
+PATCHES = [
+    *of(
+        "megatron_patch/patches/unfused_weight_gradients.py",
+        f"{OF_PATCHES}::test_only_megatrons_own_linear_layers_lose_the_fusion",
+        (
+            "the output layer wants Apex",
+            "config.gradient_accumulation_fusion = False",
+            "config.gradient_accumulation_fusion = True",
+        ),
+        ("Transformer Engine's layers lose the fusion too", "config = copy.copy(config)", "config = config"),
+        ("fusion is lost with Apex too", "and not layers._grad_accum_fusion_available:", "and True:"),
+    ),
+]
+
 RUNS = [
     *of(
         "megatron_patch/training/pretrain.py",
@@ -916,5 +931,5 @@ LAUNCHERS = [
 ]
 
 MUTANTS = [
-    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS),
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *LAUNCHERS),
 ]
