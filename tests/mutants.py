@@ -660,6 +660,12 @@ RECORDS = [
 
 PATCHES = [
     *of(
+        "megatron_patch/device/cpu.py",
+        "tests/device/test_cpu.py::test_megatron_computes_with_torch_where_cuda_packages_are_installed",
+        ("Transformer Engine's kernels get CPU tensors", '*("transformer_engine", "transformer', '*("transformer'),
+        ("Apex's kernels get CPU tensors", '"apex", "amp_C"),', '"amp_C"),'),
+    ),
+    *of(
         "megatron_patch/patches/unfused_weight_gradients.py",
         f"{OF_PATCHES}::test_only_megatrons_own_linear_layers_lose_the_fusion",
         (

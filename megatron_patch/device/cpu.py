@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from types import SimpleNamespace
 
 from megatron_patch.errors import UserError
@@ -57,6 +58,12 @@ FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
     *("rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like"),
     *("rand_like", "randn_like", "empty_strided"),
+)
+
+# Transformer Engine and Apex with their extensions, whose kernels are CUDA's.
+CUDA_PACKAGES = (
+    *("transformer_engine", "transformer_engine_torch", "apex", "amp_C"),
+    *("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda"),
 )
 
 _installed = False
@@ -114,12 +121,19 @@ def install() -> None:
         return
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _hide_cuda_packages()
     # Its table of torch's functions is built by identity at import, so before the stand-ins (Megatron imports it).
     importlib.import_module("torch._dynamo")
     _replace_cuda_module()
     _replace_factories()
     _replace_tensor_methods()
     _installed = True
+
+
+def _hide_cuda_packages() -> None:
+    """Let imports of these fail: Megatron takes their norms and optimizers where they import, CPU tensors or not."""
+    for package in CUDA_PACKAGES:
+        sys.modules[package] = None  # clip_grads.py, optimizer/__init__.py: torch's own behind `except ImportError`
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:
