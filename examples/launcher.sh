@@ -405,7 +405,7 @@ LR|a number above 0|highest learning rate
 MIN_LR|a number from 0|learning rate at the end of the cosine; at most LR
 SEQ_LEN|$COUNT|image tokens of one image (576 for CLIP-L/14 at 336 pixels)
 DECODER_SEQ_LEN|$COUNT|image and text tokens of one sample; more than SEQ_LEN
-PR|one of fp16 bf16 fp8 fp32|precision; fp8 (with bf16 around it) needs a GPU and Transformer Engine
+PR|one of fp16 bf16 fp8 fp32|precision; fp8 (the decoder's layers, bf16 around them) needs a GPU and Transformer Engine
 TP|$PARALLEL|tensor-parallel size; above 1 with sequence parallelism
 PP|$PARALLEL|pipeline-parallel size
 CP|$PARALLEL|context-parallel size

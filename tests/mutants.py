@@ -53,6 +53,7 @@ EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
+OF_CONFIG = "tests/training/test_config.py"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_IMAGE = "tests/data/test_image.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
@@ -64,6 +65,15 @@ def effect(row: str) -> str:
 
 
 MODEL = [
+    *of(
+        LLAVA,
+        "tests/model/test_configs.py::test_tower_and_projector_stay_out_of_fp8",
+        (
+            "the tower's 577 rows get to fp8 kernels",
+            '("tensor_model_parallel_size", "pa',
+            '("fp8", "tensor_model_parallel_size", "pa',
+        ),
+    ),
     *of(
         LLAVA,
         f"{FREEZING}[stage 1]",
@@ -438,7 +448,12 @@ DATA_OPTIONS = [
     *of(
         CONFIG,
         effect("TP=2 with DECODER_SEQ_LEN"),
-        ("lengths are not cut by TP", "length_multiple=sequence * context", "length_multiple=context"),
+        ("lengths are not cut by TP", "length_multiple=sequence * positions", "length_multiple=positions"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_with_fp8_every_rank_has_a_multiple_of_16_rows",
+        ("fp8 gets rows that its kernels refuse", "FP8_ROWS * arguments.context_par", "2 * arguments.context_par"),
     ),
     *of(
         "megatron_patch/llava_folder.py",

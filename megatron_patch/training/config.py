@@ -20,6 +20,9 @@ from megatron_patch.model_sizes import check_model_size
 from megatron_patch.training.offload import offload_arguments
 
 
+FP8_ROWS = 16  # what the rows of a product must be a multiple of, on every rank: B x S / (TP x CP)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Read once, checked once."""
@@ -282,6 +285,7 @@ def _data_settings(
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
+    positions = FP8_ROWS * arguments.context_parallel_size if arguments.fp8_format else context
     return DataConfig(
         tokenizer_path=str(folder.tokenizer),
         template=trained_with.conversation_template,
@@ -291,7 +295,7 @@ def _data_settings(
         image_aspect_ratio=trained_with.image_aspect_ratio,
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,
-        length_multiple=sequence * context,
+        length_multiple=sequence * positions,
         record_multiple=context,
         seed=arguments.seed,
         num_workers=arguments.num_workers,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, read_geometry_of
 from megatron_patch.training.config import decoder_arguments, read_config
@@ -60,6 +61,19 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
     with pytest.raises(UserError, match=message):
         read_config(argv(workspace, **changes))
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": ""}, {"sequence_parallel": ""}])
+@pytest.mark.parametrize("context", [1, 2])
+def test_with_fp8_every_rank_has_a_multiple_of_16_rows(
+    context: int, options: dict[str, str], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: True)
+    sizes = {"context_parallel_size": str(context), "tensor_model_parallel_size": "2"}
+    data = read_config(argv(workspace, fp8_format="hybrid", **sizes, **options)).data
+    tensor = 2 if "sequence_parallel" in options else 1
+    assert data.length_multiple == 16 * context * tensor and data.longest_record == 128
+    assert read_config(argv(workspace, **sizes, **options)).data.length_multiple < 16
 
 
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
