@@ -295,7 +295,21 @@ LABELS_AND_MASKS = [
             "tokens[0, start : start + len(record.tokens)] = record.tokens",
             "tokens[0, : len(record.tokens)] = record.tokens",
         ),
-        ("packed rows end anywhere", "lengths[-1] += -sum(lengths) % config.length_multiple", "lengths[-1] += 0"),
+        (
+            "packed rows end anywhere",
+            "lengths[-1] += config.padded_length(sum(lengths)) - sum(lengths)",
+            "lengths[-1] += 0",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/config.py",
+        f"{OF_LOADER}::test_steps_of_length_leave_few_lengths_and_lose_no_token",
+        ("every batch has a length of its own", "min(round_up(tokens, step), self", "min(tokens, self"),
+        (
+            "steps of length exceed the longest row",
+            "min(round_up(tokens, step), self.longest_record)",
+            "round_up(tokens, step)",
+        ),
     ),
     *of(
         "megatron_patch/data/loading/label_check.py",
@@ -449,6 +463,16 @@ DATA_OPTIONS = [
         CONFIG,
         effect("TP=2 with DECODER_SEQ_LEN"),
         ("lengths are not cut by TP", "length_multiple=sequence * positions", "length_multiple=positions"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_offloaded_activations_come_in_few_lengths",
+        ("pinned memory grows with every new length", "OFFLOADED_LENGTHS if arg", "1 if arg"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_offload_names_the_packages_it_lacks",
+        ("AC=offload fails late without pynvml", "if importlib.util.find_spec(module) is None:", "if False:"),
     ),
     *of(
         CONFIG,

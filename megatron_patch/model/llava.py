@@ -62,7 +62,7 @@ TOWER_RECOMPUTE: dict[str, dict[str, object]] = {
 
 # What the tower and the projector take over from the decoder's config.  Everything else (widths, heads, norms, biases,
 # pipeline split) is their own: a tower that inherits the decoder's width or pipeline split is silently wrong.
-# So is the lack of fp8: they see images x patches rows (577 of each image in CLIP), and its kernels want multiples of 16.
+# So is the lack of fp8: its kernels want multiples of 16 rows, and CLIP has 577 for each image.
 SHARED_WITH_DECODER = (
     *("tensor_model_parallel_size", "params_dtype", "fp16", "bf16", "transformer_impl", "attention_backend"),
     *("attention_softmax_in_fp32", "perform_initialization", "use_cpu_initialization", "deterministic_mode"),

@@ -19,7 +19,11 @@ from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSet
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.training.offload import offload_arguments
 
-
+# Tokens.  AC=offload holds pinned host memory for every shape that has occurred and never frees it, so lengths are
+# multiples of this: at most DECODER_SEQ_LEN / 256 + 1 of them.
+OFFLOADED_LENGTHS = 256
+# Module -> package that Megatron's activation offload imports at its start, to bind processes to their GPU's cores.
+OFFLOAD_PACKAGES = {"pynvml": "nvidia-ml-py", "cuda": "cuda-python"}
 FP8_ROWS = 16  # what the rows of a product must be a multiple of, on every rank: B x S / (TP x CP)
 
 
@@ -153,6 +157,18 @@ def _check_transformer_engine(arguments: argparse.Namespace) -> None:
             )
 
 
+def _check_offload(arguments: argparse.Namespace) -> None:
+    """What AC=offload needs beside Transformer Engine; Megatron would say it with a traceback of every process."""
+    if not arguments.fine_grained_activation_offloading:
+        return
+    for module, package in OFFLOAD_PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"AC=offload needs the package {package}, which is not installed; run `pip install {package}`, or "
+                "choose another AC"
+            )
+
+
 def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
     """The decoder's numbers as arguments for Megatron's parser.
 
@@ -215,6 +231,7 @@ def read_config(argv: list[str]) -> RunConfig:
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)
+    _check_offload(arguments)
     for given, option, reason in (
         (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
         (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
@@ -296,6 +313,7 @@ def _data_settings(
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,
         length_multiple=sequence * positions,
+        length_step=OFFLOADED_LENGTHS if arguments.fine_grained_activation_offloading else 1,
         record_multiple=context,
         seed=arguments.seed,
         num_workers=arguments.num_workers,

@@ -30,7 +30,7 @@ def test_only_what_a_gpu_needs_is_applied_there() -> None:
 
 @pytest.mark.parametrize(("extension", "fused"), [("", False), ("fused_weight_gradient_mlp_cuda", True)])
 def test_only_megatrons_own_linear_layers_lose_the_fusion(extension: str, fused: bool) -> None:
-    """The output layer is Megatron's with Transformer Engine too; the config that Engine's layers see stays as it is."""
+    """The output layer is Megatron's in any case; the config that Transformer Engine's layers read stays as it is."""
     program = """
 import sys, types
 from megatron_patch import device

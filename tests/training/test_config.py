@@ -1,8 +1,10 @@
 """What is refused before Megatron starts, and the words that follow from a checkpoint."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, read_geometry_of
-from megatron_patch.training.config import decoder_arguments, read_config
+from megatron_patch.training.config import OFFLOAD_PACKAGES, decoder_arguments, read_config
 from megatron_patch.training.offload import offload_arguments, offload_fraction
 from tests.training.launching import Workspace, run
 
@@ -74,6 +76,29 @@ def test_with_fp8_every_rank_has_a_multiple_of_16_rows(
     tensor = 2 if "sequence_parallel" in options else 1
     assert data.length_multiple == 16 * context * tensor and data.longest_record == 128
     assert read_config(argv(workspace, **sizes, **options)).data.length_multiple < 16
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *absent: str) -> None:
+    """Transformer Engine and what its activation offload imports are there, but for these modules."""
+    find_spec = importlib.util.find_spec
+    there = dict.fromkeys(OFFLOAD_PACKAGES, ModuleSpec("there", None)) | dict.fromkeys(absent)
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] if name in there else find_spec(name))
+
+
+def test_offload_names_the_packages_it_lacks(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, package in OFFLOAD_PACKAGES.items():
+        as_on_a_gpu(monkeypatch, module)
+        with pytest.raises(UserError, match=f"AC=offload needs the package {package}.*pip install"):
+            read_config(argv(workspace, fine_grained_activation_offloading=""))
+
+
+def test_offloaded_activations_come_in_few_lengths(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    data = read_config(argv(workspace, seq_length="500", bf16="", fine_grained_activation_offloading="")).data
+    assert {data.padded_length(tokens) for tokens in range(1, 501)} == {256, 500}
+    data = read_config(argv(workspace, seq_length="500")).data
+    assert data.padded_length(123) == 123
 
 
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
