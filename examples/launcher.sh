@@ -472,7 +472,7 @@ RECOMPUTE_METHOD|uniform|one of uniform block|with AC=full: every RECOMPUTE_LAYE
 RECOMPUTE_LAYERS|1|$COUNT|with AC=full: see RECOMPUTE_METHOD
 TOWER_AC|(AC)|one of sel full false|what of the vision tower is recomputed, where it is trained
 FP8_FORMAT|hybrid|one of hybrid e4m3|with PR=fp8: e5m2 for gradients, or e4m3 for all
-FP8_RECIPE|delayed|one of delayed tensorwise|with PR=fp8: scales from the amax history, or of the present tensor (current scaling)
+FP8_RECIPE|tensorwise|one of tensorwise delayed|with PR=fp8: scales of the present tensor (current scaling), or from the amax history
 FP8_MARGIN|0|a whole number from 0 to 99|with FP8_RECIPE=delayed: powers of two that scales stay below the largest
 FP8_AMAX_HISTORY|1024|$COUNT|with FP8_RECIPE=delayed: length of the amax history
 FP8_AMAX_ALGORITHM|max|one of max most_recent|with FP8_RECIPE=delayed: which of the history counts
@@ -816,10 +816,13 @@ precision_arguments() {
         bf16) command+=(--bf16) ;;
         fp8)
             command+=(--bf16 --fp8-format "${arg[FP8_FORMAT]}" --fp8-recipe "${arg[FP8_RECIPE]}")
-            [[ ${arg[FP8_RECIPE]} != delayed ]] || command+=(
-                --fp8-margin "${arg[FP8_MARGIN]}" --fp8-amax-history-len "${arg[FP8_AMAX_HISTORY]}"
-                --fp8-amax-compute-algo "${arg[FP8_AMAX_ALGORITHM]}"
-            )
+            if [[ ${arg[FP8_RECIPE]} == delayed ]]; then
+                printf 'FP8_RECIPE=delayed: Transformer Engine from 2.17.1 on refuses the amax history of a checkpoint, so no run can resume or start from those of this one\n' >&2
+                command+=(
+                    --fp8-margin "${arg[FP8_MARGIN]}" --fp8-amax-history-len "${arg[FP8_AMAX_HISTORY]}"
+                    --fp8-amax-compute-algo "${arg[FP8_AMAX_ALGORITHM]}"
+                )
+            fi
             ;;
     esac
     # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; the choice of FL=true falls back for fp32.

@@ -53,6 +53,7 @@ EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
+OF_COMMANDS = "tests/launchers/test_commands.py"
 OF_CONFIG = "tests/training/test_config.py"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_IMAGE = "tests/data/test_image.py"
@@ -957,6 +958,16 @@ LAUNCHERS = [
             "tensor parallelism without sequence parallelism",
             "((arg[TP] == 1)) || command+=(--sequence-parallel)",
             "true",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        f"{OF_COMMANDS}::test_fp8_scales_by_the_present_tensor_unless_told_otherwise",
+        ("no run with fp8 can resume", "FP8_RECIPE|tensorwise|one", "FP8_RECIPE|delayed|one"),
+        (
+            "nothing is said of delayed scaling",
+            "from those of this one\\n' >&2",
+            "from those of this one\\n' >/dev/null",
         ),
     ),
     *of(
