@@ -476,6 +476,22 @@ DATA_OPTIONS = [
         ("AC=offload fails late without pynvml", "if importlib.util.find_spec(module) is None:", "if False:"),
     ),
     *of(
+        "megatron_patch/device/__init__.py",
+        f"{OF_CONFIG}::test_fp32_runs_on_megatrons_own_layers",
+        ("fp32 is TF32", "sixteen_bits and have_transformer_engine()", "have_transformer_engine()"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_fp32_runs_on_megatrons_own_layers",
+        ("bf16 goes without Transformer Engine", "(arguments.bf16 or arguments.fp16),", "(arguments.fp16),"),
+        ("AC=offload with fp32 fails in Megatron", "if not (arguments.bf16 or arguments.fp16):", "if False:"),
+    ),
+    *of(
+        "megatron_patch/device/cuda.py",
+        f"{OF_CONFIG}::test_fp32_convolutions_are_in_fp32_on_a_gpu",
+        ("the tower's first layer is TF32", "cudnn.allow_tf32 = False", "cudnn.allow_tf32 = True"),
+    ),
+    *of(
         CONFIG,
         f"{OF_CONFIG}::test_with_fp8_every_rank_has_a_multiple_of_16_rows",
         ("fp8 gets rows that its kernels refuse", "FP8_ROWS * arguments.context_par", "2 * arguments.context_par"),

@@ -93,9 +93,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def megatron_arguments(have_transformer_engine: bool) -> list[str]:
+def megatron_arguments(use_transformer_engine: bool) -> list[str]:
     """Local layers on gloo; the fusions left out are CUDA kernels."""
-    del have_transformer_engine
+    del use_transformer_engine
     return [
         *("--transformer-impl", "local", "--distributed-backend", DISTRIBUTED_BACKEND),
         *("--no-rope-fusion", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),

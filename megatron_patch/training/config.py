@@ -59,6 +59,8 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
     parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    for precision in ("bf16", "fp16"):
+        parser.add_argument(f"--{precision}", action="store_true")
     parser.add_argument("--fp8-format")
     parser.add_argument("--use-torch-fsdp2", action="store_true")
     parser.add_argument("--use-megatron-fsdp", action="store_true")
@@ -161,6 +163,10 @@ def _check_offload(arguments: argparse.Namespace) -> None:
     """What AC=offload needs beside Transformer Engine; Megatron would say it with a traceback of every process."""
     if not arguments.fine_grained_activation_offloading:
         return
+    if not (arguments.bf16 or arguments.fp16):
+        raise UserError(
+            "AC=offload needs Transformer Engine's layers, and PR=fp32 runs on Megatron's own; choose another AC or PR"
+        )
     for module, package in OFFLOAD_PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise UserError(
@@ -259,7 +265,7 @@ def read_config(argv: list[str]) -> RunConfig:
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
     derived = [
-        *device.megatron_arguments(),
+        *device.megatron_arguments(arguments.bf16 or arguments.fp16),
         *decoder_arguments(geometry.language, arguments.seq_length),
         *offload_arguments(
             arguments.optimizer_offload_policy,

@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
@@ -90,7 +91,7 @@ def test_offload_names_the_packages_it_lacks(workspace: Workspace, monkeypatch: 
     for module, package in OFFLOAD_PACKAGES.items():
         as_on_a_gpu(monkeypatch, module)
         with pytest.raises(UserError, match=f"AC=offload needs the package {package}.*pip install"):
-            read_config(argv(workspace, fine_grained_activation_offloading=""))
+            read_config(argv(workspace, bf16="", fine_grained_activation_offloading=""))
 
 
 def test_offloaded_activations_come_in_few_lengths(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +100,28 @@ def test_offloaded_activations_come_in_few_lengths(workspace: Workspace, monkeyp
     assert {data.padded_length(tokens) for tokens in range(1, 501)} == {256, 500}
     data = read_config(argv(workspace, seq_length="500")).data
     assert data.padded_length(123) == 123
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers"), [({}, "local"), ({"bf16": ""}, "transformer_engine"), ({"fp16": ""}, "transformer_engine")]
+)
+def test_fp32_runs_on_megatrons_own_layers(
+    precision: dict[str, str], layers: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's compute it in TF32, and have no attention for it with PACKING or CP."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(device, "backend", lambda: device.kind("cuda"))
+    words = list(read_config(argv(workspace, **precision)).megatron_arguments)
+    assert words[words.index("--transformer-impl") + 1] == layers
+    if not precision:
+        with pytest.raises(UserError, match="AC=offload needs Transformer Engine's layers, and PR=fp32"):
+            read_config(argv(workspace, fine_grained_activation_offloading=""))
+
+
+def test_fp32_convolutions_are_in_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    device.kind("cuda").install()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
