@@ -812,7 +812,9 @@ report_arguments() {
 
 precision_arguments() {
     case ${arg[PR]} in
-        fp16) command+=(--fp16 --initial-loss-scale 65536) ;; # Megatron's 2^32 skips the first 16 steps or so
+        fp16) # the gradient of a loss summed over all labels overflows 16 bits, and a first scale of 2^32 too: steps are skipped
+            command+=(--fp16 --initial-loss-scale 65536 --accumulate-allreduce-grads-in-fp32)
+            ;;
         bf16) command+=(--bf16) ;;
         fp8)
             command+=(--bf16 --fp8-format "${arg[FP8_FORMAT]}" --fp8-recipe "${arg[FP8_RECIPE]}")

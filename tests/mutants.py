@@ -716,6 +716,15 @@ RECORDS = [
 
 PATCHES = [
     *of(
+        "tests/conftest.py",
+        "tests/device/test_cpu.py::test_the_tests_see_no_gpu",
+        (
+            "tests run on GPUs",
+            'os.environ["CUDA_VISIBLE_DEVICES"] = ""',
+            'os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")',
+        ),
+    ),
+    *of(
         "megatron_patch/device/cpu.py",
         "tests/device/test_cpu.py::test_megatron_computes_with_torch_where_cuda_packages_are_installed",
         ("Transformer Engine's kernels get CPU tensors", '*("transformer_engine", "transformer', '*("transformer'),
@@ -975,6 +984,11 @@ LAUNCHERS = [
             "((arg[TP] == 1)) || command+=(--sequence-parallel)",
             "true",
         ),
+    ),
+    *of(
+        LAUNCHER,
+        f"{OF_COMMANDS}::test_fp16_sums_gradients_in_32_bits",
+        ("fp16 sums gradients in 16 bits", "65536 --accumulate-allreduce-grads-in-fp32)", "65536)"),
     ),
     *of(
         LAUNCHER,

@@ -239,6 +239,10 @@ def test_fp8_scales_by_the_present_tensor_unless_told_otherwise(inputs: Inputs):
     assert "no run can resume" in told.stderr and told.stderr.count("\n") == 1
 
 
+def test_fp16_sums_gradients_in_32_bits(inputs: Inputs):
+    assert "--accumulate-allreduce-grads-in-fp32" in dry_run(STAGE_1, inputs.training(AC="sel", PR="fp16"))
+
+
 def test_a_cluster_job_takes_its_layout_from_the_cluster(inputs: Inputs):
     cluster = {
         "WORLD_SIZE": "4",
