@@ -94,6 +94,11 @@ assert not distrib_optimizer.HAVE_APEX_OR_TE
     in_new_process(program, PYTHONPATH=str(tmp_path))
 
 
+def test_the_tests_see_no_gpu() -> None:
+    program = "import os, tests.conftest; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    assert in_new_process(program, CUDA_VISIBLE_DEVICES="0") == "''\n"
+
+
 def test_a_missing_symbol_is_named() -> None:
     program = """
 import torch, torch._dynamo
