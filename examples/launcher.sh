@@ -405,7 +405,7 @@ LR|a number above 0|highest learning rate
 MIN_LR|a number from 0|learning rate at the end of the cosine; at most LR
 SEQ_LEN|$COUNT|image tokens of one image (576 for CLIP-L/14 at 336 pixels)
 DECODER_SEQ_LEN|$COUNT|image and text tokens of one sample; more than SEQ_LEN
-PR|one of fp16 bf16 fp8 fp32|precision; fp8 (with bf16 around it) needs a GPU and Transformer Engine
+PR|one of fp16 bf16 fp8 fp32|precision; fp8 (the decoder's layers, bf16 around them) needs a GPU and Transformer Engine
 TP|$PARALLEL|tensor-parallel size; above 1 with sequence parallelism
 PP|$PARALLEL|pipeline-parallel size
 CP|$PARALLEL|context-parallel size
@@ -472,7 +472,7 @@ RECOMPUTE_METHOD|uniform|one of uniform block|with AC=full: every RECOMPUTE_LAYE
 RECOMPUTE_LAYERS|1|$COUNT|with AC=full: see RECOMPUTE_METHOD
 TOWER_AC|(AC)|one of sel full false|what of the vision tower is recomputed, where it is trained
 FP8_FORMAT|hybrid|one of hybrid e4m3|with PR=fp8: e5m2 for gradients, or e4m3 for all
-FP8_RECIPE|delayed|one of delayed tensorwise|with PR=fp8: scales from the amax history, or of the present tensor (current scaling)
+FP8_RECIPE|tensorwise|one of tensorwise delayed|with PR=fp8: scales of the present tensor (current scaling), or from the amax history
 FP8_MARGIN|0|a whole number from 0 to 99|with FP8_RECIPE=delayed: powers of two that scales stay below the largest
 FP8_AMAX_HISTORY|1024|$COUNT|with FP8_RECIPE=delayed: length of the amax history
 FP8_AMAX_ALGORITHM|max|one of max most_recent|with FP8_RECIPE=delayed: which of the history counts
@@ -812,14 +812,19 @@ report_arguments() {
 
 precision_arguments() {
     case ${arg[PR]} in
-        fp16) command+=(--fp16 --initial-loss-scale 65536) ;; # Megatron's 2^32 skips the first 16 steps or so
+        fp16) # the gradient of a loss summed over all labels overflows 16 bits, and a first scale of 2^32 too: steps are skipped
+            command+=(--fp16 --initial-loss-scale 65536 --accumulate-allreduce-grads-in-fp32)
+            ;;
         bf16) command+=(--bf16) ;;
         fp8)
             command+=(--bf16 --fp8-format "${arg[FP8_FORMAT]}" --fp8-recipe "${arg[FP8_RECIPE]}")
-            [[ ${arg[FP8_RECIPE]} != delayed ]] || command+=(
-                --fp8-margin "${arg[FP8_MARGIN]}" --fp8-amax-history-len "${arg[FP8_AMAX_HISTORY]}"
-                --fp8-amax-compute-algo "${arg[FP8_AMAX_ALGORITHM]}"
-            )
+            if [[ ${arg[FP8_RECIPE]} == delayed ]]; then
+                printf 'FP8_RECIPE=delayed: Transformer Engine from 2.17.1 on refuses the amax history of a checkpoint, so no run can resume or start from those of this one\n' >&2
+                command+=(
+                    --fp8-margin "${arg[FP8_MARGIN]}" --fp8-amax-history-len "${arg[FP8_AMAX_HISTORY]}"
+                    --fp8-amax-compute-algo "${arg[FP8_AMAX_ALGORITHM]}"
+                )
+            fi
             ;;
     esac
     # Transformer Engine's flash-attn and cuDNN attention are for 16 bits; the choice of FL=true falls back for fp32.

@@ -190,6 +190,7 @@ say_device() {
             say "NVIDIA driver found, but no Transformer Engine: training uses Megatron's local layers. To add it:" \
                 "$python -m pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]'"
         fi
+        say "AC=offload needs two packages more: $python -m pip install nvidia-ml-py cuda-python"
     elif [[ -n $engine ]]; then
         say "warning: no NVIDIA driver, but Transformer Engine $engine is installed: if importing megatron fails," \
             "remove it with: $python -m pip uninstall transformer-engine"

@@ -53,6 +53,9 @@ EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
+OF_COMMANDS = "tests/launchers/test_commands.py"
+OF_CONFIG = "tests/training/test_config.py"
+OF_PATCHES = "tests/patches/test_patches.py"
 OF_IMAGE = "tests/data/test_image.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
 
@@ -63,6 +66,15 @@ def effect(row: str) -> str:
 
 
 MODEL = [
+    *of(
+        LLAVA,
+        "tests/model/test_configs.py::test_tower_and_projector_stay_out_of_fp8",
+        (
+            "the tower's 577 rows get to fp8 kernels",
+            '("tensor_model_parallel_size", "pa',
+            '("fp8", "tensor_model_parallel_size", "pa',
+        ),
+    ),
     *of(
         LLAVA,
         f"{FREEZING}[stage 1]",
@@ -288,7 +300,21 @@ LABELS_AND_MASKS = [
             "tokens[0, start : start + len(record.tokens)] = record.tokens",
             "tokens[0, : len(record.tokens)] = record.tokens",
         ),
-        ("packed rows end anywhere", "lengths[-1] += -sum(lengths) % config.length_multiple", "lengths[-1] += 0"),
+        (
+            "packed rows end anywhere",
+            "lengths[-1] += config.padded_length(sum(lengths)) - sum(lengths)",
+            "lengths[-1] += 0",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/config.py",
+        f"{OF_LOADER}::test_steps_of_length_leave_few_lengths_and_lose_no_token",
+        ("every batch has a length of its own", "min(round_up(tokens, step), self", "min(tokens, self"),
+        (
+            "steps of length exceed the longest row",
+            "min(round_up(tokens, step), self.longest_record)",
+            "round_up(tokens, step)",
+        ),
     ),
     *of(
         "megatron_patch/data/loading/label_check.py",
@@ -441,7 +467,38 @@ DATA_OPTIONS = [
     *of(
         CONFIG,
         effect("TP=2 with DECODER_SEQ_LEN"),
-        ("lengths are not cut by TP", "length_multiple=sequence * context", "length_multiple=context"),
+        ("lengths are not cut by TP", "length_multiple=sequence * positions", "length_multiple=positions"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_offloaded_activations_come_in_few_lengths",
+        ("pinned memory grows with every new length", "OFFLOADED_LENGTHS if arg", "1 if arg"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_offload_names_the_packages_it_lacks",
+        ("AC=offload fails late without pynvml", "if importlib.util.find_spec(module) is None:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/device/__init__.py",
+        f"{OF_CONFIG}::test_fp32_runs_on_megatrons_own_layers",
+        ("fp32 is TF32", "sixteen_bits and have_transformer_engine()", "have_transformer_engine()"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_fp32_runs_on_megatrons_own_layers",
+        ("bf16 goes without Transformer Engine", "(arguments.bf16 or arguments.fp16),", "(arguments.fp16),"),
+        ("AC=offload with fp32 fails in Megatron", "if not (arguments.bf16 or arguments.fp16):", "if False:"),
+    ),
+    *of(
+        "megatron_patch/device/cuda.py",
+        f"{OF_CONFIG}::test_fp32_convolutions_are_in_fp32_on_a_gpu",
+        ("the tower's first layer is TF32", "cudnn.allow_tf32 = False", "cudnn.allow_tf32 = True"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_with_fp8_every_rank_has_a_multiple_of_16_rows",
+        ("fp8 gets rows that its kernels refuse", "FP8_ROWS * arguments.context_par", "2 * arguments.context_par"),
     ),
     *of(
         "megatron_patch/llava_folder.py",
@@ -660,6 +717,35 @@ RECORDS = [
         "megatron_patch/data/record.py",
         "tests/data/test_conversation.py::test_unusable_conversations_are_refused_with_their_reason",
         ("marks and images need not agree", "if marks != images:", "if marks > images + 9:"),
+    ),
+]
+
+PATCHES = [
+    *of(
+        "tests/conftest.py",
+        "tests/device/test_cpu.py::test_the_tests_see_no_gpu",
+        (
+            "tests run on GPUs",
+            'os.environ["CUDA_VISIBLE_DEVICES"] = ""',
+            'os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")',
+        ),
+    ),
+    *of(
+        "megatron_patch/device/cpu.py",
+        "tests/device/test_cpu.py::test_megatron_computes_with_torch_where_cuda_packages_are_installed",
+        ("Transformer Engine's kernels get CPU tensors", '*("transformer_engine", "transformer', '*("transformer'),
+        ("Apex's kernels get CPU tensors", '"apex", "amp_C"),', '"amp_C"),'),
+    ),
+    *of(
+        "megatron_patch/patches/unfused_weight_gradients.py",
+        f"{OF_PATCHES}::test_only_megatrons_own_linear_layers_lose_the_fusion",
+        (
+            "the output layer wants Apex",
+            "config.gradient_accumulation_fusion = False",
+            "config.gradient_accumulation_fusion = True",
+        ),
+        ("Transformer Engine's layers lose the fusion too", "config = copy.copy(config)", "config = config"),
+        ("fusion is lost with Apex too", "and not layers._grad_accum_fusion_available:", "and True:"),
     ),
 ]
 
@@ -906,6 +992,21 @@ LAUNCHERS = [
         ),
     ),
     *of(
+        LAUNCHER,
+        f"{OF_COMMANDS}::test_fp16_sums_gradients_in_32_bits",
+        ("fp16 sums gradients in 16 bits", "65536 --accumulate-allreduce-grads-in-fp32)", "65536)"),
+    ),
+    *of(
+        LAUNCHER,
+        f"{OF_COMMANDS}::test_fp8_scales_by_the_present_tensor_unless_told_otherwise",
+        ("no run with fp8 can resume", "FP8_RECIPE|tensorwise|one", "FP8_RECIPE|delayed|one"),
+        (
+            "nothing is said of delayed scaling",
+            "from those of this one\\n' >&2",
+            "from those of this one\\n' >/dev/null",
+        ),
+    ),
+    *of(
         "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_failure_is_the_exit_status",
         (
@@ -922,5 +1023,5 @@ LAUNCHERS = [
 ]
 
 MUTANTS = [
-    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS),
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *LAUNCHERS),
 ]

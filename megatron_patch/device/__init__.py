@@ -16,7 +16,7 @@ for the run:
     install()                   make torch ready for Megatron; called once, before anything imports megatron
     DISTRIBUTED_BACKEND         torch.distributed's: nccl, gloo
     TRANSFORMER_ENGINE          may Transformer Engine be looked for?
-    megatron_arguments(have_te)     the arguments for Megatron's parser that this kind needs
+    megatron_arguments(use_te)      the arguments for Megatron's parser that this kind needs
     memory(), peak_memory()     bytes of the device, and bytes that this process has held at most
     optimizer_offload(fraction) Megatron's arguments that keep this share of the optimizer state in host memory
 """
@@ -90,9 +90,13 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def megatron_arguments() -> list[str]:
-    """Arguments for Megatron's parser that follow from the device and from Transformer Engine being there."""
-    return backend().megatron_arguments(have_transformer_engine())
+def megatron_arguments(sixteen_bits: bool) -> list[str]:
+    """Arguments for Megatron's parser that follow from the device and from Transformer Engine being there.
+
+    Its layers are for 16 bits and fp8 only: of fp32 they make TF32 without a word, whose 10 bits fail a comparison, and
+    for packed rows and context parallelism they have no attention in fp32.
+    """
+    return backend().megatron_arguments(sixteen_bits and have_transformer_engine())
 
 
 def peak_memory() -> int:

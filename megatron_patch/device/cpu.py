@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from types import SimpleNamespace
 
 from megatron_patch.errors import UserError
@@ -59,6 +60,12 @@ FACTORIES = (
     *("rand_like", "randn_like", "empty_strided"),
 )
 
+# Transformer Engine and Apex with their extensions, whose kernels are CUDA's.
+CUDA_PACKAGES = (
+    *("transformer_engine", "transformer_engine_torch", "apex", "amp_C"),
+    *("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda"),
+)
+
 _installed = False
 
 
@@ -86,9 +93,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def megatron_arguments(have_transformer_engine: bool) -> list[str]:
+def megatron_arguments(use_transformer_engine: bool) -> list[str]:
     """Local layers on gloo; the fusions left out are CUDA kernels."""
-    del have_transformer_engine
+    del use_transformer_engine
     return [
         *("--transformer-impl", "local", "--distributed-backend", DISTRIBUTED_BACKEND),
         *("--no-rope-fusion", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
@@ -114,12 +121,19 @@ def install() -> None:
         return
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _hide_cuda_packages()
     # Its table of torch's functions is built by identity at import, so before the stand-ins (Megatron imports it).
     importlib.import_module("torch._dynamo")
     _replace_cuda_module()
     _replace_factories()
     _replace_tensor_methods()
     _installed = True
+
+
+def _hide_cuda_packages() -> None:
+    """Let imports of these fail: Megatron takes their norms and optimizers where they import, CPU tensors or not."""
+    for package in CUDA_PACKAGES:
+        sys.modules[package] = None  # clip_grads.py, optimizer/__init__.py: torch's own behind `except ImportError`
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:

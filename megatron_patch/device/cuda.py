@@ -68,7 +68,10 @@ def current_device() -> torch.device:
 
 
 def install() -> None:
-    """Nothing to prepare."""
+    """Have fp32 convolutions, the tower's first layer, compute in fp32: torch's default for them is TF32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def memory() -> int:
@@ -85,9 +88,9 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def megatron_arguments(have_transformer_engine: bool) -> list[str]:
-    """Transformer Engine where it imports; otherwise the local layers without the fusions that need Apex or it."""
-    if have_transformer_engine:
+def megatron_arguments(use_transformer_engine: bool) -> list[str]:
+    """Transformer Engine's layers, or the local ones without the fusions that need Apex or it."""
+    if use_transformer_engine:
         return ["--transformer-impl", "transformer_engine", "--distributed-backend", DISTRIBUTED_BACKEND]
     return [
         *("--transformer-impl", "local", "--distributed-backend", DISTRIBUTED_BACKEND),

@@ -62,11 +62,11 @@ TOWER_RECOMPUTE: dict[str, dict[str, object]] = {
 
 # What the tower and the projector take over from the decoder's config.  Everything else (widths, heads, norms, biases,
 # pipeline split) is their own: a tower that inherits the decoder's width or pipeline split is silently wrong.
+# So is the lack of fp8: its kernels want multiples of 16 rows, and CLIP has 577 for each image.
 SHARED_WITH_DECODER = (
     *("tensor_model_parallel_size", "params_dtype", "fp16", "bf16", "transformer_impl", "attention_backend"),
     *("attention_softmax_in_fp32", "perform_initialization", "use_cpu_initialization", "deterministic_mode"),
     *("gradient_accumulation_fusion", "persist_layer_norm", "masked_softmax_fusion", "timers"),
-    *("fp8", "fp8_recipe", "fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
 )
 
 
@@ -87,7 +87,7 @@ def _side_config(decoder: TransformerConfig, **own: object) -> TransformerConfig
 
 
 def tower_config(decoder: TransformerConfig, tower: TowerGeometry, recompute: str | None = None) -> TransformerConfig:
-    """Config of the vision tower: its own numbers, the decoder's precision and tensor parallelism.
+    """Config of the vision tower: its own numbers, the decoder's parameter type and tensor parallelism.
 
     Args:
         recompute: `false`, `sel` (attention) or `full` (each layer); None: as the decoder.

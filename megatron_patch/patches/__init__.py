@@ -8,6 +8,7 @@ distributed_optimizer_state.py  Adam's step in the distributed optimizer
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 parameter_group_keys.py         a resume with another learning rate
 skip_compile_helpers.py         no `make` at the start
+unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex
 whole_tracker.py                the tracker file is written whole
 
 Beside the list, one file for each mistake of Megatron, with `apply()`: what is wrong, and where upstream.  They are

@@ -138,6 +138,18 @@ TOUCH_POINTS = (
     TouchPoint(OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(
+        "megatron.core.tensor_parallel.layers",
+        "ColumnParallelLinear.__init__",
+        (
+            Layer(
+                "patches.unfused_weight_gradients",
+                "among Transformer Engine's layers the output layer refuses to be built without Apex's extension",
+                "the layer drops gradient_accumulation_fusion by itself where the extension does not import",
+                backend="cuda",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.datasets.utils",
         "compile_helpers",
         (

@@ -19,6 +19,13 @@ from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSet
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.training.offload import offload_arguments
 
+# Tokens.  AC=offload holds pinned host memory for every shape that has occurred and never frees it, so lengths are
+# multiples of this: at most DECODER_SEQ_LEN / 256 + 1 of them.
+OFFLOADED_LENGTHS = 256
+# Module -> package that Megatron's activation offload imports at its start, to bind processes to their GPU's cores.
+OFFLOAD_PACKAGES = {"pynvml": "nvidia-ml-py", "cuda": "cuda-python"}
+FP8_ROWS = 16  # what the rows of a product must be a multiple of, on every rank: B x S / (TP x CP)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -52,6 +59,8 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
     parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    for precision in ("bf16", "fp16"):
+        parser.add_argument(f"--{precision}", action="store_true")
     parser.add_argument("--fp8-format")
     parser.add_argument("--use-torch-fsdp2", action="store_true")
     parser.add_argument("--use-megatron-fsdp", action="store_true")
@@ -150,6 +159,22 @@ def _check_transformer_engine(arguments: argparse.Namespace) -> None:
             )
 
 
+def _check_offload(arguments: argparse.Namespace) -> None:
+    """What AC=offload needs beside Transformer Engine; Megatron would say it with a traceback of every process."""
+    if not arguments.fine_grained_activation_offloading:
+        return
+    if not (arguments.bf16 or arguments.fp16):
+        raise UserError(
+            "AC=offload needs Transformer Engine's layers, and PR=fp32 runs on Megatron's own; choose another AC or PR"
+        )
+    for module, package in OFFLOAD_PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"AC=offload needs the package {package}, which is not installed; run `pip install {package}`, or "
+                "choose another AC"
+            )
+
+
 def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[str]:
     """The decoder's numbers as arguments for Megatron's parser.
 
@@ -212,6 +237,7 @@ def read_config(argv: list[str]) -> RunConfig:
     if arguments.model_size:
         check_model_size(arguments.model_size, geometry.language.parameters)
     _check_transformer_engine(arguments)
+    _check_offload(arguments)
     for given, option, reason in (
         (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
         (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
@@ -239,7 +265,7 @@ def read_config(argv: list[str]) -> RunConfig:
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
     derived = [
-        *device.megatron_arguments(),
+        *device.megatron_arguments(arguments.bf16 or arguments.fp16),
         *decoder_arguments(geometry.language, arguments.seq_length),
         *offload_arguments(
             arguments.optimizer_offload_policy,
@@ -282,6 +308,7 @@ def _data_settings(
     # sequence parallelism cuts the sequence by TP, context parallelism into 2 * CP chunks
     sequence = arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1
     context = 2 * arguments.context_parallel_size if arguments.context_parallel_size > 1 else 1
+    positions = FP8_ROWS * arguments.context_parallel_size if arguments.fp8_format else context
     return DataConfig(
         tokenizer_path=str(folder.tokenizer),
         template=trained_with.conversation_template,
@@ -291,7 +318,8 @@ def _data_settings(
         image_aspect_ratio=trained_with.image_aspect_ratio,
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,
-        length_multiple=sequence * context,
+        length_multiple=sequence * positions,
+        length_step=OFFLOADED_LENGTHS if arguments.fine_grained_activation_offloading else 1,
         record_multiple=context,
         seed=arguments.seed,
         num_workers=arguments.num_workers,

@@ -29,7 +29,7 @@ def build_model(
     folder = LlavaFolder.of(checkpoint)
     geometry = folder.geometry()
     sys.argv[1:] = [
-        *device.megatron_arguments(),
+        *device.megatron_arguments(sixteen_bits=False),
         *decoder_arguments(geometry.language, length),
         *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),

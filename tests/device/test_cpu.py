@@ -68,6 +68,37 @@ print(device.backend().NAME, torch.cuda.device_count())
     assert in_new_process(program, LOCAL_WORLD_SIZE="4").split() == ["cpu", "4"]
 
 
+def test_megatron_computes_with_torch_where_cuda_packages_are_installed(tmp_path: Path) -> None:
+    """Transformer Engine's and Apex's norms and optimizers are CUDA kernels, which must not get CPU tensors."""
+    of_te = "FusedAdam = FusedSGD = multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = None\n"
+    for file, text in {
+        "transformer_engine/__init__.py": "",
+        "transformer_engine/pytorch/__init__.py": "",
+        "transformer_engine/pytorch/optimizers.py": f"{of_te}multi_tensor_scale_tensor = None\n",
+        "apex/__init__.py": "",
+        "apex/optimizers.py": "FusedAdam = FusedSGD = None\n",
+        "apex/multi_tensor_apply.py": "multi_tensor_applier = None\n",
+        "amp_C.py": "multi_tensor_l2norm = multi_tensor_scale = None\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    program = """
+from megatron_patch import device
+device.install()
+from megatron.core import optimizer, utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+assert optimizer.Adam.__module__.startswith("torch."), optimizer.Adam
+assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm, clip_grads.l2_norm_impl
+assert not distrib_optimizer.HAVE_APEX_OR_TE
+"""
+    in_new_process(program, PYTHONPATH=str(tmp_path))
+
+
+def test_the_tests_see_no_gpu() -> None:
+    program = "import os, tests.conftest; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    assert in_new_process(program, CUDA_VISIBLE_DEVICES="0") == "''\n"
+
+
 def test_a_missing_symbol_is_named() -> None:
     program = """
 import torch, torch._dynamo

@@ -51,7 +51,7 @@ CHECKED = (
     *("trace_iterations", "trace_ranks", "sample_answers", "wandb_project", "wandb_exp_name"),
     *("image_conv_front", "projector_lr"),
     *("on_bad_loss", "spike_factor", "keep_last", "keep_best", "stop_at", "deterministic_mode", "bad_batches_file"),
-    "skip_train_iteration_range",
+    *("skip_train_iteration_range", "accumulate_allreduce_grads_in_fp32"),
 )
 
 

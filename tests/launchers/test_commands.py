@@ -228,6 +228,21 @@ def test_auto_takes_the_gpus_that_are_visible(inputs: Inputs, tmp_path: Path):
     assert result.returncode == 2 and "TP='4' x PP=1 x CP=1 = 4 must divide the 2 processes" in result.stderr
 
 
+def test_fp8_scales_by_the_present_tensor_unless_told_otherwise(inputs: Inputs):
+    """Transformer Engine refuses the saved state of the other recipe, which is said before the run begins."""
+    eight_gpus = {"ACCELERATOR": "cuda", "NPROC_PER_NODE": "8"}
+    words = inputs.training(AC="sel", PR="fp8")
+    made = dry_run(STAGE_1, words, **eight_gpus)
+    assert value_after(made, "--fp8-recipe") == "tensorwise" and "--fp8-margin" not in made
+    told = start(STAGE_1, words, DRY_RUN="1", FP8_RECIPE="delayed", **eight_gpus)
+    assert told.returncode == 0 and value_after(told.stdout.splitlines(), "--fp8-recipe") == "delayed"
+    assert "no run can resume" in told.stderr and told.stderr.count("\n") == 1
+
+
+def test_fp16_sums_gradients_in_32_bits(inputs: Inputs):
+    assert "--accumulate-allreduce-grads-in-fp32" in dry_run(STAGE_1, inputs.training(AC="sel", PR="fp16"))
+
+
 def test_a_cluster_job_takes_its_layout_from_the_cluster(inputs: Inputs):
     cluster = {
         "WORLD_SIZE": "4",

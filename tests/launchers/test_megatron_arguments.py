@@ -57,6 +57,8 @@ def test_every_precision_and_memory_saving_together(inputs: Inputs):
     for case, args in zip(cases, found, strict=True):
         assert "error" not in args, (case, args)
         assert (args["fp16"], args["bf16"]) == (case["PR"] == "fp16", case["PR"] in ("bf16", "fp8"))
+        # by default Megatron sums gradients in 32 bits for bf16 alone
+        assert args["accumulate_allreduce_grads_in_fp32"] == (case["PR"] != "fp32")
         assert args["fp8"] == ("hybrid" if case["PR"] == "fp8" else None)
         granularity = (args["recompute_granularity"], args["recompute_method"], args["recompute_num_layers"])
         assert granularity == recompute.get(case["AC"], (None, None, None))

@@ -22,9 +22,50 @@ assert patches.apply_all("cpu")  # twice is once
 def test_only_what_a_gpu_needs_is_applied_there() -> None:
     wanted = {"distributed_optimizer_state", "interleaved_loader_state", "skip_compile_helpers"} | {
         "parameter_group_keys",
+        "unfused_weight_gradients",
         "whole_tracker",
     }
     assert set(patches.listed("cuda")) == wanted
+
+
+@pytest.mark.parametrize(("extension", "fused"), [("", False), ("fused_weight_gradient_mlp_cuda", True)])
+def test_only_megatrons_own_linear_layers_lose_the_fusion(extension: str, fused: bool) -> None:
+    """The output layer is Megatron's in any case; the config that Transformer Engine's layers read stays as it is."""
+    program = """
+import sys, types
+from megatron_patch import device
+device.install()
+if sys.argv[1]:
+    sys.modules[sys.argv[1]] = types.ModuleType(sys.argv[1])  # what Apex would bring
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron_patch.patches import unfused_weight_gradients
+unfused_weight_gradients.apply()
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch.model.layer_specs import decoder_block
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+config = TransformerConfig(
+    num_layers=1,
+    hidden_size=16,
+    num_attention_heads=2,
+    transformer_impl="local",
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=True,
+)
+model = GPTModel(config, decoder_block(config), vocab_size=32, max_sequence_length=8)
+row = model.decoder.layers[0].self_attention.linear_proj  # reads the config as Transformer Engine's layers do
+print(*(part.gradient_accumulation_fusion for part in (model.output_layer, row, config)))
+if not sys.argv[1]:
+    hidden = torch.ones(4, 1, 16)
+    model.output_layer(hidden)[0].sum().backward()  # fused, this is where the extension would be called
+    assert torch.equal(model.output_layer.weight.grad, torch.full((32, 16), 4.0))
+"""
+    assert in_new_process(program, extension).splitlines()[-1] == f"{fused} True True"
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "none"])

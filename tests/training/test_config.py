@@ -1,15 +1,19 @@
 """What is refused before Megatron starts, and the words that follow from a checkpoint."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, read_geometry_of
-from megatron_patch.training.config import decoder_arguments, read_config
+from megatron_patch.training.config import OFFLOAD_PACKAGES, decoder_arguments, read_config
 from megatron_patch.training.offload import offload_arguments, offload_fraction
 from tests.training.launching import Workspace, run
 
@@ -60,6 +64,64 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
     with pytest.raises(UserError, match=message):
         read_config(argv(workspace, **changes))
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": ""}, {"sequence_parallel": ""}])
+@pytest.mark.parametrize("context", [1, 2])
+def test_with_fp8_every_rank_has_a_multiple_of_16_rows(
+    context: int, options: dict[str, str], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: True)
+    sizes = {"context_parallel_size": str(context), "tensor_model_parallel_size": "2"}
+    data = read_config(argv(workspace, fp8_format="hybrid", **sizes, **options)).data
+    tensor = 2 if "sequence_parallel" in options else 1
+    assert data.length_multiple == 16 * context * tensor and data.longest_record == 128
+    assert read_config(argv(workspace, **sizes, **options)).data.length_multiple < 16
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *absent: str) -> None:
+    """Transformer Engine and what its activation offload imports are there, but for these modules."""
+    find_spec = importlib.util.find_spec
+    there = dict.fromkeys(OFFLOAD_PACKAGES, ModuleSpec("there", None)) | dict.fromkeys(absent)
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] if name in there else find_spec(name))
+
+
+def test_offload_names_the_packages_it_lacks(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, package in OFFLOAD_PACKAGES.items():
+        as_on_a_gpu(monkeypatch, module)
+        with pytest.raises(UserError, match=f"AC=offload needs the package {package}.*pip install"):
+            read_config(argv(workspace, bf16="", fine_grained_activation_offloading=""))
+
+
+def test_offloaded_activations_come_in_few_lengths(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    data = read_config(argv(workspace, seq_length="500", bf16="", fine_grained_activation_offloading="")).data
+    assert {data.padded_length(tokens) for tokens in range(1, 501)} == {256, 500}
+    data = read_config(argv(workspace, seq_length="500")).data
+    assert data.padded_length(123) == 123
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers"), [({}, "local"), ({"bf16": ""}, "transformer_engine"), ({"fp16": ""}, "transformer_engine")]
+)
+def test_fp32_runs_on_megatrons_own_layers(
+    precision: dict[str, str], layers: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's compute it in TF32, and have no attention for it with PACKING or CP."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(device, "backend", lambda: device.kind("cuda"))
+    words = list(read_config(argv(workspace, **precision)).megatron_arguments)
+    assert words[words.index("--transformer-impl") + 1] == layers
+    if not precision:
+        with pytest.raises(UserError, match="AC=offload needs Transformer Engine's layers, and PR=fp32"):
+            read_config(argv(workspace, fine_grained_activation_offloading=""))
+
+
+def test_fp32_convolutions_are_in_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    device.kind("cuda").install()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.config import DataConfig, round_up
 from megatron_patch.data.loading.task_encoder import EncodedRecord
 from megatron_patch.geometry import IGNORE_LABEL
 
@@ -18,11 +18,11 @@ def collate(
     """Rows (None: a record that was left out, whose place stays as an empty row) -> batch.
 
     tokens int64 [B, S]; labels int64 [B, S], -100 where nothing is trained; pixels uint8 [N, 3, side_px, side_px] in
-    the order of the placeholders, or None; record_ids of the B rows ("" for an empty one).  S is the longest row,
-    rounded up to a multiple of length_multiple.
+    the order of the placeholders, or None; record_ids of the B rows ("" for an empty one).  S is the
+    padded_length() of the longest row.
     """
     longest = max((len(row.tokens) for row in rows if row is not None), default=1)
-    tokens, labels = _empty(len(rows), _round_up(longest, config.length_multiple), pad_token_id)
+    tokens, labels = _empty(len(rows), config.padded_length(longest), pad_token_id)
     for number, row in enumerate(rows):
         if row is not None:
             tokens[number, : len(row.tokens)] = row.tokens
@@ -45,8 +45,8 @@ def collate_packed(
     record_ids are those of all records in the row.
     """
     kept = [record for record in records if record is not None]
-    lengths = [_round_up(len(record.tokens), config.record_multiple) for record in kept] or [config.record_multiple]
-    lengths[-1] += -sum(lengths) % config.length_multiple
+    lengths = [round_up(len(record.tokens), config.record_multiple) for record in kept] or [config.record_multiple]
+    lengths[-1] += config.padded_length(sum(lengths)) - sum(lengths)
     bounds = [0, *itertools.accumulate(lengths)]
     tokens, labels = _empty(1, bounds[-1], pad_token_id)
     for start, record in zip(bounds, kept, strict=False):
@@ -64,10 +64,6 @@ def collate_packed(
 def as_it_is(item: Any) -> Any:
     """Collate function of loaders whose items are whole batches already; torch's own would convert arrays."""
     return item
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _empty(rows: int, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:

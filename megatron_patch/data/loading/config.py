@@ -41,6 +41,7 @@ class DataConfig:
     mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
     record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
+    length_step: int = 1  # batch lengths are padded up to a multiple of this too, so that few different ones occur
 
     def __post_init__(self) -> None:
         """Refuse config that cannot work, all at once."""
@@ -51,6 +52,7 @@ class DataConfig:
                 ("side_px", 1),
                 ("micro_batch_size", 1),
                 ("length_multiple", 1),
+                ("length_step", 1),
                 ("num_workers", 0),
                 ("seed", 0),
                 ("tile_columns", 1),
@@ -93,3 +95,13 @@ class DataConfig:
     def longest_record(self) -> int:
         """Largest multiple of length_multiple within decoder_seq_len, so that padding never exceeds the latter."""
         return self.decoder_seq_len - self.decoder_seq_len % self.length_multiple
+
+    def padded_length(self, tokens: int) -> int:
+        """Length of a batch whose longest row has so many tokens; at most longest_record, if they are."""
+        step = round_up(self.length_step, self.length_multiple)
+        return max(round_up(tokens, self.length_multiple), min(round_up(tokens, step), self.longest_record))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Smallest multiple that is not below the number."""
+    return -(-number // multiple) * multiple

@@ -347,6 +347,20 @@ def test_wrong_folders_are_refused(folder: str, settings: DataConfig, tmp_path: 
         build_train_loader(str(root / "wds"), settings, 0, 1)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_of_length_leave_few_lengths_and_lose_no_token(folder: str, settings: DataConfig, packing: bool) -> None:
+    plain = changed(settings, micro_batch_size=1, packing=packing)
+    steps = changed(plain, length_step=62)  # of which 64 is the next that length_multiple divides
+    lengths, longest = set(), settings.longest_record
+    for one, other in zip(*(take(build_train_loader(folder, each, 0, 1), 30) for each in (plain, steps)), strict=True):
+        length = one["tokens"].shape[1]
+        assert torch.equal(other["tokens"][:, :length], one["tokens"]) and not other["tokens"][:, length:].any()
+        lengths.add(other["tokens"].shape[1])
+        if packing:
+            assert other["cu_seqlens"][-1] == other["tokens"].shape[1]
+    assert lengths <= {*range(64, longest, 64), longest}
+
+
 PACKED = {"packing": True, "decoder_seq_len": 512, "micro_batch_size": 1}
 
 
