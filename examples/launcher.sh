@@ -851,5 +851,9 @@ memory_arguments() {
     [[ -z ${arg[TOWER_AC]} ]] || command+=(--vision-tower-recompute "${arg[TOWER_AC]}")
     # Megatron's own writer; without the persistent worker it would quietly save as before.
     [[ ${arg[ASYNC_SAVE]} != true ]] || command+=(--async-save --async-strategy mcore --use-persistent-ckpt-worker)
-    [[ ${arg[DO]} != true ]] || command+=(--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable)
+    # Without the last two every data-parallel rank builds the whole optimizer state to save it, on GPU and host.
+    [[ ${arg[DO]} != true ]] || command+=(
+        --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
+        --distrib-optim-fully-reshardable-mem-efficient --ckpt-fully-parallel-load
+    )
 }

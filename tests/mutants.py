@@ -900,6 +900,15 @@ LAUNCHERS = [
         ),
     ),
     *of(
+        LAUNCHER,
+        f"{WORDS}::test_every_precision_and_memory_saving_together",
+        (
+            "every rank gathers the optimizer state",
+            "--distrib-optim-fully-reshardable-mem-efficient --ckpt-fully-parallel-load",
+            "",
+        ),
+    ),
+    *of(
         "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_failure_is_the_exit_status",
         (
