@@ -858,6 +858,11 @@ RUNS = [
         ("a missing weight is not missed", "MISSING: [name for name in wanted if name not in found],", "MISSING: [],"),
     ),
     *of(
+        "megatron_patch/patches/missing_extra_states.py",
+        "tests/patches/test_patches.py::test_extra_states_that_nobody_wrote_are_not_asked_for",
+        ("every extra state is asked for", "return is_extra and value.unique_key not in stored", "return False"),
+    ),
+    *of(
         "megatron_patch/training/preflight.py",
         "tests/training/test_config.py::test_a_refusal_of_the_entry_is_one_sentence",
         ("a refusal has another exit code", "sys.exit(2)", "sys.exit(1)"),
@@ -921,6 +926,16 @@ LAUNCHERS = [
         "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_signal_reaches_every_process_and_is_no_failure",
         ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
+    ),
+    *of(
+        LAUNCHER,
+        "tests/launchers/test_start.py::test_two_nodes_of_a_cluster_job_meet",
+        ("nodes share a folder of logs", "%S)-node$node_rank", "%S)"),
+    ),
+    *of(
+        "requirements.txt",
+        "tests/launchers/test_start.py::test_the_oldest_torch_knows_the_arguments_of_launch_py",
+        ("a torch whose torchrun lacks an argument", "torch>=2.9,", "torch>=2.6,"),
     ),
 ]
 
