@@ -939,6 +939,23 @@ LAUNCHERS = [
     ),
 ]
 
+TOOLS = [
+    *of(
+        "toolkits/model_checkpoints_convertor/llava/verify_conversion.py",
+        "tests/conversion/test_verify.py::test_processes_get_the_accelerators_environment",
+        (
+            "the verifier keeps the accelerator's environment",
+            "os.environ | device.backend().environment(nodes=1)",
+            "os.environ",
+        ),
+    ),
+    *of(
+        "toolkits/model_checkpoints_convertor/llava/verify_worker.py",
+        "tests/conversion/test_verify.py::test_a_worker_sets_its_device_before_anything_else",
+        ("every process of the verifier is on the first GPU", "torch.get_device_module(here).set_device(here)", "pass"),
+    ),
+]
+
 MUTANTS = [
-    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS),
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS, *TOOLS),
 ]
