@@ -123,6 +123,16 @@ MODEL = [
     ),
     *of(
         ATTENTION,
+        "tests/model/test_attention.py::test_grouped_queries_under_a_mask_are_spread_exactly",
+        (
+            "groups are paired with other queries",
+            "states.repeat_interleave(query.shape[2] // key.shape[2], 2)",
+            "states.repeat(1, 1, query.shape[2] // key.shape[2], 1)",
+        ),
+        ("grouped queries keep a mask", "if allowed is not None and query.shape[2] != key.shape[2]:", "if False:"),
+    ),
+    *of(
+        ATTENTION,
         CP2,
         (
             "another cut of context parallelism",
@@ -883,6 +893,14 @@ RUNS = [
     ),
 ]
 
+OFFLOAD = [
+    *of(
+        "megatron_patch/training/offload.py",
+        "tests/training/test_config.py::test_an_offload_that_cannot_be_resumed_is_refused",
+        ("an offload without resume starts", "and not device.have_transformer_engine():", "and False:"),
+    ),
+]
+
 LAUNCHERS = [
     *of(
         LAUNCHER,
@@ -941,6 +959,11 @@ LAUNCHERS = [
 
 TOOLS = [
     *of(
+        "examples/setup_environment.sh",
+        "tests/setup/test_setup_environment.py::test_a_gpu_machine_without_a_compiler_is_warned",
+        ("a missing compiler is not said", "! command -v gcc clang >/dev/null", "false"),
+    ),
+    *of(
         "toolkits/model_checkpoints_convertor/llava/verify_conversion.py",
         "tests/conversion/test_verify.py::test_processes_get_the_accelerators_environment",
         (
@@ -957,5 +980,5 @@ TOOLS = [
 ]
 
 MUTANTS = [
-    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *LAUNCHERS, *TOOLS),
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *RUNS, *OFFLOAD, *LAUNCHERS, *TOOLS),
 ]
