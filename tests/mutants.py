@@ -959,6 +959,12 @@ LAUNCHERS = [
 
 TOOLS = [
     *of(
+        "tests/gpu/on_one_gpu.py",
+        "tests/gpu/test_on_one_gpu.py::test_the_throughput_runs_pass_the_parser",
+        ("one GPU saves the optimizer state of a 7B", '[*words, "--no-save-optim"]', "words"),
+        ("steps of one micro-batch are measured", "MICRO_BATCHES * micro_batch}", "micro_batch}"),
+    ),
+    *of(
         "examples/setup_environment.sh",
         "tests/setup/test_setup_environment.py::test_a_gpu_machine_without_a_compiler_is_warned",
         ("a missing compiler is not said", "! command -v gcc clang >/dev/null", "false"),
