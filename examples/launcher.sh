@@ -390,8 +390,8 @@ torchrun_arguments() {
         "${arg[PYTHON]}" -u -m megatron_patch.launch --max-rollbacks "${arg[MAX_ROLLBACKS]}" -m torch.distributed.run
         --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
-        # Every process's output goes to the console and, by rank, to files.
-        --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)" --tee 3 --role=
+        # Every process's output goes to the console and, by rank, to files; nodes may share the disk.
+        --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)-node$node_rank" --tee 3 --role=
     )
 }
 
@@ -856,5 +856,9 @@ memory_arguments() {
     [[ -z ${arg[TOWER_AC]} ]] || command+=(--vision-tower-recompute "${arg[TOWER_AC]}")
     # Megatron's own writer; without the persistent worker it would quietly save as before.
     [[ ${arg[ASYNC_SAVE]} != true ]] || command+=(--async-save --async-strategy mcore --use-persistent-ckpt-worker)
-    [[ ${arg[DO]} != true ]] || command+=(--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable)
+    # Without the last two every data-parallel rank builds the whole optimizer state to save it, on GPU and host.
+    [[ ${arg[DO]} != true ]] || command+=(
+        --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
+        --distrib-optim-fully-reshardable-mem-efficient --ckpt-fully-parallel-load
+    )
 }

@@ -179,11 +179,26 @@ install_failed() {
 
 has_gpu() { [[ -e /proc/driver/nvidia/version ]] || nvidia-smi -L >/dev/null 2>&1; }
 
+# Says what of a compiler is missing: on a GPU torch.compile builds its kernels with it when training starts.
+say_compiler() {
+    local header
+    if [[ -z ${CC:-} ]] && ! command -v gcc clang >/dev/null; then
+        say "warning: no C compiler found (looked for \$CC, gcc, clang), and training on a GPU needs one when it starts;" \
+            "install one, for example with: apt install gcc"
+    fi
+    header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+    if [[ ! -f $header ]]; then
+        say "warning: $header is missing, and training on a GPU needs it when it starts; install Python's headers, for" \
+            "example with: apt install python3-dev"
+    fi
+}
+
 # Says which accelerator the environment is for. Transformer Engine never belongs on a machine without CUDA.
 say_device() {
     local engine
     engine=$("$python" -c 'from importlib import metadata as m; print(m.version("transformer-engine"))' 2>/dev/null || true)
     if has_gpu; then
+        say_compiler
         if [[ -n $engine ]]; then
             say "NVIDIA driver found, Transformer Engine $engine is installed"
         else

@@ -135,6 +135,16 @@ MODEL = [
     ),
     *of(
         ATTENTION,
+        "tests/model/test_attention.py::test_grouped_queries_under_a_mask_are_spread_exactly",
+        (
+            "groups are paired with other queries",
+            "states.repeat_interleave(query.shape[2] // key.shape[2], 2)",
+            "states.repeat(1, 1, query.shape[2] // key.shape[2], 1)",
+        ),
+        ("grouped queries keep a mask", "if allowed is not None and query.shape[2] != key.shape[2]:", "if False:"),
+    ),
+    *of(
+        ATTENTION,
         CP2,
         (
             "another cut of context parallelism",
@@ -950,6 +960,11 @@ RUNS = [
         ("a missing weight is not missed", "MISSING: [name for name in wanted if name not in found],", "MISSING: [],"),
     ),
     *of(
+        "megatron_patch/patches/missing_extra_states.py",
+        "tests/patches/test_patches.py::test_extra_states_that_nobody_wrote_are_not_asked_for",
+        ("every extra state is asked for", "return is_extra and value.unique_key not in stored", "return False"),
+    ),
+    *of(
         "megatron_patch/training/preflight.py",
         "tests/training/test_config.py::test_a_refusal_of_the_entry_is_one_sentence",
         ("a refusal has another exit code", "sys.exit(2)", "sys.exit(1)"),
@@ -967,6 +982,14 @@ RUNS = [
         CONFIG,
         "tests/training/test_config.py::test_what_does_not_fit_is_refused",
         ("SEQ_LEN is not compared", "arguments.image_tokens != tower.image_tokens:", "arguments.image_tokens > 10**6:"),
+    ),
+]
+
+OFFLOAD = [
+    *of(
+        "megatron_patch/training/offload.py",
+        "tests/training/test_config.py::test_an_offload_that_cannot_be_resumed_is_refused",
+        ("an offload without resume starts", "and not device.have_transformer_engine():", "and False:"),
     ),
 ]
 
@@ -1007,6 +1030,15 @@ LAUNCHERS = [
         ),
     ),
     *of(
+        LAUNCHER,
+        f"{WORDS}::test_every_precision_and_memory_saving_together",
+        (
+            "every rank gathers the optimizer state",
+            "--distrib-optim-fully-reshardable-mem-efficient --ckpt-fully-parallel-load",
+            "",
+        ),
+    ),
+    *of(
         "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_failure_is_the_exit_status",
         (
@@ -1020,8 +1052,47 @@ LAUNCHERS = [
         "tests/launchers/test_start.py::test_a_signal_reaches_every_process_and_is_no_failure",
         ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
     ),
+    *of(
+        LAUNCHER,
+        "tests/launchers/test_start.py::test_two_nodes_of_a_cluster_job_meet",
+        ("nodes share a folder of logs", "%S)-node$node_rank", "%S)"),
+    ),
+    *of(
+        "requirements.txt",
+        "tests/launchers/test_start.py::test_the_oldest_torch_knows_the_arguments_of_launch_py",
+        ("a torch whose torchrun lacks an argument", "torch>=2.9,", "torch>=2.6,"),
+    ),
+]
+
+TOOLS = [
+    *of(
+        "tests/gpu/on_one_gpu.py",
+        "tests/gpu/test_on_one_gpu.py::test_the_throughput_runs_pass_the_parser",
+        ("one GPU saves the optimizer state of a 7B", '[*words, "--no-save-optim"]', "words"),
+        ("steps of one micro-batch are measured", "MICRO_BATCHES * micro_batch}", "micro_batch}"),
+    ),
+    *of(
+        "examples/setup_environment.sh",
+        "tests/setup/test_setup_environment.py::test_a_gpu_machine_without_a_compiler_is_warned",
+        ("a missing compiler is not said", "! command -v gcc clang >/dev/null", "false"),
+    ),
+    *of(
+        "toolkits/model_checkpoints_convertor/llava/verify_conversion.py",
+        "tests/conversion/test_verify.py::test_processes_get_the_accelerators_environment",
+        (
+            "the verifier keeps the accelerator's environment",
+            "os.environ | device.backend().environment(nodes=1)",
+            "os.environ",
+        ),
+    ),
+    *of(
+        "toolkits/model_checkpoints_convertor/llava/verify_worker.py",
+        "tests/conversion/test_verify.py::test_a_worker_sets_its_device_before_anything_else",
+        ("every process of the verifier is on the first GPU", "torch.get_device_module(here).set_device(here)", "pass"),
+    ),
 ]
 
 MUTANTS = [
-    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *LAUNCHERS),
+    *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
+    *(*LAUNCHERS, *TOOLS),
 ]

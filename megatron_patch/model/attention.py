@@ -131,6 +131,9 @@ class ScaledDotProductAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """[S, B, heads, d] -> [S, B, heads * d]; `allowed` is True where a query may look."""
+        if allowed is not None and query.shape[2] != key.shape[2]:
+            # torch's fast CUDA kernels take grouped queries or a mask; with both it would hold the [S, S] scores
+            key, value = (states.repeat_interleave(query.shape[2] // key.shape[2], 2) for states in (key, value))
         context = F.scaled_dot_product_attention(
             *(states.permute(1, 2, 0, 3) for states in (query, key, value)),
             attn_mask=allowed,

@@ -6,6 +6,7 @@ async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
+missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 parameter_group_keys.py         a resume with another learning rate
 skip_compile_helpers.py         no `make` at the start
 unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex

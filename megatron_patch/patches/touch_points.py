@@ -135,6 +135,17 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint(
+        "megatron.core.dist_checkpointing",
+        "load",
+        (
+            Layer(
+                "patches.missing_extra_states",
+                "layers of Transformer Engine ask for extra states that the local layers never wrote",
+                "test_extra_states_that_nobody_wrote_are_not_asked_for passes without it",
+            ),
+        ),
+    ),
     TouchPoint(OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(

@@ -29,7 +29,7 @@ def offload_arguments(
     """Megatron's arguments for `false`, `static` (all of the state) or `auto` (what does not fit).
 
     Raises:
-        UserError: the accelerator has no such offload.
+        UserError: the accelerator has no such offload, or it needs Transformer Engine.
     """
     if policy == "false":
         return []
@@ -43,4 +43,11 @@ def offload_arguments(
         fraction = offload_fraction(
             language.parameters // model_parallel, max(1, world_size // (model_parallel * context)), here.memory()
         )
-    return here.optimizer_offload(fraction) if fraction > 0.0 else []
+    arguments = here.optimizer_offload(fraction) if fraction > 0.0 else []
+    if "--optimizer-cpu-offload" in arguments and not device.have_transformer_engine():
+        # hybrid_optimizer.py:369 (megatron-core 0.19.2) asks the states of torch's Adam for a `master_param`
+        raise UserError(
+            f"OPTIMIZER_OFFLOAD is {policy}, and without Transformer Engine no run resumes with it; install that, or "
+            "pass false"
+        )
+    return arguments

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_patch import device
 from megatron_patch.conversion import convert_to_megatron
 from tests import tiny_models
+from tests.device.test_cpu import in_new_process
 from tests.warm import interpreter
 
 SCRIPT = Path(__file__).parents[2] / "toolkits/model_checkpoints_convertor/llava/verify_conversion.py"
@@ -189,3 +191,28 @@ def test_a_checkpoint_of_another_model_is_refused(tool, mutated):
             tool.run_megatron([(whole, case.batch)], 1, 1)
     finally:
         config.write_text(before)
+
+
+def test_processes_get_the_accelerators_environment(tool, tmp_path, monkeypatch):
+    """CUDA_DEVICE_MAX_CONNECTIONS, without which Megatron refuses TP on a GPU; shown by a program in Python's place."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "error: it is $CUDA_DEVICE_MAX_CONNECTIONS" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(device, "backend", lambda: device.kind("cuda"))
+    with pytest.raises(tool.UserError, match=r"^it is 1$"):
+        tool.run_megatron([], tensor=2, pipeline=1)
+
+
+def test_a_worker_sets_its_device_before_anything_else(tmp_path):
+    program = """
+import os, sys
+from toolkits.model_checkpoints_convertor.llava import verify_worker
+import torch
+torch.cpu.set_device = lambda here: print(here, torch.distributed.is_initialized())
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+verify_worker.main()
+"""
+    (tmp_path / "plan.json").write_text('{"tensor": 1, "pipeline": 1, "cases": []}')
+    assert in_new_process(program, tmp_path / "plan.json").split() == ["cpu", "False"]

@@ -33,6 +33,7 @@ CHECKED = (
     *("sequence_parallel", "calculate_per_token_loss", "save", "load", "save_interval", "ckpt_format", "bf16", "fp16"),
     *("fp8", "fp8_recipe", "recompute_granularity", "recompute_method", "recompute_num_layers"),
     *("fine_grained_activation_offloading", "offload_modules", "use_distributed_optimizer", "tensorboard_dir"),
+    *("distrib_optim_fully_reshardable_mem_efficient", "ckpt_fully_parallel_load", "no_save_optim"),
     *("dist_ckpt_optim_fully_reshardable", "attention_dropout", "hidden_dropout", "num_workers", "seed"),
     *(
         "log_interval",

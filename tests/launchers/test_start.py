@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from torch.distributed.run import get_args_parser
 
 from tests.launchers.launching import ROOT, Inputs
 
@@ -89,4 +92,19 @@ def test_two_nodes_of_a_cluster_job_meet(copy: Path, inputs: Inputs):
     nodes = [launch(copy, words, 0, 0, RANK=rank, **cluster) for rank in ("0", "1")]
     answers = [node.communicate(timeout=60) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], answers
-    assert [out for out, _ in answers] == ["rank 0 of 2 device ''\n", "rank 1 of 2 device ''\n"]
+    printed = ["rank 0 of 2 device ''\n", "rank 1 of 2 device ''\n"]
+    assert [out for out, _ in answers] == printed
+    # On a shared disk a node finds its own logs, not those of the other's process of the same local rank.
+    for rank, text in enumerate(printed):
+        (log,) = inputs.output.glob(f"log/*-node{rank}/*/attempt_0/0/stdout.log")
+        assert log.read_text() == text
+
+
+def test_the_oldest_torch_knows_the_arguments_of_launch_py():
+    """torchrun has --signals-to-handle from torch 2.9 on (pytorch/pytorch#160690); 2.8 ends in its argument parser."""
+    launch = (ROOT / "megatron_patch/launch.py").read_text()
+    assert '"--signals-to-handle"' in launch, "not used any more: lower the bound in requirements.txt"
+    (line,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch"))
+    accepted = Requirement(line).specifier
+    assert "2.8.0" not in accepted and "2.9.0" in accepted and metadata.version("torch") in accepted
+    assert "--signals-to-handle" in get_args_parser().format_help()

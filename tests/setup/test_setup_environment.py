@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from importlib import metadata
@@ -150,6 +151,17 @@ def test_installs_finishes_an_interrupted_install_and_then_does_nothing(reposito
     result = set_up(repository, str(tools), **variables)
     assert result.returncode == 1
     assert "pip could not install requirements.txt" in result.stderr and "pillow" in result.stderr
+
+
+def test_a_gpu_machine_without_a_compiler_is_warned(repository, tools, wheels):
+    link(tools, "python3.12")
+    (tools / "nvidia-smi").write_text(f"#!{BASH}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    done = set_up(repository, str(tools), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 0, done.stderr
+    assert "warning: no C compiler found (looked for $CC, gcc, clang)" in done.stderr
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    assert ("Python.h is missing" in done.stderr) == (not headers)
 
 
 def test_an_environment_that_satisfies_everything_is_used(repository):

@@ -154,3 +154,12 @@ def test_offload_fraction_grows_as_memory_shrinks() -> None:
 
 def test_no_offload_needs_no_words(workspace: Workspace) -> None:
     assert offload_arguments("false", language(workspace), 1, 1, 1, 1) == []
+
+
+def test_an_offload_that_cannot_be_resumed_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "backend", lambda: device.kind("cuda"))
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: False)
+    with pytest.raises(UserError, match="OPTIMIZER_OFFLOAD is static, and without Transformer Engine no run resumes"):
+        offload_arguments("static", language(workspace), 1, 1, 1, 1)
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: True)
+    assert "--optimizer-cpu-offload" in offload_arguments("static", language(workspace), 1, 1, 1, 1)

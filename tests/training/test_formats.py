@@ -99,17 +99,19 @@ def edit_metadata(iteration: Path, change) -> None:
     (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("case", ["missing", "extra state"])
+@pytest.mark.parametrize("case", ["missing", "extra state", "extra state not written"])
 def test_weights_are_strict_and_extra_states_are_not(case, workspace, tmp_path):
     made = tmp_path / "checkpoint"
     shutil.copytree(workspace.checkpoint, made)
-    key = "vision_projection.encoder.linear_fc2.weight" if case == "missing" else "spare.linear._extra_state/shard_0_1"
+    like = "vision_projection.encoder.linear_fc2._extra_state/shard_0_1"
+    key = {"missing": "vision_projection.encoder.linear_fc2.weight", "extra state not written": like}.get(
+        case, "spare.linear._extra_state/shard_0_1"
+    )
 
     def change(metadata):
-        if case == "missing":
+        if case != "extra state":
             del metadata.state_dict_metadata[key]
         else:
-            like = "vision_projection.encoder.linear_fc2._extra_state/shard_0_1"
             metadata.state_dict_metadata[key] = metadata.state_dict_metadata[like]
 
     edit_metadata(made / "release", change)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_patch import device  # noqa: E402
 from megatron_patch.checkpoint_files import newest_iteration  # noqa: E402
 from megatron_patch.conversion import hub_files  # noqa: E402
 from megatron_patch.conversion.table import projector_rows, table_of_weights  # noqa: E402
@@ -212,7 +213,7 @@ def run_megatron(
             ],
             capture_output=True,
             text=True,
-            env={"OMP_NUM_THREADS": threads} | os.environ,
+            env={"OMP_NUM_THREADS": threads} | os.environ | device.backend().environment(nodes=1),
         )
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -110,6 +110,8 @@ def outputs(plan: dict, case: dict) -> dict[str, Tensor]:
 def main() -> int:
     """Exit code 0, or 2 with a sentence."""
     plan = json.loads(Path(sys.argv[1]).read_text())
+    here = device.current_device()
+    torch.get_device_module(here).set_device(here)  # Megatron's tower makes its position_ids on the current device
     torch.distributed.init_process_group(device.backend().DISTRIBUTED_BACKEND)
     mpu.initialize_model_parallel(plan["tensor"], plan["pipeline"])
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
