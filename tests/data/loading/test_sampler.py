@@ -109,6 +109,7 @@ def test_rows_are_nearly_full_on_a_realistic_mix(capacity: int, least: float) ->
 
 def test_packing_takes_the_fullest_row_that_fits() -> None:
     assert pack(np.arange(5), np.array([60, 50, 40, 50, 100]), CAPACITY) == [(4,), (0, 2), (1, 3)]
+    assert pack(np.arange(3), np.array([60, 80, 20]), CAPACITY) == [(1, 2), (0,)]
 
 
 def test_grouped_steps_hold_one_modality_and_like_lengths() -> None:
