@@ -43,12 +43,13 @@ def test_the_exported_processor_makes_training_pixels(tmp_path: Path, tower: str
     trained(tmp_path / "ckpt", TrainingSettings("v1", aspect))
     export(tmp_path / "ckpt", tmp_path / "hub")
     processor = AutoProcessor.from_pretrained(tmp_path / "hub").image_processor
-    way = LlavaFolder.of(tmp_path / "ckpt").image_processing(28)
+    side_px = LlavaFolder.of(tmp_path / "ckpt").geometry().tower.side_px
+    way = LlavaFolder.of(tmp_path / "ckpt").image_processing(side_px)
     mean, std = (np.array(way[name])[:, None, None] for name in ("image_mean", "image_std"))
     generator = np.random.default_rng(0)
     for width, height in SIZES:
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        pixels = image_to_pixels(image, 28, aspect, way["image_mean"], way["center_crop"], way["resample"])
+        pixels = image_to_pixels(image, side_px, aspect, way["image_mean"], way["center_crop"], way["resample"])
         got = processor(image, return_tensors="np")["pixel_values"][0] * std + mean
         np.testing.assert_allclose(got * 255, pixels, rtol=0, atol=1e-4)
     to_megatron(tmp_path / "hub", tmp_path / "again")
