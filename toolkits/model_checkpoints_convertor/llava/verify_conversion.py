@@ -12,6 +12,7 @@ used on both sides, so its row tells about the computation only, and all other r
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -216,8 +217,12 @@ def run_megatron(
             env={"OMP_NUM_THREADS": threads} | os.environ | device.backend().environment(nodes=1),
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise UserError(said[0].removeprefix("error: ") if said else f"Megatron failed:\n{done.stderr[-3000:]}")
+            _, error, said = done.stderr.partition("error: ")
+            if not error:
+                raise UserError(f"Megatron failed:\n{done.stderr[-3000:]}")
+            first, *more = said.splitlines()
+            # the lists that belong to the sentence are indented
+            raise UserError("\n".join([first, *itertools.takewhile(lambda line: line.startswith("  "), more)]))
         results: list[dict[str, Tensor]] = []
         for case in plan["cases"]:
             results.append({})
