@@ -12,9 +12,9 @@ used on both sides, so its row tells about the computation only, and all other r
 """
 
 import argparse
-import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -217,12 +217,9 @@ def run_megatron(
             env={"OMP_NUM_THREADS": threads} | os.environ | device.backend().environment(nodes=1),
         )
         if done.returncode:
-            _, error, said = done.stderr.partition("error: ")
-            if not error:
-                raise UserError(f"Megatron failed:\n{done.stderr[-3000:]}")
-            first, *more = said.splitlines()
-            # the lists that belong to the sentence are indented
-            raise UserError("\n".join([first, *itertools.takewhile(lambda line: line.startswith("  "), more)]))
+            # a refusal: its sentence, and the lists that belong to it, indented
+            said = re.search(r"^error: (.*(?:\n  .*)*)", done.stderr, re.MULTILINE)
+            raise UserError(said[1] if said else f"Megatron failed:\n{done.stderr[-3000:]}")
         results: list[dict[str, Tensor]] = []
         for case in plan["cases"]:
             results.append({})
