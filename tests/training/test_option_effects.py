@@ -364,7 +364,7 @@ def test_validation_reads_its_own_folder(colours: Workspace, workspace: Workspac
 
 
 def test_which_of_the_amax_history_counts(colours: Workspace) -> None:
-    given = {"PR": "fp8", "ACCELERATOR": "cuda", "NPROC_PER_NODE": 1}
+    given = {"PR": "fp8", "FP8_RECIPE": "delayed", "ACCELERATOR": "cuda", "NPROC_PER_NODE": 1}
     for chosen in ("max", "most_recent"):
         words = arguments(colours, **given, FP8_AMAX_ALGORITHM=chosen)
         assert words[words.index("--fp8-amax-compute-algo") + 1] == chosen
