@@ -97,6 +97,9 @@ fits() {
         "a host name or address")
             [[ $value =~ ^[[:alnum:]:][[:alnum:]._:-]*$ ]]
             ;;
+        "a folder of cache_tower_features.py")
+            [[ -f $value/features.json ]] || explain_path "$value" features.json
+            ;;
         "a file")
             [[ -f $value ]] || detail="it does not exist"
             [[ ! -d $value ]] || detail="it is a folder"
@@ -454,6 +457,7 @@ PRESET|(none)|text|a published recipe; it fills in arguments given as - and defa
 FREEZE_LANGUAGE_MODEL|$1|one of true false|keep the language model as it is
 FREEZE_VISION_TOWER|true|one of true false|keep the vision tower as it is
 FREEZE_PROJECTOR|false|one of true false|keep the projector as it is
+FEATURE_CACHE|(none)|a folder of cache_tower_features.py|features of the training images, read in place of decoding them and running the frozen vision tower
 CONVERSATION_TEMPLATE|$2|auto, a built-in template, or a .json or .yaml file|how turns become text; auto: the one the checkpoint was trained with in stage 2, else the one that fits the language model; built in: megatron_patch/data/conversation_templates
 IMAGE_CONV_FRONT|auto|one of auto true false|images stand before the conversation; auto: as the checkpoint was trained, else false
 IMAGE_START_END|auto|one of auto true false|each image stands between <im_start> and <im_end>, which the tokenizer must know; auto: as the checkpoint was trained, else false
@@ -536,7 +540,7 @@ launch_llava() {
     check_extra_arguments "${@:24}"
     check_training
     stop_if_wrong
-    absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
+    absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     torchrun_arguments "${arg[OUTPUT_BASEPATH]}"
     local script=$repository/examples/llava_mcore/pretrain_llava.py first_word=$((${#command[@]} + 1))
@@ -745,6 +749,7 @@ training_arguments() {
     safeguard_arguments
     [[ ${arg[EMA_DECAY]} =~ ^[0.]+$ ]] || command+=(--ema-decay "${arg[EMA_DECAY]}")
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
+    [[ -z ${arg[FEATURE_CACHE]} ]] || command+=(--feature-cache "${arg[FEATURE_CACHE]}")
     for name in IMAGE_CONV_FRONT IMAGE_START_END; do
         option=${name,,} && option=${option//_/-}
         case ${arg[$name]} in

@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--freeze-language-model", action="store_true")
     group.add_argument("--freeze-vision-tower", action="store_true")
     group.add_argument("--freeze-projector", action="store_true")
+    group.add_argument("--feature-cache", type=Path, metavar="DIR", help="features of the frozen tower, read instead")
     group.add_argument("--allow-fresh-projector", action="store_true", help="an untrained projector is meant: stage 1")
     group.add_argument(
         "--vision-tower-recompute", choices=("false", "sel", "full"), help="default: as the language model's"

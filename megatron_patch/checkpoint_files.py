@@ -178,6 +178,39 @@ def read_metadata(iteration: Path) -> dcp.Metadata:
         raise UserError(f"{iteration}/.metadata cannot be read: {error}") from None
 
 
+def read_tensors(iteration: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of a torch_dist folder whose names begin so, each as the checkpoint holds it; no extra states.
+
+    Raises:
+        UserError: the format is another one, or a tensor is not there whole.
+    """
+    if checkpoint_format(iteration) != "torch_dist":
+        raise UserError(f"{iteration}: is of Megatron's format torch; convert the checkpoint to torch_dist")
+    metadata = read_metadata(iteration)
+    found = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        is_tensor = isinstance(entry, dcp.TensorStorageMetadata) and not key.endswith("_extra_state")
+        if not is_tensor or not key.startswith(prefix):
+            continue
+        whole = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        covered = 0
+        for chunk in entry.chunks:
+            place = metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
+            try:
+                with open(iteration / place.relative_path, "rb") as file:
+                    data = io.BytesIO(os.pread(file.fileno(), place.length, place.offset))
+                part = torch.load(data, map_location="cpu", weights_only=True).reshape(tuple(chunk.sizes))
+            except (OSError, RuntimeError, EOFError, *STRANGE) as error:
+                raise UserError(f"{iteration}: {key} cannot be read ({error}); copy the checkpoint again") from None
+            box = tuple(slice(low, low + size) for low, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[box] = part
+            covered += part.numel()
+        if covered != whole.numel():
+            raise UserError(f"{iteration}: {key} is incomplete: {covered} of {whole.numel()} values are stored")
+        found[key] = whole
+    return found
+
+
 # ---------------------------------------------------------------- files of torch.save
 
 # What reading a file that is none of torch.save's, or holds more than tensors, may raise.

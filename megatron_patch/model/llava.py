@@ -134,6 +134,41 @@ def projector_config(decoder: TransformerConfig) -> TransformerConfig:
     )
 
 
+def build_tower(config: TransformerConfig, tower: TowerGeometry, pg_collection: ProcessGroupCollection) -> CLIPViTModel:
+    """The vision tower; `config` is that of tower_config()."""
+    whole_patches_px = tower.side_px // tower.patch_px * tower.patch_px  # pixels beyond never reach a patch
+    return CLIPViTModel(
+        config,
+        tower_block(config),
+        ln_pre_impl=norm_builder(config),
+        ln_post_impl=IdentityOp,  # the features are taken before the final norm
+        add_class_token=tower.kind.class_token,
+        class_token_len=int(tower.kind.class_token),
+        patch_dim=tower.patch_px,
+        img_h=whole_patches_px,
+        img_w=whole_patches_px,
+        model_subtype=tower.kind.megatron_subtype,
+        pg_collection=pg_collection,
+    )
+
+
+def of_pixels(statistic: tuple[float, float, float]) -> Tensor:
+    """Mean or deviation [3] of pixels in 0..1 -> [1, 3, 1, 1], of uint8 pixels.
+
+    No buffer of the model: Megatron casts those to half precision too, and the mean would be half a grey level off.
+    """
+    return torch.tensor(statistic, device=device.current_device()).view(1, 3, 1, 1) * 255
+
+
+def tower_features(
+    vision_model: CLIPViTModel, tower: TowerGeometry, pixels: Tensor, pixel_mean: Tensor, pixel_std: Tensor
+) -> Tensor:
+    """pixels uint8 [N, 3, side, side] -> what the projector is given [N, P, tower.hidden]; of_pixels() of both."""
+    normalised = (pixels.float() - pixel_mean) / pixel_std
+    features = vision_model(normalised.to(vision_model.conv1.weight.dtype))
+    return features[:, 1:] if tower.first_token_dropped else features
+
+
 def own_name(name: str, own: Container[str]) -> str:
     """The name that `own` uses for a weight which layers of the other kind call `name`; `name` when there is none."""
     for local, engine in NORM_KEYS_AS_TRANSFORMER_ENGINE.items():
@@ -220,29 +255,13 @@ class LlavaModel(MegatronModule):
         self.vision_model = self.vision_projection = None
         if pre_process:
             self._build_tower_and_projector(config, tower_recompute)
-            # no buffers: Megatron casts those to half precision too, and the mean would be half a grey level off
-            where = device.current_device()
-            self.pixel_mean = torch.tensor(pixel_mean, device=where).view(1, 3, 1, 1) * 255
-            self.pixel_std = torch.tensor(pixel_std, device=where).view(1, 3, 1, 1) * 255
+            self.pixel_mean, self.pixel_std = of_pixels(pixel_mean), of_pixels(pixel_std)
         self._freeze()
 
     def _build_tower_and_projector(self, config: TransformerConfig, tower_recompute: str | None) -> None:
         tower = self.geometry.tower
         vision_config = tower_config(config, tower, tower_recompute)
-        whole_patches_px = tower.side_px // tower.patch_px * tower.patch_px  # pixels beyond never reach a patch
-        self.vision_model = CLIPViTModel(
-            vision_config,
-            tower_block(vision_config),
-            ln_pre_impl=norm_builder(vision_config),
-            ln_post_impl=IdentityOp,  # the features are taken before the final norm
-            add_class_token=tower.kind.class_token,
-            class_token_len=int(tower.kind.class_token),
-            patch_dim=tower.patch_px,
-            img_h=whole_patches_px,
-            img_w=whole_patches_px,
-            model_subtype=tower.kind.megatron_subtype,
-            pg_collection=self.pg_collection,
-        )
+        self.vision_model = build_tower(vision_config, tower, self.pg_collection)
         side_config = projector_config(config)
         self.vision_projection = MultimodalProjector(
             side_config,
@@ -292,6 +311,7 @@ class LlavaModel(MegatronModule):
         labels: Tensor | None = None,
         pixels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch.
 
@@ -301,13 +321,14 @@ class LlavaModel(MegatronModule):
             pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
             cu_seqlens: int32 [records + 1], when the batch is a single row of packed records: where each begins, then
                 the row's end.  No record attends to another, positions start anew in each.  On every stage.
+            features: [N, P, tower.hidden], what the frozen tower makes of the pixels, in place of them.
 
         Returns:
             Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses
             in nats over the labelled positions of this context-parallel rank, and their number.  Without labels:
             logits [B, S, V].
         """
-        decoder_input = self._embed(tokens, pixels, cu_seqlens) if self.pre_process else None
+        decoder_input = self._embed(tokens, pixels, features, cu_seqlens) if self.pre_process else None
         if labels is not None:
             labels = self._on_this_context_rank(labels, cu_seqlens)
         return self.language_model(
@@ -331,11 +352,16 @@ class LlavaModel(MegatronModule):
             cp_group=self.pg_collection.cp,
         )
 
-    def _embed(self, tokens: Tensor, pixels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """tokens [B, S], pixels [N, 3, side, side] -> decoder input [S, B, H], this rank's part of the sequence."""
+    def _embed(
+        self, tokens: Tensor, pixels: Tensor | None, features: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """tokens [B, S] and pixels or features -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
-        images = self._project(pixels)  # [N, P, H]
-        if pixels is None or pixels.shape[0] == 0:
+        given = pixels if features is None else features
+        text_alone = given is None or given.shape[0] == 0
+        # [N, P, H]; of text alone [1, P, H]
+        images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
+        if text_alone:
             # Text alone: the projector still takes part, with weight 0, so that every rank reduces its gradient.
             embedded = text + 0.0 * images.sum().to(text.dtype)
         else:
@@ -346,19 +372,15 @@ class LlavaModel(MegatronModule):
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
         return embedded
 
-    def _project(self, pixels: Tensor | None) -> Tensor:
-        """pixels uint8 [N, 3, side, side] -> features [N, P, H]; without images the features of a blank one."""
+    def _features(self, pixels: Tensor | None) -> Tensor:
+        """pixels uint8 [N, 3, side, side] -> features [N, P, tower.hidden]; without images those of a blank one."""
         tower, weight = self.geometry.tower, self.vision_model.conv1.weight
         if pixels is None or pixels.shape[0] == 0:
             if self.frozen.vision_tower:
-                return self.vision_projection(weight.new_zeros(1, tower.image_tokens, tower.hidden))
+                return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
-        normalised = (pixels.float() - self.pixel_mean) / self.pixel_std
         with torch.no_grad() if self.frozen.vision_tower else contextlib.nullcontext():
-            features = self.vision_model(normalised.to(weight.dtype))
-        if tower.first_token_dropped:
-            features = features[:, 1:]
-        return self.vision_projection(features)
+            return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std)
 
     def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """States [B, S, ...] -> [B, S / CP, ...], this rank's positions."""

@@ -17,6 +17,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry
 from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
 from megatron_patch.model_sizes import check_model_size
+from megatron_patch.training.feature_cache import check_feature_cache
 from megatron_patch.training.offload import offload_arguments
 
 # Tokens.  AC=offload holds pinned host memory for every shape that has occurred and never frees it, so lengths are
@@ -47,6 +48,7 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
     parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     # Megatron's arguments that decide where things lie and how batches look; its own parser sees them again later
     parser.add_argument("--load", type=Path)
+    parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--seq-length", type=int, required=True)
     parser.add_argument("--micro-batch-size", type=int, default=1)
@@ -91,6 +93,14 @@ def _llava_folder(arguments: argparse.Namespace) -> LlavaFolder:
             "PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer"
         )
     return LlavaFolder(Path(arguments.tokenizer_path))
+
+
+def weights_folder(arguments: argparse.Namespace) -> Path | None:
+    """Folder of the iteration whose weights the run begins with; None: drawn at random."""
+    if has_checkpoint(arguments.load):
+        step = arguments.ckpt_step
+        return newest_iteration(arguments.load) if step is None else arguments.load / f"iter_{step:07}"
+    return None if arguments.init_from == "none" else newest_iteration(Path(arguments.init_from))
 
 
 def projector_is_fresh(checkpoint: Path) -> bool:
@@ -284,6 +294,9 @@ def read_config(argv: list[str]) -> RunConfig:
     images = folder.image_processing(tower.side_px)
     pixel_std = images.pop("image_std")
     trained_with, warning = training_settings(arguments, folder)
+    data = _data_settings(arguments, geometry, folder, trained_with, images)
+    if arguments.feature_cache is not None:
+        check_feature_cache(arguments, weights_folder(arguments), data, pixel_std, geometry.tower)
     return RunConfig(
         geometry,
         folder,
@@ -291,7 +304,7 @@ def read_config(argv: list[str]) -> RunConfig:
         warning,
         arguments.train_dataset_path,
         arguments.valid_dataset_path if arguments.eval_iters else None,
-        _data_settings(arguments, geometry, folder, trained_with, images),
+        data,
         pixel_std,
         megatron_arguments=(*derived, *argv),
     )
@@ -333,6 +346,7 @@ def _data_settings(
         step_records=arguments.global_batch_size,
         mega_batch_mult=arguments.mega_batch_mult,
         packing=arguments.packing,
+        feature_cache=None if arguments.feature_cache is None else str(arguments.feature_cache),
         **images,
     )
 

@@ -14,18 +14,23 @@ from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training import loss_spikes
 
 LOSS = "lm loss"  # its name in the log, TensorBoard and results of evaluations
-HEADER = 5  # B, S, N, image side, entries of cu_seqlens (0: not packed)
+# B, S, entries of cu_seqlens (0: not packed), kind of the images, their shape: pixels [N, 3, side, side] or, cached,
+# features [N, P, H, 1]
+HEADER = 8
+IMAGE_KINDS = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)  # pixels are uint8, features the others
 
 
 def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]:
     """Send the micro-batch of tensor-parallel rank 0 to its peers.
 
     Args:
-        batch: on rank 0 tokens [B, S], labels [B, S] int64, pixels [N, 3, side, side] uint8 or None, and for a packed
-            row cu_seqlens [records + 1] int32; elsewhere None.
+        batch: on rank 0 tokens [B, S], labels [B, S] int64, pixels [N, 3, side, side] uint8 or None, in place of them
+            features [N, P, H] where these are cached, and for a packed row cu_seqlens [records + 1] int32; elsewhere
+            None.
 
     Returns:
-        The same tensors on this process's device; cu_seqlens is None when not packed, pixels where there are none.
+        The same tensors on this process's device; cu_seqlens is None when not packed, pixels have N = 0 where there
+        are none, and of pixels and features one is None.
     """
     here = device.current_device()
     parallel = mpu.get_tensor_model_parallel_world_size() > 1
@@ -37,21 +42,26 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
         return tensor
 
     if batch is None:
-        size, length, images, side, entries = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        size, length, entries, kind, *shape = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
         text = torch.empty(2, size, length, dtype=torch.int64, device=here)
-        pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=here)
+        images = torch.empty(shape, dtype=IMAGE_KINDS[kind], device=here)
         cu_seqlens = torch.empty(entries, dtype=torch.int32, device=here)
     else:
         text = torch.stack([batch["tokens"], batch["labels"]]).to(here, non_blocking=True)
-        pixels, cu_seqlens = (
-            torch.empty(nothing, dtype=dtype, device=here) if batch.get(name) is None else batch[name].to(here)
-            for name, nothing, dtype in (("pixels", (0, 3, 0, 0), torch.uint8), ("cu_seqlens", 0, torch.int32))
-        )
-        header = [*text.shape[1:], pixels.shape[0], pixels.shape[-1], cu_seqlens.shape[0]]
+        if batch.get("features") is not None:
+            images = batch["features"].unsqueeze(-1).to(here)
+        elif batch["pixels"] is not None:
+            images = batch["pixels"].to(here)
+        else:
+            images = torch.empty(0, 3, 0, 0, dtype=torch.uint8, device=here)
+        packed = batch.get("cu_seqlens")
+        cu_seqlens = torch.empty(0, dtype=torch.int32, device=here) if packed is None else packed.to(here)
+        header = [*text.shape[1:], cu_seqlens.shape[0], IMAGE_KINDS.index(images.dtype), *images.shape]
         send(torch.tensor(header, dtype=torch.int64, device=here))
-    text, pixels, cu_seqlens = send(text), send(pixels), send(cu_seqlens)
+    text, images, cu_seqlens = send(text), send(images), send(cu_seqlens)
+    pixels, features = (images, None) if images.dtype == torch.uint8 else (None, images.squeeze(-1))
     packed = cu_seqlens if cu_seqlens.numel() else None
-    return {"tokens": text[0], "labels": text[1], "pixels": pixels, "cu_seqlens": packed}
+    return {"tokens": text[0], "labels": text[1], "pixels": pixels, "features": features, "cu_seqlens": packed}
 
 
 def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -72,7 +82,7 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
-    batch, record_ids = {"tokens": None, "labels": None, "pixels": None, "cu_seqlens": None}, ()
+    batch, record_ids = dict.fromkeys(("tokens", "labels", "pixels", "features", "cu_seqlens")), ()
     if first or last or get_args().packing:  # packed rows: every stage must know where records begin
         own = next(data_iterator) if data_iterator is not None else None
         record_ids = own["record_ids"] if own is not None else ()
@@ -83,5 +93,6 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
         labels=batch["labels"] if last else None,
         pixels=batch["pixels"] if first else None,
         cu_seqlens=batch["cu_seqlens"],
+        features=batch["features"] if first else None,
     )
     return output, functools.partial(loss_function, record_ids=record_ids)

@@ -1,17 +1,22 @@
-"""The model of a checkpoint outside the training loop, for verification and tests: Megatron's parser, no globals."""
+"""The model of a checkpoint, or its tower, outside the training loop: Megatron's parser, no globals."""
 
 import sys
 from pathlib import Path
 
+import torch
 from megatron.core import mpu
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
-from megatron_patch.geometry import VOCABULARY_STEP
+from megatron_patch.geometry import VOCABULARY_STEP, LlavaGeometry
 from megatron_patch.llava_folder import LlavaFolder
-from megatron_patch.model.llava import LlavaModel
+from megatron_patch.model.llava import LlavaModel, build_tower, own_name, tower_config, weight_shapes
 from megatron_patch.training.config import decoder_arguments
+from megatron_patch.weight_names import check_nothing_differs, differences
 
 
 def build_model(
@@ -28,21 +33,17 @@ def build_model(
     """
     folder = LlavaFolder.of(checkpoint)
     geometry = folder.geometry()
-    sys.argv[1:] = [
-        *device.megatron_arguments(sixteen_bits=False),
-        *decoder_arguments(geometry.language, length),
-        *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
-        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
+    config = _decoder_config(
+        geometry,
+        length,
         *("--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)),
         *("--context-parallel-size", str(context)),
         *(["--sequence-parallel"] if sequence_parallel else []),
-    ]
-    args = parse_args()
-    validate_args(args)
+    )
     images = folder.image_processing(geometry.tower.side_px)
     step = VOCABULARY_STEP * tensor
     model = LlavaModel(
-        core_transformer_config_from_args(args),
+        config,
         geometry,
         -(-geometry.language.vocabulary // step) * step,
         images["image_mean"],
@@ -51,3 +52,41 @@ def build_model(
         post_process=mpu.is_pipeline_last_stage(),
     )
     return model.to(device.current_device())
+
+
+def load_tower(geometry: LlavaGeometry, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> CLIPViTModel:
+    """The vision tower as training in this dtype runs it, with its weights (names and layers as checkpoints have them).
+
+    The process groups, of one process, exist already.  Overwrites sys.argv, from which Megatron's parser reads.
+
+    Raises:
+        UserError: weights are missing, unknown or of another shape.
+    """
+    sixteen_bits = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}[dtype]
+    config = tower_config(_decoder_config(geometry, 1, *sixteen_bits), geometry.tower, "false")
+    tower = build_tower(config, geometry.tower, ProcessGroupCollection.use_mpu_process_groups())
+    own, given = tower.state_dict(), {}
+    for name, value in weights.items():
+        if ".layers." not in name:
+            given[own_name(name, own)] = value
+            continue
+        for layer, of_layer in enumerate(value):
+            given[own_name(name.replace(".layers.", f".layers.{layer}.", 1), own)] = of_layer
+    lists = differences(weight_shapes(given), weight_shapes(own), "the model has")
+    check_nothing_differs("the checkpoint's vision tower is not that of its llava/ folder", lists)
+    tower.load_state_dict({name: given.get(name, value) for name, value in own.items()})
+    return tower.to(device=device.current_device(), dtype=dtype).eval().requires_grad_(False)
+
+
+def _decoder_config(geometry: LlavaGeometry, length: int, *arguments: str) -> TransformerConfig:
+    """The decoder's config as Megatron's parser makes it for records of `length` tokens."""
+    sys.argv[1:] = [
+        *device.megatron_arguments(sixteen_bits="--bf16" in arguments or "--fp16" in arguments),
+        *decoder_arguments(geometry.language, length),
+        *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
+        *arguments,
+    ]
+    args = parse_args()
+    validate_args(args)
+    return core_transformer_config_from_args(args)

@@ -27,6 +27,7 @@ class Work:
     labels: int = 0  # trained tokens
     images: int = 0  # tiles are images of their own
     pairs: int = 0  # of tokens of a record, the one at or before the other
+    cached: int = 0  # images whose features are cached: the tower does not see them
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -57,7 +58,7 @@ def step_flop(geometry: LlavaGeometry, frozen: Frozen, work: Work) -> int:
     second = _Passes(tower_trained or projector_trained, projector_trained)
     language = _Passes(tower_trained or projector_trained or language_trained, language_trained)
     return (
-        _tower_flop(geometry.tower, tower, work.images)
+        _tower_flop(geometry.tower, tower, work.images - work.cached)
         + _projector_flop(geometry, first, second, work.images * geometry.tower.image_tokens)
         + _language_flop(geometry.language, language, work)
     )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from megatron_patch.conversion import convert_to_megatron
+from megatron_patch.data.loading.dataset import EnergonFolder
+from megatron_patch.data.preparation.shard_writer import tar_header
 from tests import tiny_models
 from tests.training.launching import ROOT, Workspace
 
@@ -53,3 +56,26 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         capture_output=True,
     )
     return Workspace(folder / "checkpoint", folder / "records" / "wds")
+
+
+def spoil_images(dataset: Path, count: int) -> int:
+    """Make the first images of the train split unreadable; no file changes its size.  Returns how many."""
+    spoilt = 0
+    for index in range(len(EnergonFolder(str(dataset), "train"))):
+        sample = EnergonFolder(str(dataset), "train")[index]
+        if "jpg" in sample and spoilt < count:
+            tar = dataset / sample["__shard__"]
+            data = tar.read_bytes()
+            place = data.index(tar_header(f"{sample['__key__']}.jpg", len(sample["jpg"]))) + 512
+            tar.write_bytes(data[:place] + b"no image" + data[place + 8 :])
+            spoilt += 1
+    return spoilt
+
+
+@pytest.fixture(scope="session")
+def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The dataset after two images went bad on the disk."""
+    folder = tmp_path_factory.mktemp("damaged") / "wds"
+    shutil.copytree(workspace.dataset, folder)
+    assert spoil_images(folder, 2) == 2
+    return Workspace(workspace.checkpoint, folder)

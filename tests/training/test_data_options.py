@@ -1,36 +1,17 @@
 """Packing, grouped order and tiles in whole runs, and the record counters that a run keeps."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.data.loading.dataset import EnergonFolder
-from megatron_patch.data.preparation.shard_writer import tar_header
 from tests.data.factories import convert_records, make_records
 from tests.training.launching import Workspace, losses, run
 
 ITERATIONS = 12
 PACKED = {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4, "TRAIN_ITERS": ITERATIONS}
-
-
-@pytest.fixture(scope="module")
-def damaged(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The dataset after two images went bad on the disk."""
-    folder = tmp_path_factory.mktemp("damaged") / "wds"
-    shutil.copytree(workspace.dataset, folder)
-    spoilt = 0
-    for index in range(len(EnergonFolder(str(folder), "train"))):
-        sample = EnergonFolder(str(folder), "train")[index]
-        if "jpg" in sample and spoilt < 2:
-            tar = folder / sample["__shard__"]
-            data = tar.read_bytes()
-            place = data.index(tar_header(f"{sample['__key__']}.jpg", len(sample["jpg"]))) + 512
-            tar.write_bytes(data[:place] + b"no image" + data[place + 8 :])
-            spoilt += 1
-    return Workspace(workspace.checkpoint, folder)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ OBSERVED = {
     **dict.fromkeys(("FP8_FORMAT", "FP8_RECIPE", "FP8_MARGIN", "FP8_AMAX_HISTORY", "PROFILER"), ARGUMENTS),
     "FP8_AMAX_ALGORITHM": HERE,
     **dict.fromkeys(("ON_BAD_LOSS", "SPIKE_FACTOR", "MAX_ROLLBACKS"), "tests/training/test_loss_spikes.py"),
+    "FEATURE_CACHE": "tests/training/test_feature_cache.py",
     "TIME_LIMIT": ARGUMENTS,
     **dict.fromkeys(("KEEP_LAST", "KEEP_BEST"), "tests/training/test_checkpoint_retention.py"),
     "ASYNC_SAVE": "tests/training/test_resume.py",
@@ -384,6 +385,7 @@ def test_the_work_of_batches_is_counted(colours: Workspace) -> None:
         "labels": sum(int((batch["labels"] != IGNORE_LABEL).sum()) for batch in alone),
         "images": sum(len(batch["pixels"]) for batch in alone),
         "pairs": sum(length * (length + 1) // 2 for length in lengths),
+        "cached": 0,
     }
 
 

@@ -41,6 +41,7 @@ class DataConfig:
     mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
     record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
+    feature_cache: str | None = None  # folder whose features training is given in place of pixels (feature_cache.py)
     length_step: int = 1  # batch lengths are padded up to a multiple of this too, so that few different ones occur
 
     def __post_init__(self) -> None:

@@ -75,6 +75,11 @@ class EnergonFolder:
     def __len__(self) -> int:
         return sum(self.shard_counts)
 
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """(name, records) of every shard, in the order of the records."""
+        return [(shard.name, shard.count) for shard in self._shards]
+
     def name(self, index: int) -> str:
         """`shard[number within it]`, for messages about a sample that could not be read."""
         shard = self._shard_of(index)

@@ -23,6 +23,7 @@ from megatron_patch.data.loading import state as data_state
 from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
+from megatron_patch.data.loading.feature_cache import FeatureCache
 from megatron_patch.data.loading.label_check import ALWAYS_TOLERATED, check_labels
 from megatron_patch.data.loading.lengths import record_lengths
 from megatron_patch.data.loading.sampler import (
@@ -34,6 +35,7 @@ from megatron_patch.data.loading.sampler import (
     ShuffledSampler,
 )
 from megatron_patch.data.loading.task_encoder import EncodedRecord, TaskEncoder
+from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError, current_reason
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
@@ -43,8 +45,9 @@ logger = logging.getLogger(__name__)
 NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
 
 # What a step has to do, for the figures of throughput: records, their tokens without padding, the trained ones,
-# images (tiles are images of their own), and the pairs of tokens of which one sees the other.
-WORK = ("records", "tokens", "labels", "images", "pairs")
+# images (tiles are images of their own), the pairs of tokens of which one sees the other, and of the images those whose
+# features are cached, which the tower does not see.
+WORK = ("records", "tokens", "labels", "images", "pairs", "cached")
 
 Batch = dict[str, Any]
 Skipped = tuple[str, str, str]  # record, reason, detail
@@ -60,14 +63,18 @@ def build_train_loader(
 ) -> "TrainLoader":
     """Endless loader over the train split, from its start or from a saved state.
 
+    With config.feature_cache its batches hold `features` [N, P, hidden] in place of pixels; the records, their order
+    and the state are the same.
+
     Raises UserError: config, data or state do not fit, or training on a first sample could not teach what it should.
     """
     dataset = EnergonDataset(path, "train")
     encoder = TaskEncoder(config, with_pixels)
     check_labels(dataset, encoder, config.max_skipped_share)
     order, meaning = _train_order(dataset, encoder, config)
+    features = FeatureCache(config.feature_cache) if config.feature_cache is not None else None
     loader = TrainLoader(
-        _Batches(dataset, order, encoder, config, with_pixels, config.packing),
+        _Batches(dataset, order, encoder, config, with_pixels, config.packing, features),
         config,
         data_parallel_rank,
         data_parallel_size,
@@ -143,9 +150,12 @@ class _Batches(Dataset):
         config: DataConfig,
         with_pixels: bool,
         packed: bool,
+        features: FeatureCache | None = None,
     ) -> None:
+        assert features is None or len(features) == len(dataset), f"{features.folder} is of another dataset"
         self.dataset, self.order = dataset, order
         self._encoder, self._config, self._with_pixels = encoder, config, with_pixels
+        self._features = features
         self._collate = collate_packed if packed else collate
 
     def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
@@ -163,18 +173,28 @@ class _Batches(Dataset):
             counts["kept"] += 1
             counts["truncated"] += row.truncated
             rows.append(row)
-        counts |= _work([row for row in rows if row is not None])
+        kept = [row for row in rows if row is not None]
+        counts |= _work(kept)
         pad_token_id = self._encoder.conversation.pad_token_id
-        return self._collate(rows, self._config, pad_token_id, self._with_pixels), counts, skipped
+        if self._features is None:
+            return self._collate(rows, self._config, pad_token_id, self._with_pixels), counts, skipped
+        batch = self._collate(rows, self._config, pad_token_id, with_pixels=False)
+        counts["cached"] = counts["images"]
+        if self._with_pixels:
+            batch["features"] = torch.cat([self._features.none(), *(row.features for row in kept)])
+        return batch, counts, skipped
 
     def _encode(self, index: int) -> EncodedRecord:
         try:
-            parts = self.dataset[index]
+            parts = self.dataset[index] if self._features is None else self.dataset.read_text(index)
         except (OSError, ValueError, tarfile.TarError) as error:
             raise RecordError("malformed", f"shard: {type(error).__name__}: {error}") from error
         if parts is None:
             raise RecordError("excluded", "by split.yaml")
-        return self._encoder.encode(parts)
+        if self._features is None:
+            return self._encoder.encode(parts)
+        text = self._encoder.encode_text(cook(parts))
+        return EncodedRecord(**vars(text), pixels=None, features=self._features.read(index, self._with_pixels))
 
 
 def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
@@ -186,6 +206,7 @@ def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
         "labels": sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows),
         "images": sum(len(row.image_starts) for row in rows),
         "pairs": sum(length * (length + 1) // 2 for length in lengths),
+        "cached": 0,
     }
 
 

@@ -1,10 +1,11 @@
 """Raw sample -> training row: shifted labels, pixels and placeholder positions, or a RecordError that says why not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from megatron_patch.data.conversation import ConversationEncoder
 from megatron_patch.data.image import image_to_tiles, open_image
@@ -31,6 +32,25 @@ class EncodedRecord(EncodedText):
     """One row before padding."""
 
     pixels: np.ndarray | None  # uint8 [N, 3, side_px, side_px]; None where images are not wanted
+    features: Tensor | None = None  # [N, P, hidden], cached, in place of pixels
+
+
+def decode_images(images: Sequence[bytes], config: DataConfig) -> np.ndarray:
+    """Images of a record -> pixels uint8 [N, 3, side_px, side_px], the tiles of each together.  Raises RecordError."""
+    opened = [open_image(data, config.apply_exif_orientation) for data in images]
+    tiles = np.empty((len(opened), config.tiles, 3, config.side_px, config.side_px), dtype=np.uint8)
+    for number, image in enumerate(opened):
+        tiles[number] = image_to_tiles(
+            image,
+            config.tile_columns,
+            config.tile_rows,
+            config.side_px,
+            config.image_aspect_ratio,
+            config.image_mean,
+            config.center_crop,
+            config.resample,
+        )
+    return tiles.reshape(-1, *tiles.shape[2:])
 
 
 class TaskEncoder:
@@ -55,27 +75,13 @@ class TaskEncoder:
 
     def encode_record(self, record: Record) -> EncodedRecord:
         """Record -> row.  Raises RecordError."""
-        config = self._config
         text = self.encode_text(record)
-        # Decoded also where pixels are not wanted: every pipeline stage must agree on which records are left out.
-        images = [open_image(data, config.apply_exif_orientation) for data in record.images]
-        pixels = None
         if self._with_pixels:
-            shape = (len(images), config.tiles, 3, config.side_px, config.side_px)
-            tiles = np.empty(shape, dtype=np.uint8)
-            for number, image in enumerate(images):
-                tiles[number] = image_to_tiles(
-                    image,
-                    config.tile_columns,
-                    config.tile_rows,
-                    config.side_px,
-                    config.image_aspect_ratio,
-                    config.image_mean,
-                    config.center_crop,
-                    config.resample,
-                )
-            pixels = tiles.reshape(-1, *shape[2:])
-        return EncodedRecord(**vars(text), pixels=pixels)
+            return EncodedRecord(**vars(text), pixels=decode_images(record.images, self._config))
+        # Decoded all the same: every pipeline stage must agree on which records are left out.
+        for data in record.images:
+            open_image(data, self._config.apply_exif_orientation)
+        return EncodedRecord(**vars(text), pixels=None)
 
     def encode_text(self, record: Record) -> EncodedText:
         """Record -> everything but its pixels; the images are not looked at.  Raises RecordError."""
