@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,23 @@ class FeatureKey:
 
     def differences(self, other: "FeatureKey") -> list[str]:
         """`name: this value, now the other`, of all that differ."""
-        mine, others = ({**key.images, **key.architecture, **_plain(key)} for key in (self, other))
+        mine, others = (key._flat() for key in (self, other))
         names = sorted(mine.keys() | others.keys())
         return [
-            f"{name}: {mine.get(name)}, now {others.get(name)}" for name in names if mine.get(name) != others.get(name)
+            f"{name}: {_told(mine.get(name))}, now {_told(others.get(name))}"
+            for name in names
+            if mine.get(name) != others.get(name)
         ]
 
+    def _flat(self) -> dict[str, Any]:
+        own = {"dataset": self.dataset, "weights of the tower": self.weights, "dtype": self.dtype}
+        return {**self.images, **self.architecture, **own}
 
-def _plain(key: FeatureKey) -> dict[str, str]:
-    return {"dataset": key.dataset, "weights of the tower": key.weights, "dtype": key.dtype}
+
+def _told(value: Any) -> str:
+    """A value for a message; a hash by its first 12 digits."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{32,}", text) else text
 
 
 class FeatureCache:

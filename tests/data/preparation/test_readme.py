@@ -91,7 +91,7 @@ def test_options_and_reasons_of_the_readme_exist() -> None:
         subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
         for path in [
             *FOLDER.glob("convert_*.py"),
-            *(FOLDER / f"{name}.py" for name in ("benchmark_conversion", "inspect_dataset")),
+            *(FOLDER / f"{name}.py" for name in ("benchmark_conversion", "cache_tower_features", "inspect_dataset")),
         ]
     )
     named = set(re.findall(r"--[a-z][a-z-]+", README))
