@@ -58,6 +58,8 @@ OF_CONFIG = "tests/training/test_config.py"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_IMAGE = "tests/data/test_image.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
+CACHED = "tests/training/test_feature_cache.py"
+FEATURES, OF_FEATURES = "megatron_patch/data/loading/feature_cache.py", "megatron_patch/training/feature_cache.py"
 
 
 def effect(row: str) -> str:
@@ -102,11 +104,11 @@ MODEL = [
     *of(
         LLAVA,
         ONE_PROCESS,
-        ("the class token instead of the last patch", "features = features[:, 1:]", "features = features[:, :-1]"),
+        ("the class token instead of the last patch", "return features[:, 1:] if", "return features[:, :-1] if"),
         (
             "pixels are not divided by their deviation",
-            "- self.pixel_mean) / self.pixel_std",
-            "- self.pixel_mean) / 255",
+            "- pixel_mean) / pixel_std",
+            "- pixel_mean) / 255",
         ),
         (
             "the embedding of text gets no gradient",
@@ -115,8 +117,8 @@ MODEL = [
         ),
         (
             "the tower's features get no gradient",
-            "return self.vision_projection(features)",
-            "return self.vision_projection(features.detach())",
+            "return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std)",
+            "return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std).detach()",
         ),
         ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
         (
@@ -1092,7 +1094,111 @@ TOOLS = [
     ),
 ]
 
+FEATURE_CACHE = [
+    *of(
+        OF_FEATURES,
+        f"{CACHED}::test_other_weights_are_refused_and_those_of_a_run_are_the_same",
+        ("features of another tower are read", "told.update(value.view(-1).view(torch.uint8).numpy())", "pass"),
+        (
+            "a checkpoint saved in bf16 is another tower",
+            "value = weights[name].to(dtype).contiguous()",
+            "value = weights[name].contiguous()",
+        ),
+    ),
+    *of(
+        CONFIG,
+        f"{CACHED}::test_other_weights_are_refused_and_those_of_a_run_are_the_same",
+        (
+            "a resumed run is judged by the tower it started from",
+            "    if has_checkpoint(arguments.load):\n        step",
+            "    if False:\n        step",
+        ),
+    ),
+    *of(
+        OF_FEATURES,
+        f"{CACHED}::test_a_tower_that_is_trained_is_refused",
+        ("features stand still while the tower learns", "if not arguments.freeze_vision_tower:", "if False:"),
+    ),
+    *of(
+        OF_FEATURES,
+        f"{CACHED}::test_random_weights_and_several_folders_are_refused",
+        ("one folder's features for a list of folders", "if is_blend(arguments.train_dataset_path):", "if False:"),
+    ),
+    *of(
+        FEATURES,
+        f"{CACHED}::test_another_dataset_is_refused",
+        ("features of another dataset are read", 'own = {"dataset": self.dataset, "weights', 'own = {"weights'),
+    ),
+    *of(
+        FEATURES,
+        f"{CACHED}::test_other_images_or_another_dtype_are_refused",
+        ("features of other images are read", "return {**self.images, **self.architecture, **own}", "return own"),
+        ("features of EXIF-turned images are read", '"resample", "apply_exif_orientation")', '"resample")'),
+        (
+            "features of whole images for tiles",
+            '"image_tiles": f"{config.tile_columns}x{config.tile_rows}"',
+            '"image_tiles": "1x1"',
+        ),
+        ("features of another dtype are read", ', "dtype": self.dtype}', "}"),
+    ),
+    *of(
+        FEATURES,
+        f"{CACHED}::test_an_incomplete_cache_is_refused",
+        ("a shard that is cut off is read", "data.stat().st_size != rows * self._row_bytes", "False"),
+    ),
+    *of(
+        FEATURES,
+        f"{CACHED}::test_batches_are_the_same_but_for_the_images",
+        (
+            "a record's features are its neighbour's",
+            "read = os.preadv(shard.file.fileno(), [view], first * self",
+            "read = os.preadv(shard.file.fileno(), [view], 0 * self",
+        ),
+        ("a bad image is no reason to leave a record out", "if str(own) in shard.unusable:", "if False:"),
+    ),
+    *of(
+        CONFIG,
+        f"{CACHED}::test_images_are_not_decoded",
+        (
+            "the option reaches no loader",
+            "feature_cache=None if arguments.feature_cache is None",
+            "feature_cache=None if True",
+        ),
+    ),
+    *of(
+        CONFIG,
+        f"{CACHED}::test_other_images_or_another_dtype_are_refused",
+        ("nobody looks at the cache", "    if arguments.feature_cache is not None:", "    if False:"),
+    ),
+    *of(
+        LAUNCHER,
+        f"{CACHED}::test_images_are_not_decoded",
+        ("FEATURE_CACHE goes nowhere", "[[ -z ${arg[FEATURE_CACHE]} ]] || command", "true || command"),
+    ),
+    *of(
+        "megatron_patch/training/throughput.py",
+        "tests/training/test_throughput.py::test_an_image_whose_features_are_cached_costs_no_tower",
+        ("a tower that does not run counts as work", "work.images - work.cached)", "work.images)"),
+    ),
+    *of(
+        "megatron_patch/training/forward_step.py",
+        f"{CACHED}::test_the_run_is_the_one_without[one process]",
+        ("cached features are left behind", 'features=batch["features"] if first else None', "features=None"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/cache_tower_features.py",
+        f"{CACHED}::test_an_interrupted_cache_goes_on",
+        ("shards of something else are kept", "if (partial / KEY).is_file():", "if False:"),
+        ("finished shards are made again", "if shard_rows(partial, name) is None]", "if True]"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/cache_tower_features.py",
+        f"{CACHED}::test_a_disk_that_is_too_small_is_refused",
+        ("a disk that is too small is filled", "if needed > free:", "if False:"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE),
 ]

@@ -105,3 +105,12 @@ def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:
     gap = step_flop(geometry, STAGE_2, whole) - step_flop(geometry, STAGE_2, pair)
     assert gap == 32 * 3 * 4 * 4096 * saved
     assert whole - pair == Work(-1, 0, 0, 0, saved)
+
+
+def test_an_image_whose_features_are_cached_costs_no_tower() -> None:
+    """CLIP-L/14 at 336 px: 23 layers over 577 positions, and the patches' convolution."""
+    geometry, seen = llava_7b(336), one_record(616, 40)
+    layers = 23 * (2 * 12 * 1024**2 * 577 + 4 * 1024 * 577**2)
+    saved = layers + 2 * 3 * 14**2 * 1024 * 576
+    cached = dataclasses.replace(seen, cached=1)
+    assert step_flop(geometry, STAGE_1, seen) - step_flop(geometry, STAGE_1, cached) == saved
