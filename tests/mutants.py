@@ -1148,7 +1148,7 @@ FEATURE_CACHE = [
     ),
     *of(
         FEATURES,
-        f"{CACHED}::test_batches_are_the_same_but_for_the_images",
+        f"{CACHED}::test_records_of_every_place_are_found",
         (
             "a record's features are its neighbour's",
             "read = os.preadv(shard.file.fileno(), [view], first * self",

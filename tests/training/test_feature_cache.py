@@ -295,14 +295,17 @@ def test_a_disk_that_is_too_small_is_refused(damaged: Workspace, tmp_path: Path,
 
 
 def test_records_of_every_place_are_found(caches: Callable, damaged: Workspace) -> None:
-    """Shape by record; the records that cannot be decoded say why, as decoding does."""
+    """Behind each other they are the files; the records that cannot be decoded say why, as decoding does."""
     found, dataset = FeatureCache(caches()), EnergonFolder(str(damaged.dataset), "train")
     assert len(found) == len(dataset)
-    reasons = []
+    reasons, read = [], []
     for index in range(len(found)):
         try:
-            assert len(found.read(index)) == ("jpg" in dataset[index])
+            read.append(found.read(index))
+            assert len(read[-1]) == ("jpg" in dataset[index])
             assert len(found.read(index, wanted=False)) == 0
         except ValueError as error:
             reasons.append(str(error))
+    files = b"".join((caches() / f"{name}.features").read_bytes() for name, _ in dataset.shards)
+    assert torch.cat(read).numpy().tobytes() == files
     assert len(reasons) == 2 and all(reason.startswith("not an image: UnidentifiedImageError") for reason in reasons)
