@@ -17,6 +17,7 @@ import shutil
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -184,17 +185,19 @@ class Tower:
 
         here = device.current_device()
         torch.get_device_module(here).set_device(here)  # Megatron's tower makes its position_ids there
-        patches.apply_all(device.backend().NAME)
-        from megatron.core import mpu, tensor_parallel
+        # Megatron tells which packages are absent, which the device room has decided, and lists what its parser sets.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            patches.apply_all(device.backend().NAME)
+            from megatron.core import mpu, tensor_parallel
 
-        from megatron_patch.model.llava import of_pixels
-        from megatron_patch.training.load_model import load_tower
+            from megatron_patch.model.llava import of_pixels
+            from megatron_patch.training.load_model import load_tower
 
-        # One process, so nothing is ever sent; Megatron's layers ask for the groups all the same.
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        mpu.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
-        with contextlib.redirect_stdout(io.StringIO()):  # Megatron's parser lists what it sets
+            # One process, so nothing is ever sent; Megatron's layers ask for the groups all the same.
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            mpu.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(1234)
             self._model = load_tower(geometry, weights, dtype)
         self._geometry, self._here = geometry.tower, here
         self._mean, self._std = of_pixels(pixel_mean), of_pixels(pixel_std)
