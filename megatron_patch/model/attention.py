@@ -101,8 +101,8 @@ class ScaledDotProductAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Block-diagonal attention: causal attention over each record of a packed row.
 
-        Long records go one by one, so that nothing is computed that would be masked.  Short ones go side by side, padded
-        for this product alone: there the calls would take longer than the products.
+        Long records go one by one, so that nothing is computed that would be masked.  Short ones go side by side,
+        padded for this product alone: there the calls would take longer than the products.
         """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         if self.context_group is None and len(lengths) > 1 and max(lengths) <= SHORT_RECORD:

@@ -57,7 +57,7 @@ def build_loaders(
     """Training and validation iterators of a (virtual) stage of this process; none on stages that need no data.
 
     First and last stage read the same records: the one the images and tokens, the other the labels.  Both decode, so
-    that a record skipped by one is skipped by both.  Stages between them read the records for where they begin in a row.
+    that a record skipped by one is skipped by both.  Stages between them read them for where records begin in a row.
     """
     args = get_args()
     first, last = (

@@ -233,8 +233,11 @@ def line(result: Result) -> str:
         f"{what:32s} ours  {ours}\n{'':32s} plain {plain}\n"
         f"{'':32s} ratio {result.speed_ratio:.2f}x speed ({min(result.speed_ratios):.2f} to "
         f"{max(result.speed_ratios):.2f}), {result.memory_ratio:.2f}x memory; products reach "
-        f"{result.product_tflop_per_second:.3f} TFLOP/s; threads {result.threads['ours']} {result.threads['plain']}; first losses {result.first_losses['ours']:.6f} "
-        f"{result.first_losses['plain']:.6f}"
+        f"{result.product_tflop_per_second:.3f} TFLOP/s; "
+        + "; ".join(
+            f"{side}: {result.threads[side]} threads, first loss {result.first_losses[side]:.6f}"
+            for side in ("ours", "plain")
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """The loaders: exactly once per epoch, the same records for every parallelism, exact resume, refusals."""
 
 import io
+import itertools
 import multiprocessing
 import shutil
 import time
@@ -377,7 +378,7 @@ def test_padding_free_batches_hold_the_records_of_padded_ones(folder: str, setti
         if "cu_seqlens" in row:
             bounds = row["cu_seqlens"].tolist()
             assert row["tokens"].numel() < 0.96 * rows["tokens"].numel()
-            for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for number, (start, end) in enumerate(itertools.pairwise(bounds)):
                 width = min(end - start, rows["tokens"].shape[1])  # the last goes on to the end of the row
                 assert torch.equal(row["tokens"][0, start : start + width], rows["tokens"][number, :width])
     assert True in shapes, "every batch was padded"

@@ -1,9 +1,9 @@
-"""What a user would write: transformers' LlavaForConditionalGeneration, fused AdamW, one loop.  Started by the benchmark.
+"""What a user would write: a loop over transformers' LlavaForConditionalGeneration, with SDPA and fused AdamW.
 
     python plain_loop.py MODEL RUN.json PRECISION MICRO_BATCHES [freeze-language-model] [freeze-vision-tower]
 
-RUN.json holds the arguments of our trainer, from which this loop takes its records alone: batches are the same.
-SDPA, the gate before each step (gate.py).
+Started by the benchmark, with a gate before each step (gate.py).  RUN.json holds the arguments of our trainer, from
+which this loop takes its records alone: the batches are the same.
 """
 
 import json
