@@ -466,6 +466,7 @@ IMAGE_TILES|auto|COLUMNSxROWS, as 2x2, or auto|each image becomes that many tile
 EXIF_ORIENTATION|auto|one of auto true false|turn images as their EXIF tag says; false: as LLaVA's original code; auto: as the checkpoint was trained, else true
 DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like length
 MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
+PADDING_FREE|auto|one of auto true false|records of a micro-batch stand in one row where they would be padded to the longest; same result, less work; auto: without Transformer Engine
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
@@ -750,7 +751,7 @@ training_arguments() {
     [[ ${arg[EMA_DECAY]} =~ ^[0.]+$ ]] || command+=(--ema-decay "${arg[EMA_DECAY]}")
     [[ -z ${arg[TOKENIZER_PATH]} ]] || command+=(--tokenizer-path "${arg[TOKENIZER_PATH]}")
     [[ -z ${arg[FEATURE_CACHE]} ]] || command+=(--feature-cache "${arg[FEATURE_CACHE]}")
-    for name in IMAGE_CONV_FRONT IMAGE_START_END; do
+    for name in IMAGE_CONV_FRONT IMAGE_START_END PADDING_FREE; do
         option=${name,,} && option=${option//_/-}
         case ${arg[$name]} in
             true) command+=("--$option") ;;

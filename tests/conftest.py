@@ -1,6 +1,8 @@
 """For all tests: no GPU is seen, and how many programs were started warm, and why the others were not."""
 
 import os
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,23 @@ from tests.warm import interpreter
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+STARTS = "starts"
+_of_workers: Counter[str] = Counter()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its count over."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output[STARTS] = dict(interpreter.account())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The other end."""
+    _of_workers.update(getattr(node, "workeroutput", {}).get(STARTS, {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line per reason, behind the results."""
-    for reason, count in sorted(interpreter.account().items()):
+    for reason, count in sorted((interpreter.account() + _of_workers).items()):
         terminalreporter.write_line(f"{count} starts {reason}")

@@ -442,6 +442,16 @@ DATA_OPTIONS = [
         effect("PACKING=true with BATCH_SIZE DECODER_SEQ_LEN"),
         ("PACKING is ignored", "packing=arguments.packing", "packing=False"),
     ),
+    *of(
+        CONFIG,
+        effect("PADDING_FREE=true"),
+        ("PADDING_FREE is ignored", "padding_free=arguments.padding_free", "padding_free=False"),
+    ),
+    *of(
+        CONFIG,
+        effect("PADDING_FREE=auto"),
+        ("rows are padded by default", '"local" in of_device and not', '"local" not in of_device and not'),
+    ),
     *of(CONFIG, effect("SEED=77"), ("SEED is ignored", "seed=arguments.seed", "seed=1234")),
     *of(
         CONFIG,

@@ -5,6 +5,7 @@
 #   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
 #   bash tests/run_tests.sh --mutants       breaks one line at a time and looks whether the tests notice (a quarter hour)
 #   bash tests/run_tests.sh --mutants TEXT  only those whose name, file or tests hold the text
+# Without ARGUMENTS they run in one process per core; TEST_PROCESSES in the environment says how many.
 # COLD_START=1 in the environment starts every run as a user's; else most start from tests/warm/server.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,4 +21,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [[ ${1:-} == --mutants ]]; then
     exec "$PYTHON" tests/run_mutants.py "${@:2}"
 fi
+# All of them: in as many processes as there are cores, each with whole files, whose tests share what is costly to make.
+(($# > 0)) || selection+=(-n "${TEST_PROCESSES:-$(nproc 2>/dev/null || echo 2)}" --dist loadfile)
 exec "$PYTHON" -m pytest "${selection[@]}" "$@"

@@ -16,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+SHORT_RECORD = 512  # tokens; with four records of 725 tokens both ways of _packed() take the same time, on a CPU
+
 
 def zigzag_positions(local_length: int, rank: int, size: int, device: torch.device) -> Tensor:
     """Positions [local_length] of one sequence that context-parallel rank `rank` of `size` holds.
@@ -97,7 +99,14 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend(query, key, value, allowed=allowed)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Block-diagonal attention: one causal attention per record of a packed row, each with a batch of one."""
+        """Block-diagonal attention: causal attention over each record of a packed row.
+
+        Long records go one by one, so that nothing is computed that would be masked.  Short ones go side by side,
+        padded for this product alone: there the calls would take longer than the products.
+        """
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        if self.context_group is None and len(lengths) > 1 and max(lengths) <= SHORT_RECORD:
+            return self._side_by_side(query, key, value, lengths)
         size = 1 if self.context_group is None else self.context_group.size()
         bounds = (cu_seqlens // size).tolist()  # each rank holds an equal part of every record
         # [size, T, groups, d]: the parts of a record lie at the same place of every rank's row
@@ -112,6 +121,18 @@ class ScaledDotProductAttention(MegatronModule):
                 for start, end in itertools.pairwise(bounds)
             ]
         )
+
+    def _side_by_side(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """[T, heads, d] -> [T, heads * d], the records as rows of one batch, as long as the longest."""
+        rows, longest = len(lengths), max(lengths)
+        place = torch.cat([torch.arange(length) * rows + row for row, length in enumerate(lengths)]).to(query.device)
+
+        def as_rows(states: Tensor) -> Tensor:  # [longest, rows, heads, d], zeros behind the end of each
+            empty = states.new_zeros(longest * rows, *states.shape[1:])
+            return empty.index_copy(0, place, states).unflatten(0, (longest, rows))
+
+        context = self._causal(as_rows(query), as_rows(key), as_rows(value))
+        return context.flatten(0, 1).index_select(0, place)
 
     def _over_ranks(self, *states: Tensor) -> tuple[Tensor, ...]:
         """Each [S, ...] -> [size * S, ...], the parts of all context-parallel ranks behind each other."""

@@ -5,6 +5,7 @@ allow_cpu_initialization.py     Megatron starts without CUDA
 async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
+fused_adamw.py                  torch's AdamW in one pass over memory
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 parameter_group_keys.py         a resume with another learning rate

@@ -26,7 +26,8 @@ def apply() -> None:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
                     self.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
+                        # where fused steps want it
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }

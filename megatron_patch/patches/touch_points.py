@@ -149,6 +149,17 @@ TOUCH_POINTS = (
     TouchPoint(OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(
+        LOOP,
+        "get_megatron_optimizer",
+        (
+            Layer(
+                "patches.fused_adamw",
+                "torch's AdamW without `fused` holds temporaries as large as the weights, and takes longer",
+                "Megatron builds torch's AdamW with fused=True",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.tensor_parallel.layers",
         "ColumnParallelLinear.__init__",
         (

@@ -274,8 +274,13 @@ def read_config(argv: list[str]) -> RunConfig:
                     f"{name.upper()} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
+    of_device = device.megatron_arguments(arguments.bf16 or arguments.fp16)
+    if arguments.padding_free is None:
+        # rows of several records have not run with Transformer Engine's attention
+        arguments.padding_free = "local" in of_device and not arguments.fine_grained_activation_offloading
     derived = [
-        *device.megatron_arguments(arguments.bf16 or arguments.fp16),
+        *of_device,
+        "--padding-free" if arguments.padding_free else "--no-padding-free",
         *decoder_arguments(geometry.language, arguments.seq_length),
         *offload_arguments(
             arguments.optimizer_offload_policy,
@@ -346,6 +351,7 @@ def _data_settings(
         step_records=arguments.global_batch_size,
         mega_batch_mult=arguments.mega_batch_mult,
         packing=arguments.packing,
+        padding_free=arguments.padding_free,
         feature_cache=None if arguments.feature_cache is None else str(arguments.feature_cache),
         **images,
     )

@@ -57,14 +57,14 @@ def build_loaders(
     """Training and validation iterators of a (virtual) stage of this process; none on stages that need no data.
 
     First and last stage read the same records: the one the images and tokens, the other the labels.  Both decode, so
-    that a record skipped by one is skipped by both.  Stages between them read packed rows for where records begin.
+    that a record skipped by one is skipped by both.  Stages between them read them for where records begin in a row.
     """
     args = get_args()
     first, last = (
         at_end(ignore_virtual=False, vp_stage=vp_stage)
         for at_end in (mpu.is_pipeline_first_stage, mpu.is_pipeline_last_stage)
     )
-    if not (first or last or args.packing):
+    if not (first or last or args.packing or args.padding_free):
         return None, None, None
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     state = read_saved_state(Path(args.load), args.iteration, rank, size) if args.iteration > 0 else None

@@ -83,7 +83,8 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     timers("batch-generator", log_level=2).start()
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
     batch, record_ids = dict.fromkeys(("tokens", "labels", "pixels", "features", "cu_seqlens")), ()
-    if first or last or get_args().packing:  # packed rows: every stage must know where records begin
+    args = get_args()
+    if first or last or args.packing or args.padding_free:  # every stage must know where the records of a row begin
         own = next(data_iterator) if data_iterator is not None else None
         record_ids = own["record_ids"] if own is not None else ()
         batch = broadcast_batch(own)

@@ -50,7 +50,7 @@ CHECKED = (
     *("use_persistent_ckpt_worker", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers"),
     *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "use_pytorch_profiler", "nvtx_ranges"),
     *("trace_iterations", "trace_ranks", "sample_answers", "wandb_project", "wandb_exp_name"),
-    *("image_conv_front", "projector_lr"),
+    *("image_conv_front", "projector_lr", "padding_free"),
     *("on_bad_loss", "spike_factor", "keep_last", "keep_best", "stop_at", "deterministic_mode", "bad_batches_file"),
     *("skip_train_iteration_range", "accumulate_allreduce_grads_in_fp32"),
 )

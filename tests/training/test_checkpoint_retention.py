@@ -97,6 +97,7 @@ cp -r "$OUT/checkpoint" "$OUT/copied"
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(workspace: Workspace, tmp_path: Path) -> None:
     """A disk with room for one checkpoint; with more of it the same command goes on."""
     output = tmp_path / "out"

@@ -14,7 +14,9 @@ from tests.training.test_graceful_stop import Started, processes_of, ranks_of
 COLD = {"PYTHON": sys.executable, "TRAIN_ITERS": 3, "CHECK": "true"}
 
 
-@pytest.mark.parametrize("script", ["run_mcore_llava.sh", "run_sft_mcore_llava.sh"])
+@pytest.mark.parametrize(
+    "script", ["run_mcore_llava.sh", pytest.param("run_sft_mcore_llava.sh", marks=pytest.mark.slow)]
+)
 def test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start(
     script: str, workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Pat
     ("number", "everywhere"),
     [
         (signal.SIGTERM, True),  # schedulers: every process of the job, loader workers and helpers too
-        (signal.SIGUSR1, False),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
     ],

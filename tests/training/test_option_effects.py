@@ -47,7 +47,9 @@ OBSERVED = {
         ("FREEZE_LANGUAGE_MODEL", "FREEZE_VISION_TOWER", "FREEZE_PROJECTOR"), "tests/training/test_freezing.py"
     ),
     **dict.fromkeys(("CONVERSATION_TEMPLATE", "IMAGE_CONV_FRONT", "IMAGE_START_END", "IMAGE_ASPECT_RATIO"), HERE),
-    **dict.fromkeys(("IMAGE_TILES", "EXIF_ORIENTATION", "DATA_ORDER", "MEGA_BATCH_MULT", "PACKING"), HERE),
+    **dict.fromkeys(
+        ("IMAGE_TILES", "EXIF_ORIENTATION", "DATA_ORDER", "MEGA_BATCH_MULT", "PACKING", "PADDING_FREE"), HERE
+    ),
     **dict.fromkeys(("MAX_SKIPPED", "TOKENIZER_PATH", "NUM_WORKERS", "SEED"), HERE),
     **dict.fromkeys(("RECOMPUTE_METHOD", "RECOMPUTE_LAYERS", "TOWER_AC", "DETERMINISTIC"), HERE),
     **dict.fromkeys(("WEIGHT_DECAY", "ADAM_BETA2", "CLIP_GRAD"), HERE),
@@ -142,6 +144,7 @@ class Seen:
 
     def __init__(self, workspace: Workspace, **options: object) -> None:
         self.workspace = workspace
+        options = {"PADDING_FREE": "false", **options}  # rows are easier to look at
         self.settings: RunConfig = read_config(arguments(workspace, **options))
         self.loader = build_train_loader(self.settings.train_dataset_path, self.settings.data, 0, 1)
         self.tokenizer = load_tokenizer(str(workspace.checkpoint / "llava"))
@@ -295,6 +298,8 @@ EFFECTS = [
     ("GLOBAL_BATCH_SIZE", one_modality_a_step, True, "4", False, MODALITY),
     ("MEGA_BATCH_MULT", like_lengths_together, True, "1", False, MODALITY),
     ("PACKING", records_of_a_row, 1, "true", 3, {"BATCH_SIZE": 1, "DECODER_SEQ_LEN": 256}),
+    ("PADDING_FREE", records_of_a_row, 1, "true", 2, {}),
+    ("PADDING_FREE", records_of_a_row, 1, "auto", 2, {}),
     ("SEED", as_with_seed_1234, True, "77", False, {}),
     ("NUM_WORKERS", workers, 0, "1", 1, {}),
     ("BATCH_SIZE", rows, 2, "4", 4, {}),

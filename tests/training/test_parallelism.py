@@ -17,7 +17,7 @@ ITERATIONS = 20
 ONE_PROCESS = {
     "all trained": {},
     "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
-    "stage 2": {"FREEZE_VISION_TOWER": "true"},
+    "stage 2": {"FREEZE_VISION_TOWER": "true", "PADDING_FREE": "false"},  # the others hold records in one row
     "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
 }
 PARALLELISMS = {
@@ -77,3 +77,13 @@ def test_losses_equal_a_single_process(
     worst = max(differences, key=differences.get)
     print(f"{case}, {parallelism}: largest relative difference {differences[worst]:.1e} at iteration {worst}")
     assert differences[worst] <= 7e-6, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"
+
+
+def test_padding_is_left_out_without_a_trace(
+    workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
+) -> None:
+    """The default against rows that are padded to the longest record."""
+    padded = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, PADDING_FREE="false"))
+    found = of_one_process("all trained")
+    assert found.keys() == padded.keys() and found != padded, "nothing was left out"
+    assert max(abs(found[i] / padded[i] - 1) for i in padded) <= 7e-6

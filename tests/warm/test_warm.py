@@ -1,6 +1,7 @@
 """A process of the fork server is what a fresh start is: what it sees, how it ends, and that it ends with its shim."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tests.warm import interpreter
 
 pytestmark = pytest.mark.skipif(os.environ.get("COLD_START") == "1", reason="COLD_START=1: nothing is warm")
 
+INHERITED = 512  # a descriptor that nobody has open
 PROBE = """
 import json, multiprocessing.process, os, signal, sys, threading
 import numpy, torch
@@ -26,7 +28,7 @@ print(json.dumps({
     "argv": sys.argv, "name": __name__, "main": sys.modules["__main__"].__dict__ is globals(),
     "file": globals().get("__file__"), "spec": __spec__ and __spec__.name, "folder": os.getcwd(),
     "path": sys.path, "environment": dict(os.environ), "umask": masked, "input": sys.stdin.read(),
-    "descriptors": sorted(os.listdir("/proc/self/fd"))[:-1], "inherited": os.read(99, 100).decode(),
+    "descriptors": sorted(os.listdir("/proc/self/fd"))[:-1], "inherited": os.read(512, 100).decode(),
     "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     "handled": [str(signal.getsignal(number)).split(" at ")[0] for number in range(1, 32)],
     "threads": len(os.listdir("/proc/self/task")), "of torch": torch.get_num_threads(),
@@ -84,9 +86,9 @@ def open_at(number: int, text: bytes) -> Iterator[int]:
     """A pipe that holds `text`, open for reading at this descriptor."""
     read, write = os.pipe()
     os.write(write, text)
-    os.dup2(read, number)
-    os.close(read)
     os.close(write)
+    assert fcntl.fcntl(read, fcntl.F_DUPFD, number) == number, "it is in use"
+    os.close(read)
     try:
         yield number
     finally:
@@ -99,7 +101,7 @@ def test_a_program_sees_what_a_fresh_start_sees(words: list[str], environment: d
     for warm in (False, True):
         previous = os.umask(0o027)
         try:
-            with open_at(99, b"a pipe") as number:
+            with open_at(INHERITED, b"a pipe") as number:
                 done, counted = run(PROBE, tmp_path, environment, warm, words, input="some input", pass_fds=[number])
         finally:
             os.umask(previous)

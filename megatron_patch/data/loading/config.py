@@ -40,7 +40,9 @@ class DataConfig:
     step_records: int = 0  # with order=modality: records of an optimizer step
     mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
-    record_multiple: int = 1  # with packing: each record's place in a row is padded up to a multiple of this
+    # batches whose rows would be padded hold their records in one row instead, as packed ones do
+    padding_free: bool = False
+    record_multiple: int = 1  # in one row: each record's place in a row is padded up to a multiple of this
     feature_cache: str | None = None  # folder whose features training is given in place of pixels (feature_cache.py)
     length_step: int = 1  # batch lengths are padded up to a multiple of this too, so that few different ones occur
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_patch.data.loading import state as data_state
-from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed
+from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed, collate_padding_free
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
 from megatron_patch.data.loading.feature_cache import FeatureCache
@@ -156,7 +156,7 @@ class _Batches(Dataset):
         self.dataset, self.order = dataset, order
         self._encoder, self._config, self._with_pixels = encoder, config, with_pixels
         self._features = features
-        self._collate = collate_packed if packed else collate
+        self._collate = collate_packed if packed else collate_padding_free if config.padding_free else collate
 
     def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
         rows: list[EncodedRecord | None] = []

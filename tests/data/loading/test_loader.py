@@ -1,6 +1,7 @@
 """The loaders: exactly once per epoch, the same records for every parallelism, exact resume, refusals."""
 
 import io
+import itertools
 import multiprocessing
 import shutil
 import time
@@ -359,6 +360,30 @@ def test_steps_of_length_leave_few_lengths_and_lose_no_token(folder: str, settin
         if packing:
             assert other["cu_seqlens"][-1] == other["tokens"].shape[1]
     assert lengths <= {*range(64, longest, 64), longest}
+
+
+def test_padding_free_batches_hold_the_records_of_padded_ones(folder: str, settings: DataConfig) -> None:
+    """Micro-batch by micro-batch; rows of one length stay rows."""
+    padded, free = (
+        take(build_train_loader(folder, changed(settings, micro_batch_size=4, padding_free=on), 0, 1), TRAIN // 4)
+        for on in (False, True)
+    )
+    shapes = set()
+    for rows, row in zip(padded, free, strict=True):
+        assert row["record_ids"] == rows["record_ids"]
+        assert torch.equal(row["pixels"], rows["pixels"])
+        trained = [batch["labels"][batch["labels"] != IGNORE_LABEL] for batch in (rows, row)]
+        assert torch.equal(*trained)
+        shapes.add("cu_seqlens" in row)
+        if "cu_seqlens" in row:
+            bounds = row["cu_seqlens"].tolist()
+            assert row["tokens"].numel() < 0.96 * rows["tokens"].numel()
+            for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+                width = min(end - start, rows["tokens"].shape[1])  # the last goes on to the end of the row
+                assert torch.equal(row["tokens"][0, start : start + width], rows["tokens"][number, :width])
+    assert True in shapes, "every batch was padded"
+    alike = changed(settings, micro_batch_size=1, padding_free=True)
+    assert all("cu_seqlens" not in batch for batch in take(build_train_loader(folder, alike, 0, 1), 3))
 
 
 PACKED = {"packing": True, "decoder_seq_len": 512, "micro_batch_size": 1}
