@@ -111,7 +111,7 @@ def test_the_run_is_the_one_without(
     assert "skipped 2 (not an image 2)" in printed or "skipped 3 (not an image 3)" in printed
 
 
-def test_images_are_not_decoded(workspace: Workspace, tmp_path: Path, without: Callable, damaged: Workspace) -> None:
+def test_images_are_not_decoded(workspace: Workspace, tmp_path: Path) -> None:
     """The images go bad behind the cache's back, which nothing that a run reads shows."""
     cache(workspace, tmp_path / "features", "--precision", "fp32")
     expected = losses(run(workspace, tmp_path / "intact", **STEPS))
