@@ -509,7 +509,11 @@ DATA_OPTIONS = [
     *of(
         CONFIG,
         f"{OF_CONFIG}::test_fp32_runs_on_megatrons_own_layers",
-        ("bf16 goes without Transformer Engine", "(arguments.bf16 or arguments.fp16),", "(arguments.fp16),"),
+        (
+            "bf16 goes without Transformer Engine",
+            "device.megatron_arguments(arguments.bf16 or",
+            "device.megatron_arguments(",
+        ),
         ("AC=offload with fp32 fails in Megatron", "if not (arguments.bf16 or arguments.fp16):", "if False:"),
     ),
     *of(
@@ -562,8 +566,8 @@ DATA_OPTIONS = [
         effect("IMAGE_START_END=true"),
         (
             "the launcher keeps IMAGE_START_END",
-            "for name in IMAGE_CONV_FRONT IMAGE_START_END; do",
-            "for name in IMAGE_CONV_FRONT; do",
+            "for name in IMAGE_CONV_FRONT IMAGE_START_END PADDING_FREE; do",
+            "for name in IMAGE_CONV_FRONT PADDING_FREE; do",
         ),
     ),
     *of(
@@ -757,6 +761,27 @@ PATCHES = [
         "tests/device/test_cpu.py::test_megatron_computes_with_torch_where_cuda_packages_are_installed",
         ("Transformer Engine's kernels get CPU tensors", '*("transformer_engine", "transformer', '*("transformer'),
         ("Apex's kernels get CPU tensors", '"apex", "amp_C"),', '"amp_C"),'),
+    ),
+    *of(
+        "megatron_patch/patches/fused_adamw.py",
+        f"{OF_PATCHES}::test_torchs_adamw_steps_fused_also_after_a_load",
+        ("AdamW is not fused", "group.update(fused=True,", "group.update(fused=False,"),
+        ("AdamW is fused until a load", "part.optimizer.register_load_state_dict_post_hook(_set_fused)", "pass"),
+    ),
+    *of(
+        ATTENTION,
+        "tests/training/test_parallelism.py::test_padding_is_left_out_without_a_trace",
+        (
+            "short records see their neighbours",
+            "torch.arange(length) * rows + row",
+            "torch.arange(length) + row * length",
+        ),
+    ),
+    *of(
+        COLLATOR,
+        f"{OF_LOADER}::test_padding_free_batches_hold_the_records_of_padded_ones",
+        ("rows are always padded", "worth_it = config.padded_length", "worth_it = False and config.padded_length"),
+        ("rows are never padded", "padded * (1 - LEAST_SAVED)", "padded"),
     ),
     *of(
         "megatron_patch/patches/unfused_weight_gradients.py",

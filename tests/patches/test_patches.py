@@ -18,11 +18,11 @@ print(*patches.apply_all("cpu"))
 assert patches.apply_all("cpu")  # twice is once
 """
     names = in_new_process(program).split()
-    assert names == patches.listed("cpu") and len(names) == 9
+    assert names == patches.listed("cpu") and len(names) == 10
 
 
 def test_only_what_a_gpu_needs_is_applied_there() -> None:
-    wanted = {"distributed_optimizer_state", "interleaved_loader_state", "skip_compile_helpers"} | {
+    wanted = {"distributed_optimizer_state", "fused_adamw", "interleaved_loader_state", "skip_compile_helpers"} | {
         "missing_extra_states",
         "parameter_group_keys",
         "unfused_weight_gradients",
@@ -171,3 +171,33 @@ except BaseException as error:  # torch's CheckpointException is no Exception
 """
     (tmp_path / "checkpoint").mkdir()
     assert "other.weight" in in_new_process(program, tmp_path / "checkpoint")
+
+
+def test_torchs_adamw_steps_fused_also_after_a_load() -> None:
+    """Groups of a checkpoint come with `fused` of the run that wrote them."""
+    program = """
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core import mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import training
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+model = DistributedDataParallel(config, DistributedDataParallelConfig(), torch.nn.Linear(4, 4))
+optimizer = training.get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.1), [model])
+(part,) = optimizer.chained_optimizers
+state = part.optimizer.state_dict()
+for group in state["param_groups"]:
+    assert group["fused"]
+    group["fused"] = None
+part.optimizer.load_state_dict(state)
+assert all(group["fused"] for group in part.optimizer.param_groups)
+print("fused")
+"""
+    assert in_new_process(program).split()[-1] == "fused"

@@ -40,7 +40,7 @@ class Gate:
         self._done: TextIO = (folder / DONE).open("w")
         self._left = 0
         self._told: dict[str, Any] = {}
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
         self._profile: Any = None
         self._said_ready = False
 
@@ -55,7 +55,7 @@ class Gate:
             self._told = {"losses": [], "threads": _threads()}
             reset_peak_memory()
             self._profile = _start_profile() if profile else None
-            self._began = time.perf_counter()
+            self._began, self._cpu_began = time.perf_counter(), time.process_time()
         self._left -= 1
 
     def note(self, loss: float | None = None, **more: Any) -> None:
@@ -68,7 +68,8 @@ class Gate:
         told = {"ready": True}
         if self._said_ready:
             seconds = time.perf_counter() - self._began
-            told = {"seconds": seconds, "peak_bytes": _peak_bytes(), **self._told}
+            used = time.process_time() - self._cpu_began
+            told = {"seconds": seconds, "cpu_seconds": used, "peak_bytes": _peak_bytes(), **self._told}
             if self._profile is not None:
                 told["operators"] = _operators(self._profile)
                 self._profile = None

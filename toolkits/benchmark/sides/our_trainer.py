@@ -1,4 +1,7 @@
-"""This toolkit's trainer as its launcher starts it, with a gate before each step; see gate.py."""
+"""This toolkit's trainer as its launcher starts it, with a gate before each step; see gate.py.
+
+A step begins when the trainer draws its first micro-batch; what Megatron does between two steps counts to the one before.
+"""
 
 import sys
 from pathlib import Path
@@ -13,19 +16,31 @@ def main() -> None:
     """What examples/llava_mcore/pretrain_llava.py does, and the gate."""
     device.install()
     from gate import Gate
-    from megatron.training import training
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    gate, train_step = Gate(), training.train_step
-
-    def gated(*args: object, **kwargs: object) -> tuple:
-        gate.before_step()
-        result = train_step(*args, **kwargs)
-        gate.note(loss=float(result[0]["lm loss"]))
-        return result
-
-    training.train_step = gated  # innermost: all that the toolkit and Megatron's loop do around a step counts
+    from megatron_patch.data.loading.loader import TrainLoader
+    from megatron_patch.training import loss_spikes
     from megatron_patch.training.pretrain import train_llava
 
+    gate, drawn, sums = Gate(), 0, []
+    draw, note = TrainLoader.__next__, loss_spikes.note
+
+    def gated(loader: TrainLoader) -> dict:
+        nonlocal drawn
+        if drawn % get_num_microbatches() == 0:
+            if sums:  # of the step before, over its micro-batches
+                total, labels = sum(sums).tolist()
+                gate.note(loss=total / labels)
+                sums.clear()
+            gate.before_step()
+        drawn += 1
+        return draw(loader)
+
+    def noted(record_ids: list[str], of_batch: object) -> None:
+        sums.append(of_batch)
+        note(record_ids, of_batch)
+
+    TrainLoader.__next__, loss_spikes.note = gated, noted
     train_llava()
 
 
