@@ -1,7 +1,9 @@
 """torchrun, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
+    python -m megatron_patch.launch [--check] [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
 
+- --check: first of all the script is run alone, with --check-only in front of its arguments; when that fails, so does
+  this, with the same exit code, before anything is created.  Meanwhile torchrun is imported.
 - SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
   exit code 0, so does this.  torchrun itself would end with an error.
 - When a process dies, the tail of its stderr and one sentence end the output, instead of torchrun's table of all that
@@ -11,6 +13,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,19 @@ def _forward(number: int, _: Any) -> None:
     print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
     for child in children:
         os.kill(child, number)
+
+
+def _end(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _start_check(arguments: list[str]) -> subprocess.Popen:
+    """Start the script among the arguments of torchrun alone, as the only rank, with --check-only in front of its own."""
+    first = next(number for number, argument in enumerate(arguments) if argument.endswith(".py"))
+    # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-u", arguments[first], "--check-only", *arguments[first + 1 :]]
+    return subprocess.Popen(command, env=environment)
 
 
 class _Logs:
@@ -83,17 +99,24 @@ def _report(rank: int, failure: Any, logs: _Logs) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run torchrun with `arguments`; ends the process."""
-    rollbacks = 0
+    check, rollbacks = None, 0
+    for number in FORWARDED:
+        signal.signal(number, _end)
+    if arguments[:1] == ["--check"]:
+        arguments = arguments[1:]
+        check = _start_check(arguments)
     if arguments[:1] == ["--max-rollbacks"]:
         rollbacks, arguments = int(arguments[1]), arguments[2:]
     if arguments[:2] == TORCHRUN:
         arguments = arguments[2:]
-    for number in FORWARDED:
-        signal.signal(number, _forward)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     parsed = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
+    if check and (code := check.wait()):
+        sys.exit(code if code > 0 else 128 - code)
+    for number in FORWARDED:
+        signal.signal(number, _forward)
     logs = _Logs(parsed.log_dir)
     try:
         run(parsed)
