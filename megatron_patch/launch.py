@@ -11,10 +11,12 @@
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,23 @@ def _end(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def _start_check(arguments: list[str]) -> subprocess.Popen:
-    """Start the script among the arguments of torchrun alone, as the only rank, with --check-only in front of its own."""
+@contextlib.contextmanager
+def _check(arguments: list[str]) -> Iterator[None]:
+    """Run the script among the arguments of torchrun beside the block, as the only rank, --check-only before its own.
+
+    Waits for it at the end of the block, and ends this process if it failed.
+    """
     first = next(number for number, argument in enumerate(arguments) if argument.endswith(".py"))
-    # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
     command = [sys.executable, "-u", arguments[first], "--check-only", *arguments[first + 1 :]]
-    return subprocess.Popen(command, env=environment)
+    # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
+    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
+    try:
+        yield
+        code = process.wait()
+    finally:
+        process.kill()  # if it has not ended: a signal ends both
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 class _Logs:
@@ -99,22 +111,21 @@ def _report(rank: int, failure: Any, logs: _Logs) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run torchrun with `arguments`; ends the process."""
-    check, rollbacks = None, 0
+    check, rollbacks = contextlib.nullcontext(), 0
     for number in FORWARDED:
         signal.signal(number, _end)
     if arguments[:1] == ["--check"]:
         arguments = arguments[1:]
-        check = _start_check(arguments)
+        check = _check(arguments)
     if arguments[:1] == ["--max-rollbacks"]:
         rollbacks, arguments = int(arguments[1]), arguments[2:]
     if arguments[:2] == TORCHRUN:
         arguments = arguments[2:]
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with check:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     parsed = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
-    if check and (code := check.wait()):
-        sys.exit(code if code > 0 else 128 - code)
     for number in FORWARDED:
         signal.signal(number, _forward)
     logs = _Logs(parsed.log_dir)

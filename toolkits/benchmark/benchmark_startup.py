@@ -46,9 +46,9 @@ class Commands:
             sys.exit(f"error: {name} ended with exit code {done.returncode}\n{done.stdout[-2000:]}")
 
     def time_training(self, name: str, words: Sequence[str | Path], environment: Mapping[str, str]) -> None:
-        """Measure a run of one iteration: from its start to the iteration's line, on to the checkpoint, on to its end."""
-        began = last = time.monotonic()
+        """Measure a run of one iteration: from its start to the iteration's line, to the checkpoint, to its end."""
         printed = []
+        began = last = time.monotonic()
         with subprocess.Popen(
             list(map(str, words)),
             cwd=REPOSITORY,
