@@ -54,7 +54,8 @@ def _check(arguments: list[str]) -> Iterator[None]:
 
     Waits for it at the end of the block, and ends this process if it failed.
     """
-    first = next(number for number, argument in enumerate(arguments) if argument.endswith(".py"))
+    # a file: a host's name may end like a script's
+    first = next(number for number, word in enumerate(arguments) if word.endswith(".py") and os.path.isfile(word))
     command = [sys.executable, "-u", arguments[first], "--check-only", *arguments[first + 1 :]]
     # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
     process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"})

@@ -19,9 +19,11 @@ def within_process(usual: Callable[..., Any]) -> Callable[..., Any]:
     own: queue.Queue[Any] = queue.Queue()
 
     def get_queue(mp_mode: str = "spawn") -> Any:
-        from megatron.training import get_args
+        from megatron.training import global_vars
 
-        return usual(mp_mode) if get_args().async_save else own
+        # without a training there are no arguments, and get_args() raises
+        asynchronous = getattr(global_vars._GLOBAL_ARGS, "async_save", False)
+        return usual(mp_mode) if asynchronous else own
 
     return get_queue
 
