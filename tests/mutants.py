@@ -1079,10 +1079,10 @@ LAUNCHERS = [
     *of(
         "megatron_patch/patches/synchronous_save_queue.py",
         f"{OF_PATCHES}::test_a_synchronous_save_starts_no_process",
-        ("every first save starts a process", "usual(mp_mode) if get_args().async_save else own", "usual(mp_mode)"),
+        ("every first save starts a process", "usual(mp_mode) if asynchronous else own", "usual(mp_mode)"),
         (
             "the writer of asynchronous saves has a queue of its own",
-            "usual(mp_mode) if get_args().async_save else own",
+            "usual(mp_mode) if asynchronous else own",
             "own",
         ),
     ),
