@@ -385,10 +385,13 @@ torchrun_arguments() {
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
     )
     environment+=("${device_environment[@]}")
+    local -a check=()
+    # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
+    [[ ${arg[CHECK]} != true ]] || check=(--check)
     command=(
         # torchrun, which hands on signals and names who died
-        "${arg[PYTHON]}" -u -m megatron_patch.launch --max-rollbacks "${arg[MAX_ROLLBACKS]}" -m torch.distributed.run
-        --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
+        "${arg[PYTHON]}" -u -m megatron_patch.launch "${check[@]}" --max-rollbacks "${arg[MAX_ROLLBACKS]}"
+        -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
         # Every process's output goes to the console and, by rank, to files; nodes may share the disk.
         --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)-node$node_rank" --tee 3 --role=
@@ -540,17 +543,11 @@ launch_llava() {
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     torchrun_arguments "${arg[OUTPUT_BASEPATH]}"
-    local script=$repository/examples/llava_mcore/pretrain_llava.py first_word=$((${#command[@]} + 1))
-    command+=("$script")
+    command+=("$repository/examples/llava_mcore/pretrain_llava.py")
     training_arguments
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
     [[ $stage != 1 ]] || command+=(--allow-fresh-projector)
     command+=("${@:24}")
-    # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
-    if [[ ${arg[CHECK]} == true && ${arg[DRY_RUN]} != 1 ]]; then
-        env "${environment[@]}" RANK=0 WORLD_SIZE=1 "${arg[PYTHON]}" "$script" --check-only "${command[@]:first_word}" ||
-            exit
-    fi
     start
 }
 

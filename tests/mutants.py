@@ -1084,6 +1084,45 @@ LAUNCHERS = [
     ),
     *of(
         "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_nothing_starts_before_the_check_has_passed",
+        ("a failed check stops nothing", "        code = process.wait()", "        code = 0 * process.wait()"),
+        (
+            "the check has the node's number for its rank",
+            '{**os.environ, "RANK": "0", "WORLD_SIZE": "1"}',
+            "os.environ",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_a_signal_during_the_check_ends_everything",
+        ("the check goes on after a signal", "        process.kill()", "        pass"),
+    ),
+    *of(
+        "megatron_patch/tokenizer_files.py",
+        "tests/test_tokenizer_files.py::test_the_class_of_the_configuration_is_not_missed",
+        (
+            "no tokenizer is found by its model's class",
+            'if not config.get("model_type") or not tokenizer.get("tokenizer_class"):',
+            'if not config.get("model_type"):',
+        ),
+    ),
+    *of(
+        "megatron_patch/tokenizer_files.py",
+        "tests/training/test_cold_start.py::test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start",
+        ("the check imports the compiler", "config=config or _bare_config(Path(folder))", "config=config"),
+    ),
+    *of(
+        "megatron_patch/patches/synchronous_save_queue.py",
+        f"{OF_PATCHES}::test_a_synchronous_save_starts_no_process",
+        ("every first save starts a process", "usual(mp_mode) if asynchronous else own", "usual(mp_mode)"),
+        (
+            "the writer of asynchronous saves has a queue of its own",
+            "usual(mp_mode) if asynchronous else own",
+            "own",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_signal_reaches_every_process_and_is_no_failure",
         ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
     ),
