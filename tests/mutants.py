@@ -48,6 +48,7 @@ RECOMPUTED = f"{EFFECTS}::test_what_is_recomputed"
 SIGLIP = f"{EFFECTS}::test_siglip_squeezes_where_clip_crops"
 MAX_SKIPPED = f"{EFFECTS}::test_max_skipped_is_the_share_of_records_that_may_be_bad"
 OF_LOADER = "tests/data/loading/test_loader.py"
+OF_BALANCE = "tests/data/loading/test_balance.py"
 OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
 EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
@@ -437,6 +438,25 @@ DATA_OPTIONS = [
     ),
     *of(
         CONFIG,
+        effect("BALANCE_COST=true"),
+        (
+            "BALANCE_COST is ignored",
+            "balance_cost=_record_cost(arguments, geometry) if arguments.balance_cost else None",
+            "balance_cost=None",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        effect("BALANCE_COST=true"),
+        ("the launcher keeps BALANCE_COST", "[[ ${arg[BALANCE_COST]} != true ]] || command+=(--balance-cost)", ":"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_equal_work_needs_steps_of_one_size",
+        ("steps that grow are balanced", "if changing:", "if False:"),
+    ),
+    *of(
+        CONFIG,
         effect("PACKING=true with BATCH_SIZE DECODER_SEQ_LEN"),
         ("PACKING is ignored", "packing=arguments.packing", "packing=False"),
     ),
@@ -596,13 +616,49 @@ RECORDS = [
         f"{OF_LOADER}::test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches",
         (
             "every rank reads the same records",
-            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
-            "_Positions(position, self._size * batch_size)",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size, batch_size)",
+            "_Positions(position, self._size * batch_size, batch_size)",
         ),
         (
             "ranks overlap",
-            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
-            "_Positions(position + self._rank * batch_size, batch_size)",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size, batch_size)",
+            "_Positions(position + self._rank * batch_size, batch_size, batch_size)",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_a_step_has_the_same_records_on_any_number_of_ranks",
+        ("balanced ranks read the same records", "plan[(self._rank + start // step_records)", "plan[(start // step_records)"),
+        ("a balanced step is read twice", "            start += step_records", "            start += 0"),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_ranks_change_places_from_step_to_step",
+        ("one rank gets all the cheap records", "plan[(self._rank + start // step_records) % ranks]", "plan[self._rank]"),
+    ),
+    *of(
+        "megatron_patch/step_balance.py",
+        f"{OF_BALANCE}::test_the_plan_is_close_to_the_best",
+        ("micro-batches are dealt shortest first", "key=lambda item: -costs[item]", "key=lambda item: costs[item]"),
+        ("ranks are dealt to in turn", "(load + costs[item], rank)", "(load + 1, rank)"),
+    ),
+    *of(
+        "megatron_patch/step_balance.py",
+        f"{OF_BALANCE}::test_what_a_rank_has_to_do",
+        ("padding costs nothing", "longest = max(tokens", "longest = min(tokens"),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_a_step_that_cannot_be_shared_out_is_refused",
+        ("a step is cut short", "if rest or not micro_batches:", "if not micro_batches:"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_BALANCE}::test_a_state_within_a_step_is_a_mistake",
+        (
+            "a balanced state is saved anywhere",
+            "assert self._lengths is None or (self",
+            "assert True or (self",
         ),
     ),
     *of(
@@ -940,7 +996,7 @@ RUNS = [
         ),
     ),
     *of(
-        "megatron_patch/training/throughput.py",
+        "megatron_patch/step_flop.py",
         "tests/training/test_throughput.py::test_anchors_of_llava_7b",
         (
             "frozen layers cost as trained ones",
