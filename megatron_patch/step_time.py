@@ -1,7 +1,7 @@
 """How long a step takes on some devices, on paper: useful work, traffic, bubbles, and waiting for each other.
 
-A model and not a measurement.  What it leaves out: kernels that do little work (a GPU runs them at the one efficiency of
-its precision), contention on the network, and stragglers.  How far it is off: toolkits/benchmark/README.md.
+A model and not a measurement.  What it leaves out: kernels that do little work (a GPU runs them at the one efficiency
+of its precision), contention on the network, and stragglers.  How far it is off: toolkits/benchmark/README.md.
 
 B: records of a micro-batch, S: its padded length, H: the decoder's width; t, p, v, c, d: sizes of tensor, pipeline,
 virtual pipeline, context and data parallelism; m: micro-batches of a rank in a step.
@@ -23,6 +23,7 @@ IMAGE_S = 4.4e-3
 MEMORY_SHARE = 0.8  # of the memory bandwidth that an optimizer reaches, which reads and writes and does little else
 SAMPLED_STEPS, SAMPLED_RECORDS = 16, 65_536  # of the mix, for padding and imbalance
 RECOMPUTES = ("false", "sel", "full")
+NOTHING_FROZEN, ALL_FROZEN = Frozen(), Frozen(True, True, True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Plan:
     precision: str = "bf16"
     recompute: str = "false"
     distributed_optimizer: bool = False
-    frozen: Frozen = Frozen()
+    frozen: Frozen = NOTHING_FROZEN
     balanced: bool = False  # BALANCE_COST
     packed: bool = False  # rows are full: neither padding nor imbalance
     longest: int = 2048  # DECODER_SEQ_LEN
@@ -154,7 +155,8 @@ def look_at(geometry: LlavaGeometry, plan: Plan, mix: LengthMix, seed: int = 0) 
     """Padding and imbalance of a mix: steps are drawn and dealt to ranks as a run does it (step_balance.py)."""
     steps = max(1, min(SAMPLED_STEPS, SAMPLED_RECORDS // plan.global_batch))
     records = mix.sample(steps * plan.global_batch, geometry.tower.image_tokens, plan.longest, seed)
-    cost = RecordCost(*(step_flop(geometry, plan.frozen, unit) for unit in (Work(tokens=1), Work(pairs=1), Work(images=1))))
+    units = Work(tokens=1), Work(pairs=1), Work(images=1)
+    cost = RecordCost(*(step_flop(geometry, plan.frozen, unit) for unit in units))
     of_record = _work(records)
     useful = sum(cost.text(record.tokens) + cost.image * record.images for record in records)
     if plan.packed:
@@ -228,9 +230,9 @@ def predict(geometry: LlavaGeometry, plan: Plan, card: Card, mix: LengthMix) -> 
     total = pipeline + imbalance + data + optimizer
     waiting = max(0.0, busy * plan.devices / card.shared_cores - total) if card.shared_cores else 0.0
     total += waiting
-    images = lengths.work(plan.global_batch).images / plan.data
-    loading = max(0.0, images * IMAGE_S / max(1, min(plan.workers, card.cores * plan.tensor * p * plan.context)) - total)
     work = lengths.work(plan.global_batch)
+    readers = max(1, min(plan.workers, card.cores * plan.tensor * p * plan.context))
+    loading = max(0.0, work.images / plan.data * IMAGE_S / readers - total)
     per_stage = m / (plan.tensor * p)
     return StepTime(
         tower=compute.tower * per_stage,
@@ -291,11 +293,10 @@ def _compute(geometry: LlavaGeometry, plan: Plan, card: Card, lengths: Lengths) 
 
 def _recomputed(geometry: LlavaGeometry, plan: Plan, work: Work, parts: Parts) -> int:
     """FLOP of the decoder's second forward pass: of its layers, or of their attention alone (arXiv 2205.05198)."""
-    all_frozen = Frozen(True, True, True)
-    if plan.recompute == "false" or parts.decoder == flop_of_parts(geometry, all_frozen, work).decoder:
+    if plan.recompute == "false" or parts.decoder == flop_of_parts(geometry, ALL_FROZEN, work).decoder:
         return 0  # no backward pass
     again = Work(tokens=work.tokens if plan.recompute == "full" else 0, pairs=work.pairs)
-    return flop_of_parts(geometry, all_frozen, again).decoder
+    return flop_of_parts(geometry, ALL_FROZEN, again).decoder
 
 
 class _Traffic:
@@ -310,9 +311,7 @@ class _Traffic:
         self._tokens = lengths.micro_batch_tokens
         self._images = lengths.of_record.images / lengths.records * plan.micro_batch  # of a micro-batch
         self._bytes = 4 if plan.precision == "fp32" else 2  # of an activation or a weight
-        frozen = plan.frozen
-        # does the decoder pass gradients on to its inputs or weights?
-        self._decoder_backward = not (frozen.language_model and frozen.vision_tower and frozen.projector)
+        self._decoder_backward = plan.frozen != ALL_FROZEN
 
     def tensor(self) -> float:
         """Of a micro-batch.  Sequence parallelism: two gathers and two reduce-scatters of [S / c, B, H] per layer and
@@ -324,7 +323,8 @@ class _Traffic:
         if t == 1:
             return 0.0
         layers = language.layers / plan.pipeline
-        passes = 4 + self._decoder_backward * (4 + 2 * (not plan.frozen.language_model)) + 4 * (plan.recompute == "full")
+        backward = self._decoder_backward * (4 + 2 * (not plan.frozen.language_model))
+        passes = 4 + backward + 4 * (plan.recompute == "full")
         hidden = self._tokens / plan.context * language.hidden * self._bytes
         seconds = (layers * passes + (1 + self._decoder_backward) / plan.pipeline) * self._moved(hidden, t, t)
         features = self._images * tower.positions * tower.hidden * self._bytes

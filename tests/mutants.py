@@ -48,6 +48,7 @@ RECOMPUTED = f"{EFFECTS}::test_what_is_recomputed"
 SIGLIP = f"{EFFECTS}::test_siglip_squeezes_where_clip_crops"
 MAX_SKIPPED = f"{EFFECTS}::test_max_skipped_is_the_share_of_records_that_may_be_bad"
 OF_LOADER = "tests/data/loading/test_loader.py"
+STEP_TIME, OF_STEP_TIME = "megatron_patch/step_time.py", "tests/test_step_time.py"
 OF_BALANCE = "tests/data/loading/test_balance.py"
 OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
 EXACT = f"{OF_LOADER}::test_resume_is_exact"
@@ -628,13 +629,21 @@ RECORDS = [
     *of(
         "megatron_patch/data/loading/balance.py",
         f"{OF_BALANCE}::test_a_step_has_the_same_records_on_any_number_of_ranks",
-        ("balanced ranks read the same records", "plan[(self._rank + start // step_records)", "plan[(start // step_records)"),
+        (
+            "balanced ranks read the same records",
+            "plan[(self._rank + start //",
+            "plan[(start //",
+        ),
         ("a balanced step is read twice", "            start += step_records", "            start += 0"),
     ),
     *of(
         "megatron_patch/data/loading/balance.py",
         f"{OF_BALANCE}::test_ranks_change_places_from_step_to_step",
-        ("one rank gets all the cheap records", "plan[(self._rank + start // step_records) % ranks]", "plan[self._rank]"),
+        (
+            "one rank gets all the cheap records",
+            "(self._rank + start // step_records) % ranks",
+            "self._rank",
+        ),
     ),
     *of(
         "megatron_patch/step_balance.py",
@@ -1004,6 +1013,44 @@ RUNS = [
             "2 * weights * tokens * 3",
         ),
         ("attention counts half", "return 4 * width * pairs", "return 2 * width * pairs"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_a_single_stage_has_no_bubble_and_many_micro_batches_have_little",
+        (
+            "a bubble per micro-batch",
+            "bubble = (sum(stages) - slowest)",
+            "bubble = m * (sum(stages) - slowest)",
+        ),
+        (
+            "virtual stages fill as slowly",
+            "(sum(stages) - slowest) / plan.virtual_stages",
+            "(sum(stages) - slowest)",
+        ),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_gradients_cross_a_ring",
+        ("a ring moves everything", "return (n - 1) / n * amount", "return amount"),
+        ("frozen weights are summed too", "if not frozen.language_model:", "if True:"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_recompute_is_a_second_forward_pass",
+        ("recompute is free", "return flop_of_parts(geometry, ALL_FROZEN, again).decoder", "return 0"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_what_cannot_be_is_refused",
+        ("a step is cut short on paper", "if self.global_batch % (self.micro_batch * self.data):", "if False:"),
+        ("virtual stages of a single stage", "if self.virtual_stages > 1 and", "if False and"),
+        ("no tensor parallelism at all", "if getattr(self, name) < 1:", "if False:"),
+        ("any recompute", "if self.recompute not in RECOMPUTES:", "if False:"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_a_precision_that_a_card_lacks_is_refused",
+        ("fp8 on any card", "if plan.precision not in card.peak:", "if False:"),
     ),
     *of(
         "megatron_patch/training/timer.py",

@@ -4,7 +4,6 @@ Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeli
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Container, Mapping
 
 import torch

@@ -77,9 +77,7 @@ def test_equal_work_needs_steps_of_one_size(schedule: list[str], workspace: Work
 def test_what_a_record_costs_follows_from_what_is_trained(workspace: Workspace) -> None:
     """A token of a frozen language model has no gradient of weights: 4 FLOP per weight and not 6."""
     words = [*argv(workspace), "--balance-cost", "--global-batch-size", "8"]
-    trained, frozen = (
-        read_config([*words, *more]).data.balance_cost for more in ((), ("--freeze-language-model",))
-    )
+    trained, frozen = (read_config([*words, *more]).data.balance_cost for more in ((), ("--freeze-language-model",)))
     shape = language(workspace)
     query, key = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     weights = shape.layers * shape.hidden * (2 * query + 2 * key + 3 * shape.ffn_hidden)

@@ -1,10 +1,10 @@
 """What BALANCE_COST=true saves: the slowest data-parallel rank of each step, before and after, for a mix of lengths.
 
-    python toolkits/benchmark/simulate_balance.py [--lengths DATASET/.nv-meta/llava_lengths_*.npz] [--data-parallel 8 64]
+    python toolkits/benchmark/simulate_balance.py [--lengths DATASET/.nv-meta/llava_lengths_*.npz] [--micro-batch 4]
 
-Prints a table: what the slowest rank has to do beside the mean rank (medians over steps), with ranks that take turns and
-with equal work; then how long the step is with equal work beside before, padding and waiting together, in sum over all
-steps.  Costs are FLOP of LLaVA-1.5-7B, stage 2, padding included.  Without --lengths the mix is LLaVA-1.5's 665k
+Prints a table: what the slowest rank has to do beside the mean rank (medians over steps), with ranks that take turns
+and with equal work; then how long the step is with equal work beside before, padding and waiting together, in sum over
+all steps.  Costs are FLOP of LLaVA-1.5-7B, stage 2, padding included.  Without --lengths the mix is LLaVA-1.5's 665k
 records, with the lengths of texts that megatron_patch/length_mix.py assumes.
 """
 
@@ -83,8 +83,8 @@ def main() -> None:
         mix = MIX665K.sample(TARGET_RECORDS, IMAGE_TOKENS, LONGEST)
         tokens, images = [record.tokens for record in mix], [record.images for record in mix]
     print(
-        f"{len(tokens)} records, {statistics.mean(tokens):.0f} tokens on average, median {statistics.median(tokens):.0f}, "
-        f"longest {max(tokens)}"
+        f"{len(tokens)} records, {statistics.mean(tokens):.0f} tokens on average, "
+        f"median {statistics.median(tokens):.0f}, longest {max(tokens)}"
     )
     print("| DP | BATCH_SIZE | GLOBAL_BATCH_SIZE | steps | slowest / mean, in turn | balanced | step time | plan, ms |")
     print("|---|---|---|---|---|---|---|---|")

@@ -96,9 +96,7 @@ def plan_of(arguments: argparse.Namespace, gpus: int) -> Plan:
 def table(found: list[tuple[int, Plan, StepTime]]) -> list[str]:
     """Markdown; shares of the step below 0.5% in all rows are left out."""
     names = [
-        name
-        for name in found[0][2].parts
-        if any(step.parts[name] / step.seconds >= 0.005 for _, _, step in found)
+        name for name in found[0][2].parts if any(step.parts[name] / step.seconds >= 0.005 for _, _, step in found)
     ]
     heads = ("GPUs", "step, samples", "s", "samples/s", "tokens/s/GPU", "MFU", "scaling", *names)
     first = found[0][2].samples_per_second / found[0][0]
@@ -127,9 +125,8 @@ def published() -> list[str]:
     for row in ROWS:
         value = row.predicted()
         ratio = f"{value / row.published:.2f}" + (" (sets the efficiency)" if row.calibrates else "")
-        lines.append(
-            f"| {row.name} | {row.published:g} {row.unit}/s/GPU | {value:.4g} | {ratio} | {row.source} | {row.assumed} |"
-        )
+        figures = f"{row.published:g} {row.unit}/s/GPU | {value:.4g} | {ratio}"
+        lines.append(f"| {row.name} | {figures} | {row.source} | {row.assumed} |")
     return lines
 
 

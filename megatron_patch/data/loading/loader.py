@@ -4,8 +4,8 @@ Position p of the endless sequence holds one record, or with packing one row of 
 of data-parallel rank r of R takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch
 size.  So in a step R ranks see what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's
 number k * R + r, and workers change nothing.
-With a record cost (step_balance.py) the positions of each step are dealt to ranks and micro-batches in another way: then the
-step as a whole, and not its micro-batches, is that of every number of ranks.
+With a record cost (step_balance.py) the positions of each step are dealt to ranks and micro-batches in another way:
+then the step as a whole, and not its micro-batches, is that of every number of ranks.
 A record that cannot be used leaves an empty row (packed: a shorter one) behind: counted, named, and nobody else's
 position moves.
 

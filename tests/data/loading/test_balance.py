@@ -1,7 +1,5 @@
 """Equal work: the same records in each step, no rank with more to do than needed, resume as ever."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,7 +47,7 @@ def test_what_a_rank_has_to_do() -> None:
 
 
 def test_the_plan_is_close_to_the_best() -> None:
-    """Lengths like LLaVA-1.5's mix.  The best is at least the mean without any padding, and at least the longest row."""
+    """Lengths like LLaVA-1.5's mix.  The best is at least the mean without any padding, and at least the longest."""
     random = np.random.RandomState(3)
     for layout, most in ((Layout(8, 16, 1), 1.001), (Layout(8, 4, 4), 1.03), (Layout(16, 2, 4), 1.25)):
         ratios = []
@@ -197,8 +195,7 @@ def test_what_cannot_be_balanced_is_refused(equal_work: DataConfig, changes: dic
 
 
 @pytest.mark.parametrize("step_records", [13, 1])
-def test_a_step_that_cannot_be_shared_out_is_refused(
-    folder: str, equal_work: DataConfig, step_records: int, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=f"a step of {step_records} records cannot be shared out over 3 .*multiple of 6"):
+def test_a_step_that_cannot_be_shared_out_is_refused(folder: str, equal_work: DataConfig, step_records: int) -> None:
+    words = f"a step of {step_records} records cannot be shared out over 3 .*multiple of 6"
+    with pytest.raises(UserError, match=words):
         build_train_loader(folder, changed(equal_work, step_records=step_records), 0, 3)
