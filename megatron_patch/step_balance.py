@@ -69,14 +69,16 @@ def balanced(tokens: Sequence[int], images: Sequence[int], cost: RecordCost, lay
 
     The problem is NP-hard (multiprocessor scheduling).  Graham's longest processing time first ("Bounds on
     multiprocessing timing anomalies", 1969) is within 4/3 of the best where counts are free; here every rank takes the
-    same number.  It is done once with micro-batches of like length, which pads least, and once with single records,
-    which a rank then sorts into micro-batches: better where a rank has few micro-batches.
+    same number.  It is done once with micro-batches of like length, which pads least, and are exchanged between ranks
+    while that helps; and once with single records, which a rank then sorts into micro-batches: better where a rank has
+    few of them.
 
     Args: as rank_costs().
     """
     by_length = sorted(range(len(tokens)), key=lambda place: (-tokens[place], -images[place], place))
     groups = _cut(by_length, layout.records)
-    of_groups = _longest_first([_of_micro_batch(group, tokens, images, cost) for group in groups], layout.ranks)
+    costs = [_of_micro_batch(group, tokens, images, cost) for group in groups]
+    of_groups = _exchanged(_longest_first(costs, layout.ranks), costs)
     in_length = {place: number for number, place in enumerate(by_length)}
     of_records = _longest_first(
         [cost.text(length) + cost.image * count for length, count in zip(tokens, images, strict=True)], layout.ranks
@@ -112,4 +114,33 @@ def _longest_first(costs: Sequence[int], ranks: int) -> list[list[int]]:
         dealt[rank].append(item)
         if len(dealt[rank]) < len(costs) // ranks:
             heapq.heappush(free, (load + costs[item], rank))
+    return dealt
+
+
+def _exchanged(dealt: list[list[int]], costs: Sequence[int]) -> list[list[int]]:
+    """The same with items exchanged between the rank that has most to do and the three that have least."""
+    loads = [sum(costs[item] for item in items) for items in dealt]
+    for _ in range(4 * len(dealt)):
+        ranks = sorted(range(len(dealt)), key=lambda rank: loads[rank])
+        most, found = ranks[-1], None
+        for least in ranks[:3]:
+            gap = loads[most] - loads[least]
+            # half of the gap, moved, would make the two equal
+            found = max(
+                (
+                    (min(moved, gap - moved), here, there)
+                    for here, one in enumerate(dealt[most])
+                    for there, other in enumerate(dealt[least])
+                    if 0 < (moved := costs[one] - costs[other]) < gap
+                ),
+                default=None,
+            )
+            if found is not None:
+                break
+        if found is None:
+            break
+        _, here, there = found
+        dealt[most][here], dealt[least][there] = dealt[least][there], dealt[most][here]
+        for rank in (most, least):
+            loads[rank] = sum(costs[item] for item in dealt[rank])
     return dealt

@@ -120,7 +120,7 @@ def test_equal_records_wait_for_nobody_and_unequal_ones_less_when_balanced() -> 
     turn, balanced = (
         predict(LLAVA, plan(256, data=8, micro_batch=4, balanced=balanced), H100, MIX665K) for balanced in (False, True)
     )
-    assert turn.imbalance > 0.03 > 0.005 > balanced.imbalance / balanced.seconds
+    assert turn.imbalance / turn.seconds > 0.1 > 0.001 > balanced.imbalance / balanced.seconds
     assert balanced.padding < 0.3 * turn.padding
     assert balanced.seconds < 0.8 * turn.seconds
     assert (turn.flop, turn.tokens) == (balanced.flop, balanced.tokens), "the same records"

@@ -49,7 +49,7 @@ def test_what_a_rank_has_to_do() -> None:
 def test_the_plan_is_close_to_the_best() -> None:
     """Lengths like LLaVA-1.5's mix.  The best is at least the mean without any padding, and at least the longest."""
     random = np.random.RandomState(3)
-    for layout, most in ((Layout(8, 16, 1), 1.001), (Layout(8, 4, 4), 1.03), (Layout(16, 2, 4), 1.25)):
+    for layout, most in ((Layout(8, 16, 1), 1.001), (Layout(8, 8, 4), 1.06), (Layout(16, 2, 4), 1.06)):
         ratios = []
         for _ in range(20):
             images = (random.rand(layout.step_records) < 0.9).astype(int)
@@ -169,7 +169,7 @@ def test_ranks_are_more_equal_than_without(folder: str, equal_work: DataConfig) 
     for chosen in (equal_work, with_tiles):
         before, after = slowest(changed(chosen, balance_cost=None)), slowest(chosen)
         print(f"slowest rank: {after / before:.3f} of what it was")
-        assert after < 0.9 * before
+        assert after < 0.97 * before
 
 
 def test_ranks_change_places_from_step_to_step(folder: str, equal_work: DataConfig) -> None:
