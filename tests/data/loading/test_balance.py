@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
-from megatron_patch.step_balance import Layout, RecordCost, balanced, in_turn, rank_costs
+from megatron_patch.step_balance import Layout, RecordCost, _longest_first, balanced, in_turn, rank_costs
 from tests.data.factories import changed
 
 COST = RecordCost(token=1000, pair=1, image=30_000)
@@ -44,6 +44,11 @@ def test_what_a_rank_has_to_do() -> None:
     # long rows beside long ones, short beside short: one rank at a time, so only the padding is saved
     plan = balanced([9, 1, 9, 1], [0] * 4, COST, Layout(1, 2, 2))
     assert sorted(map(sorted, plan[0])) == [[0, 2], [1, 3]]
+
+
+def test_the_longest_goes_first_to_the_rank_that_has_least() -> None:
+    """Graham's rule by hand, three items to each of two ranks: 8, then 7 and 6, then 5 and 4, then 3."""
+    assert _longest_first([3, 4, 5, 6, 7, 8], 2) == [[5, 2, 1], [4, 3, 0]]
 
 
 def test_the_plan_is_close_to_the_best() -> None:
