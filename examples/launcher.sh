@@ -466,6 +466,7 @@ EXIF_ORIENTATION|auto|one of auto true false|turn images as their EXIF tag says;
 DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like length
 MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
 PADDING_FREE|auto|one of auto true false|records of a micro-batch stand in one row where they would be padded to the longest; same result, less work; auto: without Transformer Engine
+BALANCE_COST|false|one of true false|the records of a step are dealt to ranks and micro-batches so that all ranks have as much to do, by tokens, pairs of tokens and images
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
@@ -590,6 +591,9 @@ check_training() {
     fi
     if right PACKING DATA_ORDER && [[ ${arg[PACKING]} == true && ${arg[DATA_ORDER]} == modality ]]; then
         refuse DATA_ORDER "is not for PACKING=true: packed rows are all of one length"
+    fi
+    if right PACKING BALANCE_COST && [[ ${arg[PACKING]} == true && ${arg[BALANCE_COST]} == true ]]; then
+        refuse BALANCE_COST "is not for PACKING=true: packed rows are all of one length"
     fi
     if right TRAIN_ITERS LR_WARMUP_ITERS && ((arg[LR_WARMUP_ITERS] >= arg[TRAIN_ITERS])); then
         refuse LR_WARMUP_ITERS "must be less than TRAIN_ITERS=${arg[TRAIN_ITERS]}"
@@ -755,6 +759,7 @@ training_arguments() {
         false) command+=(--ignore-exif-orientation) ;;
     esac
     [[ ${arg[PACKING]} != true ]] || command+=(--packing)
+    [[ ${arg[BALANCE_COST]} != true ]] || command+=(--balance-cost)
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)
