@@ -388,10 +388,13 @@ torchrun_arguments() {
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
     )
     environment+=("${device_environment[@]}")
+    local -a check=()
+    # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
+    [[ ${arg[CHECK]} != true ]] || check=(--check)
     command=(
         # torchrun, which hands on signals and names who died
-        "${arg[PYTHON]}" -u -m megatron_patch.launch --max-rollbacks "${arg[MAX_ROLLBACKS]}" -m torch.distributed.run
-        --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
+        "${arg[PYTHON]}" -u -m megatron_patch.launch "${check[@]}" --max-rollbacks "${arg[MAX_ROLLBACKS]}"
+        -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
         # Every process's output goes to the console and, by rank, to files; nodes may share the disk.
         --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)-node$node_rank" --tee 3 --role=
@@ -467,6 +470,7 @@ EXIF_ORIENTATION|auto|one of auto true false|turn images as their EXIF tag says;
 DATA_ORDER|cyclic|one of cyclic single modality|cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like length
 MEGA_BATCH_MULT|50|$COUNT|with DATA_ORDER=modality: steps that are sorted by length together
 PADDING_FREE|auto|one of auto true false|records of a micro-batch stand in one row where they would be padded to the longest; same result, less work; auto: without Transformer Engine
+BALANCE_COST|false|one of true false|the records of a step are dealt to ranks and micro-batches so that all ranks have as much to do, by tokens, pairs of tokens and images
 PACKING|false|one of true false|several records fill a row of DECODER_SEQ_LEN tokens and do not see each other; BATCH_SIZE then counts rows
 MAX_SKIPPED|0.01|a number from 0|share of the records that may be unusable before the run stops
 TOKENIZER_PATH|(the checkpoint's)|a folder with LLaVA configuration and tokenizer|only with PRETRAIN_CHECKPOINT_PATH=none, and then required (llava/ of a checkpoint is one)
@@ -544,17 +548,11 @@ launch_llava() {
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     torchrun_arguments "${arg[OUTPUT_BASEPATH]}"
-    local script=$repository/examples/llava_mcore/pretrain_llava.py first_word=$((${#command[@]} + 1))
-    command+=("$script")
+    command+=("$repository/examples/llava_mcore/pretrain_llava.py")
     training_arguments
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
     [[ $stage != 1 ]] || command+=(--allow-fresh-projector)
     command+=("${@:24}")
-    # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
-    if [[ ${arg[CHECK]} == true && ${arg[DRY_RUN]} != 1 ]]; then
-        env "${environment[@]}" RANK=0 WORLD_SIZE=1 "${arg[PYTHON]}" "$script" --check-only "${command[@]:first_word}" ||
-            exit
-    fi
     start
 }
 
@@ -597,6 +595,9 @@ check_training() {
     fi
     if right PACKING DATA_ORDER && [[ ${arg[PACKING]} == true && ${arg[DATA_ORDER]} == modality ]]; then
         refuse DATA_ORDER "is not for PACKING=true: packed rows are all of one length"
+    fi
+    if right PACKING BALANCE_COST && [[ ${arg[PACKING]} == true && ${arg[BALANCE_COST]} == true ]]; then
+        refuse BALANCE_COST "is not for PACKING=true: packed rows are all of one length"
     fi
     if right TRAIN_ITERS LR_WARMUP_ITERS && ((arg[LR_WARMUP_ITERS] >= arg[TRAIN_ITERS])); then
         refuse LR_WARMUP_ITERS "must be less than TRAIN_ITERS=${arg[TRAIN_ITERS]}"
@@ -763,6 +764,7 @@ training_arguments() {
         false) command+=(--ignore-exif-orientation) ;;
     esac
     [[ ${arg[PACKING]} != true ]] || command+=(--packing)
+    [[ ${arg[BALANCE_COST]} != true ]] || command+=(--balance-cost)
     [[ ${arg[FREEZE_LANGUAGE_MODEL]} != true ]] || command+=(--freeze-language-model)
     [[ ${arg[FREEZE_VISION_TOWER]} != true ]] || command+=(--freeze-vision-tower)
     [[ ${arg[FREEZE_PROJECTOR]} != true ]] || command+=(--freeze-projector)

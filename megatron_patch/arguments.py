@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--mega-batch-mult", type=int, default=50, help="with modality: optimizer steps that are sorted by length"
     )
+    group.add_argument("--balance-cost", action="store_true", help="ranks get equal work: tokens, their pairs, images")
     group.add_argument("--packing", action="store_true", help="several records fill a row of --seq-length tokens")
     group.add_argument(
         "--padding-free",

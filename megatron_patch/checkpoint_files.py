@@ -5,6 +5,7 @@ Two formats lie below CKPT/release or CKPT/iter_0000010, and both the trainer an
   torch       one `mp_rank_XX[_YYY]/model_optim_rng.pt` per tensor-parallel (and pipeline-parallel) rank
 """
 
+import functools
 import io
 import math
 import os
@@ -15,14 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_patch.errors import UserError
 from megatron_patch.file_window import FileWindow
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import metadata as dcp
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -124,10 +126,14 @@ def newest_iteration(checkpoint: Path) -> Path:
 # ---------------------------------------------------------------- torch_dist
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Allows the metadata's own data classes and nothing else: a checkpoint must not be able to run code."""
+@functools.cache
+def _metadata_classes() -> dict[tuple[str, str], object]:
+    """(module, name) -> what stands for it, of all that a .metadata file may name."""
+    # Imported here: it takes a second, in which the launchers' check would only look for a folder.
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    _DCP = (
+    data_classes = (
         dcp.Metadata,
         dcp.TensorStorageMetadata,
         dcp.BytesStorageMetadata,
@@ -137,7 +143,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         dcp.StorageMeta,
         dcp._MEM_FORMAT_ENCODING,
     )
-    _ALLOWED = {
+    return {
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
@@ -153,17 +159,21 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("pathlib", "PosixPath"): str,
         ("pathlib", "Path"): str,
         ("pathlib._local", "PosixPath"): str,
-    } | {("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in _DCP}
+    } | {("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in data_classes}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Allows the metadata's own data classes and nothing else: a checkpoint must not be able to run code."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
+        if (module, name) in _metadata_classes():
+            return _metadata_classes()[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UserError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs; not read")
 
 
-def read_metadata(iteration: Path) -> dcp.Metadata:
+def read_metadata(iteration: Path) -> "dcp.Metadata":
     """The metadata of a torch_dist folder.
 
     Raises:

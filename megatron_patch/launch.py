@@ -1,7 +1,9 @@
 """torchrun, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
+    python -m megatron_patch.launch [--check] [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
 
+- --check: first of all the script is run alone, with --check-only in front of its arguments; when that fails, so does
+  this, with the same exit code, before anything is created.  Meanwhile torchrun is imported.
 - SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
   exit code 0, so does this.  torchrun itself would end with an error.
 - When a process dies, the tail of its stderr and one sentence end the output, instead of torchrun's table of all that
@@ -9,9 +11,12 @@
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,30 @@ def _forward(number: int, _: Any) -> None:
     print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
     for child in children:
         os.kill(child, number)
+
+
+def _end(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _check(arguments: list[str]) -> Iterator[None]:
+    """Run the script among the arguments of torchrun beside the block, as the only rank, --check-only before its own.
+
+    Waits for it at the end of the block, and ends this process if it failed.
+    """
+    # a file: a host's name may end like a script's
+    first = next(number for number, word in enumerate(arguments) if word.endswith(".py") and os.path.isfile(word))
+    command = [sys.executable, "-u", arguments[first], "--check-only", *arguments[first + 1 :]]
+    # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
+    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
+    try:
+        yield
+        code = process.wait()
+    finally:
+        process.kill()  # if it has not ended: a signal ends both
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 class _Logs:
@@ -83,17 +112,23 @@ def _report(rank: int, failure: Any, logs: _Logs) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run torchrun with `arguments`; ends the process."""
-    rollbacks = 0
+    check, rollbacks = contextlib.nullcontext(), 0
+    for number in FORWARDED:
+        signal.signal(number, _end)
+    if arguments[:1] == ["--check"]:
+        arguments = arguments[1:]
+        check = _check(arguments)
     if arguments[:1] == ["--max-rollbacks"]:
         rollbacks, arguments = int(arguments[1]), arguments[2:]
     if arguments[:2] == TORCHRUN:
         arguments = arguments[2:]
-    for number in FORWARDED:
-        signal.signal(number, _forward)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with check:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     parsed = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
+    for number in FORWARDED:
+        signal.signal(number, _forward)
     logs = _Logs(parsed.log_dir)
     try:
         run(parsed)

@@ -1,6 +1,8 @@
 """Tokenizers of a folder, with sentencepiece's own ids where only its model lies there, as in Vicuna and LLaVA-1.5."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_patch.errors import UserError
@@ -18,19 +20,37 @@ def load_tokenizer(folder: str | Path, config: Any = None) -> Any:
         UserError: there is no tokenizer that transformers can load from these files, or it reads a sentencepiece model
             differently from sentencepiece.
     """
+    # Imported here: it takes two seconds, for those who load one only.
     from transformers import AutoTokenizer
 
     # Checked here: a name that is no folder would be looked up on the hub.
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; wanted the one with the tokenizer (llava/ of a checkpoint)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config or _bare_config(Path(folder)), local_files_only=True
+        )
     except Exception as error:  # whatever transformers makes of strange files
         raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from error
     model = Path(folder) / "tokenizer.model"
     if model.is_file() and not (Path(folder) / "tokenizer.json").is_file() and tokenizer.is_fast:
         _read_as_sentencepiece(tokenizer, model)
     return tokenizer
+
+
+def _bare_config(folder: Path) -> Any:
+    """config.json as AutoTokenizer would read it, without its model's class; None where that class may matter.
+
+    It matters where tokenizer_config.json names no class (transformers 5.23).  Else its import would be for nothing:
+    Llama's takes two seconds, with half of transformers.generation and torch._dynamo.
+    """
+    try:
+        config, tokenizer = (json.loads((folder / f"{name}config.json").read_text()) for name in ("", "tokenizer_"))
+    except (OSError, ValueError):
+        return None  # transformers knows what is wrong
+    if not config.get("model_type") or not tokenizer.get("tokenizer_class"):
+        return None
+    return SimpleNamespace(**config | {"_name_or_path": str(folder)})
 
 
 def _read_as_sentencepiece(tokenizer: Any, path: Path) -> None:

@@ -48,6 +48,8 @@ RECOMPUTED = f"{EFFECTS}::test_what_is_recomputed"
 SIGLIP = f"{EFFECTS}::test_siglip_squeezes_where_clip_crops"
 MAX_SKIPPED = f"{EFFECTS}::test_max_skipped_is_the_share_of_records_that_may_be_bad"
 OF_LOADER = "tests/data/loading/test_loader.py"
+STEP_TIME, OF_STEP_TIME = "megatron_patch/step_time.py", "tests/test_step_time.py"
+OF_BALANCE = "tests/data/loading/test_balance.py"
 OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
 EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
@@ -439,6 +441,25 @@ DATA_OPTIONS = [
     ),
     *of(
         CONFIG,
+        effect("BALANCE_COST=true"),
+        (
+            "BALANCE_COST is ignored",
+            "balance_cost=_record_cost(arguments, geometry) if arguments.balance_cost else None",
+            "balance_cost=None",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        effect("BALANCE_COST=true"),
+        ("the launcher keeps BALANCE_COST", "[[ ${arg[BALANCE_COST]} != true ]] || command+=(--balance-cost)", ":"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_equal_work_needs_steps_of_one_size",
+        ("steps that grow are balanced", "if changing:", "if False:"),
+    ),
+    *of(
+        CONFIG,
         effect("PACKING=true with BATCH_SIZE DECODER_SEQ_LEN"),
         ("PACKING is ignored", "packing=arguments.packing", "packing=False"),
     ),
@@ -612,13 +633,62 @@ RECORDS = [
         f"{OF_LOADER}::test_ranks_see_in_a_step_what_one_rank_sees_in_as_many_micro_batches",
         (
             "every rank reads the same records",
-            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
-            "_Positions(position, self._size * batch_size)",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size, batch_size)",
+            "_Positions(position, self._size * batch_size, batch_size)",
         ),
         (
             "ranks overlap",
-            "_Positions(position + self._rank * batch_size, self._size * batch_size)",
-            "_Positions(position + self._rank * batch_size, batch_size)",
+            "_Positions(position + self._rank * batch_size, self._size * batch_size, batch_size)",
+            "_Positions(position + self._rank * batch_size, batch_size, batch_size)",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_a_step_has_the_same_records_on_any_number_of_ranks",
+        (
+            "balanced ranks read the same records",
+            "plan[(self._rank + start //",
+            "plan[(start //",
+        ),
+        ("a balanced step is read twice", "            start += step_records", "            start += 0"),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_ranks_change_places_from_step_to_step",
+        (
+            "one rank gets all the cheap records",
+            "(self._rank + start // step_records) % ranks",
+            "self._rank",
+        ),
+    ),
+    *of(
+        "megatron_patch/step_balance.py",
+        f"{OF_BALANCE}::test_the_plan_is_close_to_the_best",
+        ("nothing is exchanged", "for _ in range(4 * len(dealt)):", "for _ in range(0):"),
+    ),
+    *of(
+        "megatron_patch/step_balance.py",
+        f"{OF_BALANCE}::test_the_longest_goes_first_to_the_rank_that_has_least",
+        ("micro-batches are dealt shortest first", "key=lambda item: -costs[item]", "key=lambda item: costs[item]"),
+        ("ranks are dealt to in turn", "(load + costs[item], rank)", "(load + 1, rank)"),
+    ),
+    *of(
+        "megatron_patch/step_balance.py",
+        f"{OF_BALANCE}::test_what_a_rank_has_to_do",
+        ("padding costs nothing", "longest = max(tokens", "longest = min(tokens"),
+    ),
+    *of(
+        "megatron_patch/data/loading/balance.py",
+        f"{OF_BALANCE}::test_a_step_that_cannot_be_shared_out_is_refused",
+        ("a step is cut short", "if rest or not micro_batches:", "if not micro_batches:"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_BALANCE}::test_a_state_within_a_step_is_a_mistake",
+        (
+            "a balanced state is saved anywhere",
+            "assert self._lengths is None or (self",
+            "assert True or (self",
         ),
     ),
     *of(
@@ -977,7 +1047,7 @@ RUNS = [
         ),
     ),
     *of(
-        "megatron_patch/training/throughput.py",
+        "megatron_patch/step_flop.py",
         "tests/training/test_throughput.py::test_anchors_of_llava_7b",
         (
             "frozen layers cost as trained ones",
@@ -985,6 +1055,44 @@ RUNS = [
             "2 * weights * tokens * 3",
         ),
         ("attention counts half", "return 4 * width * pairs", "return 2 * width * pairs"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_a_single_stage_has_no_bubble_and_many_micro_batches_have_little",
+        (
+            "a bubble per micro-batch",
+            "bubble = (sum(stages) - slowest)",
+            "bubble = m * (sum(stages) - slowest)",
+        ),
+        (
+            "virtual stages fill as slowly",
+            "(sum(stages) - slowest) / plan.virtual_stages",
+            "(sum(stages) - slowest)",
+        ),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_gradients_cross_a_ring",
+        ("a ring moves everything", "return (n - 1) / n * amount", "return amount"),
+        ("frozen weights are summed too", "if not frozen.language_model:", "if True:"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_recompute_is_a_second_forward_pass",
+        ("recompute is free", "return flop_of_parts(geometry, ALL_FROZEN, again).decoder", "return 0"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_what_cannot_be_is_refused",
+        ("a step is cut short on paper", "if self.global_batch % (self.micro_batch * self.data):", "if False:"),
+        ("virtual stages of a single stage", "if self.virtual_stages > 1 and", "if False and"),
+        ("no tensor parallelism at all", "if getattr(self, name) < 1:", "if False:"),
+        ("any recompute", "if self.recompute not in RECOMPUTES:", "if False:"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_a_precision_that_a_card_lacks_is_refused",
+        ("fp8 on any card", "if plan.precision not in card.peak:", "if False:"),
     ),
     *of(
         "megatron_patch/training/timer.py",
@@ -1082,6 +1190,45 @@ LAUNCHERS = [
             "every failure ends with 1",
             "sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)",
             "sys.exit(1)",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_nothing_starts_before_the_check_has_passed",
+        ("a failed check stops nothing", "        code = process.wait()", "        code = 0 * process.wait()"),
+        (
+            "the check has the node's number for its rank",
+            '{**os.environ, "RANK": "0", "WORLD_SIZE": "1"}',
+            "os.environ",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch.py",
+        "tests/launchers/test_start.py::test_a_signal_during_the_check_ends_everything",
+        ("the check goes on after a signal", "        process.kill()", "        pass"),
+    ),
+    *of(
+        "megatron_patch/tokenizer_files.py",
+        "tests/test_tokenizer_files.py::test_the_class_of_the_configuration_is_not_missed",
+        (
+            "no tokenizer is found by its model's class",
+            'if not config.get("model_type") or not tokenizer.get("tokenizer_class"):',
+            'if not config.get("model_type"):',
+        ),
+    ),
+    *of(
+        "megatron_patch/tokenizer_files.py",
+        "tests/training/test_cold_start.py::test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start",
+        ("the check imports the compiler", "config=config or _bare_config(Path(folder))", "config=config"),
+    ),
+    *of(
+        "megatron_patch/patches/synchronous_save_queue.py",
+        f"{OF_PATCHES}::test_a_synchronous_save_starts_no_process",
+        ("every first save starts a process", "usual(mp_mode) if asynchronous else own", "usual(mp_mode)"),
+        (
+            "the writer of asynchronous saves has a queue of its own",
+            "usual(mp_mode) if asynchronous else own",
+            "own",
         ),
     ),
     *of(
@@ -1211,7 +1358,7 @@ FEATURE_CACHE = [
         ("FEATURE_CACHE goes nowhere", "[[ -z ${arg[FEATURE_CACHE]} ]] || command", "true || command"),
     ),
     *of(
-        "megatron_patch/training/throughput.py",
+        "megatron_patch/step_flop.py",
         "tests/training/test_throughput.py::test_an_image_whose_features_are_cached_costs_no_tower",
         ("a tower that does not run counts as work", "work.images - work.cached)", "work.images)"),
     ),

@@ -13,7 +13,17 @@ ROOT = Path(__file__).parents[1]
 # the standard library (checkpoint_files: torch) when they are imported, and may be imported by all.
 FREE = {
     *("errors", "geometry", "language_models", "vision_towers", "model_sizes", "tokenizer_files", "checkpoint_files"),
-    *("atomic_files", "file_window", "weight_names", "llava_folder"),
+    *(
+        "atomic_files",
+        "file_window",
+        "weight_names",
+        "llava_folder",
+        "step_flop",
+        "step_balance",
+        "step_time",
+        "length_mix",
+        "device_cards",
+    ),
 }
 LOADING = {"data.loading", "data"}
 ROOMS = {

@@ -1,5 +1,7 @@
 """Tokenizers of folders that hold a sentencepiece model and nothing else, against sentencepiece itself."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,33 @@ def test_a_folder_that_names_its_class_is_mended_too(tmp_path) -> None:
     assert tokenizer(text, add_special_tokens=False).input_ids == judge.encode(text)
     tokenizer.save_pretrained(tmp_path / "saved")  # what a checkpoint's llava/ folder gets
     assert load_tokenizer(tmp_path / "saved")(text, add_special_tokens=False).input_ids == judge.encode(text)
+
+
+CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Qwen2Tokenizer", None)
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral": {"model_type": "mistral", "tokenizer_class": "LlamaTokenizer"},
+    "llava": {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
+}
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_class_of_the_configuration_is_not_missed(tmp_path: Path, name: str | None, model: str) -> None:
+    """The tokenizer that transformers loads when it imports the model's configuration, which ours does not."""
+    from transformers import AutoTokenizer
+
+    for kind in ("llama_3", "qwen", *KINDS):
+        folder = tmp_path / kind
+        shutil.copytree(GOLDEN / kind, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
+        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+        assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        assert ours.special_tokens_map == theirs.special_tokens_map and ours("a  b é 7") == theirs("a  b é 7")
 
 
 def test_the_mistakes_are_still_there(folders) -> None:

@@ -1,6 +1,6 @@
 """Train a LLaVA with Megatron's loop: both stages, every parallelism.  Called by the launchers through torchrun.
 
-With --check-only as its first word it only looks whether everything fits; the launchers do that before they start.
+With --check-only as its first argument it only looks whether everything fits; launch.py does that before it starts.
 """
 
 import sys
@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from megatron_patch import device
 
-# At import, since a save starts a helper process, which imports this file again and must not outlive its parent either.
+# At import, since asynchronous saves start a process, which imports this file again and must not outlive its parent.
 device.end_with_parent()
 
 

@@ -4,7 +4,6 @@ Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeli
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Container, Mapping
 
 import torch
@@ -35,6 +34,7 @@ from megatron_patch.model.layer_specs import (
     projector_layers,
     tower_block,
 )
+from megatron_patch.step_flop import Frozen
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE, check_nothing_differs, differences
 
 
@@ -185,15 +185,6 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if isinstance(value, Tensor) and not name.endswith("_extra_state")
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """Which parts keep their weights."""
-
-    language_model: bool = False
-    vision_tower: bool = False
-    projector: bool = False
 
 
 class LlavaModel(MegatronModule):

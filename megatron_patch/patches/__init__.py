@@ -10,6 +10,7 @@ interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 parameter_group_keys.py         a resume with another learning rate
 skip_compile_helpers.py         no `make` at the start
+synchronous_save_queue.py       synchronous saves start no process
 unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex
 whole_tracker.py                the tracker file is written whole
 

@@ -136,6 +136,17 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        (
+            Layer(
+                "patches.synchronous_save_queue",
+                "the first synchronous save spawns a process that imports everything again, for a queue",
+                "TorchDistSaveShardedStrategy.save starts no process",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.dist_checkpointing",
         "load",
         (

@@ -14,8 +14,8 @@ from megatron.training import training
 
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
-from megatron_patch.model.llava import Frozen
 from megatron_patch.patches.touch_points import LOOP, wrap
+from megatron_patch.step_flop import Frozen
 from megatron_patch.training import checkpoint_retention, graceful_stop, loss_spikes
 from megatron_patch.training.config import RunConfig
 from megatron_patch.training.logging import RunLog

@@ -17,6 +17,8 @@ from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry
 from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
 from megatron_patch.model_sizes import check_model_size
+from megatron_patch.step_balance import RecordCost
+from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.training.feature_cache import check_feature_cache
 from megatron_patch.training.offload import offload_arguments
 
@@ -53,6 +55,8 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, required=True)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=1)
+    parser.add_argument("--rampup-batch-size", nargs=3)
+    parser.add_argument("--step-batch-size-schedule")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--eval-iters", type=int, default=0)
@@ -352,9 +356,27 @@ def _data_settings(
         mega_batch_mult=arguments.mega_batch_mult,
         packing=arguments.packing,
         padding_free=arguments.padding_free,
+        # with cached features too at the tower's cost: the records are dealt as without
+        balance_cost=_record_cost(arguments, geometry) if arguments.balance_cost else None,
         feature_cache=None if arguments.feature_cache is None else str(arguments.feature_cache),
         **images,
     )
+
+
+def _record_cost(arguments: argparse.Namespace, geometry: LlavaGeometry) -> RecordCost:
+    """What a token, a pair of tokens and an image cost in this run.  Raises UserError: steps of changing size."""
+    schedules = {
+        "--rampup-batch-size": arguments.rampup_batch_size,
+        "--step-batch-size-schedule": arguments.step_batch_size_schedule,
+    }
+    changing = [option for option, given in schedules.items() if given]
+    if changing:
+        raise UserError(
+            f"BALANCE_COST=true needs steps of one size, and {changing[0]} changes it; leave one of them out"
+        )
+    frozen = Frozen(arguments.freeze_language_model, arguments.freeze_vision_tower, arguments.freeze_projector)
+    units = Work(tokens=1), Work(pairs=1), Work(images=1)
+    return RecordCost(*(step_flop(geometry, frozen, unit) for unit in units))
 
 
 def refuse(error: UserError) -> None:

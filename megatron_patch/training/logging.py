@@ -12,12 +12,12 @@ from megatron.training.utils import is_last_rank, print_rank_last
 
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.geometry import LlavaGeometry
-from megatron_patch.model.llava import Frozen
 from megatron_patch.patches.touch_points import LOOP, wrap
+from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.training import record_counters, summary
 from megatron_patch.training.forward_step import LOSS
 from megatron_patch.training.progress import ProgressBar
-from megatron_patch.training.throughput import Throughput, Work, step_flop
+from megatron_patch.training.throughput import Throughput
 from megatron_patch.training.timer import Timer, as_clock
 
 

@@ -12,6 +12,7 @@ from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
 from megatron_patch.patches.touch_points import LOOP, wrap
+from megatron_patch.step_flop import Frozen
 from megatron_patch.training.config import RunConfig, has_checkpoint, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
 
@@ -61,7 +62,7 @@ def train_llava() -> None:
     from megatron.training.global_vars import get_args
 
     from megatron_patch.data.loading.loader import TrainLoader
-    from megatron_patch.model.llava import Frozen, LlavaModel
+    from megatron_patch.model.llava import LlavaModel
     from megatron_patch.training.callbacks import install_safeguards, reporting
     from megatron_patch.training.data_provider import build_loaders
     from megatron_patch.training.ema import track_ema

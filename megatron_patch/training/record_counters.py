@@ -8,7 +8,7 @@ from megatron.core import mpu
 from megatron_patch import device
 from megatron_patch.data.loading.loader import WORK, TrainLoader
 from megatron_patch.data.rejection import REASONS
-from megatron_patch.training.throughput import Work
+from megatron_patch.step_flop import Work
 
 SKIPPED = "skipped: "
 ENTRIES = ("kept", "truncated", "skipped", "excluded", *(SKIPPED + reason for reason in REASONS))

@@ -47,6 +47,7 @@ CHECKED = (
     *("conversation_template", "optimizer_offload_policy", "tokenizer_path"),
     *("freeze_language_model", "freeze_vision_tower", "freeze_projector"),
     *("fp8_margin", "fp8_amax_history_len", "vision_tower_recompute", "async_save", "async_strategy", "packing"),
+    "balance_cost",
     *("use_persistent_ckpt_worker", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers"),
     *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "use_pytorch_profiler", "nvtx_ranges"),
     *("trace_iterations", "trace_ranks", "sample_answers", "wandb_project", "wandb_exp_name"),

@@ -144,6 +144,7 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"IMAGE_TILES": "2"}, "environment IMAGE_TILES='2' must be COLUMNSxROWS, as 2x2"),
         ({}, {"IMAGE_TILES": "1x2"}, "DECODER_SEQ_LEN='1024' must be more than 1728, SEQ_LEN=576 for each of 2 tiles"),
         ({}, {"PACKING": "true", "DATA_ORDER": "modality"}, "DATA_ORDER='modality' is not for PACKING=true"),
+        ({}, {"PACKING": "true", "BALANCE_COST": "true"}, "BALANCE_COST='true' is not for PACKING=true"),
         ({}, {"PRESET": "llava"}, "environment PRESET='llava' must be one of llava-1.5 pai neva for this stage"),
         ({"LR": "-"}, {"PRESET": ""}, "argument 5 LR='-' must be a number above 0"),
         ({"TP": "-"}, {"PRESET": "llava-1.5"}, "argument 10 TP='-' must be a whole number"),

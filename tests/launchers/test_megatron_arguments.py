@@ -130,6 +130,7 @@ def test_words_of_options_pass_the_parser(inputs: Inputs):
         "interleaved": ({"TP": "2", "PP": "4"}, {"VIRTUAL_STAGES": "2"}, {"virtual_pipeline_model_parallel_size": 2}),
         "uneven": ({"PP": "2"}, {"FIRST_STAGE_LAYERS": "12"}, {"decoder_first_pipeline_num_layers": 12}),
         "packed": ({}, {"PACKING": "true", "IMAGE_CONV_FRONT": "true"}, {"packing": True, "image_conv_front": True}),
+        "of equal work": ({}, {"BALANCE_COST": "true"}, {"balance_cost": True, "packing": False}),
         "torch's profiler": (
             {},
             {"PROFILE": "10-12", "PROFILE_RANKS": "0,7", "SAMPLE_ANSWERS": "4"},

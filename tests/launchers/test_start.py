@@ -22,6 +22,10 @@ def end(number, _):
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGUSR1, end)
+if sys.argv[1] == "--check-only":
+    print("checked as rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+    time.sleep(float(os.environ["SECONDS_TO_CHECK"]))
+    sys.exit(int(os.environ["CODE_OF_CHECK"]))
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "device", repr(os.environ["CUDA_VISIBLE_DEVICES"]))
 print("warning of rank", os.environ["RANK"], file=sys.stderr)
 time.sleep(float(os.environ["SECONDS_TO_RUN"]))
@@ -71,6 +75,27 @@ def test_a_failure_is_the_exit_status(copy: Path, inputs: Inputs):
     assert process.returncode == 3
     assert err.splitlines()[-1].startswith("rank 0 ended with exit code 3, and the run with it; its log: ")
     assert "warning of rank 0" in Path(err.splitlines()[-1].partition("its log: ")[2]).read_text()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_nothing_starts_before_the_check_has_passed(copy: Path, inputs: Inputs, code: int):
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "0", "CODE_OF_CHECK": str(code)}
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0, **check)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    first, *others = out.splitlines()
+    assert first == "checked as rank 0 of 1" and len(others) == (2 if code == 0 else 0)
+    assert inputs.output.exists() == (code == 0)
+
+
+def test_a_signal_during_the_check_ends_everything(copy: Path, inputs: Inputs):
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "100", "CODE_OF_CHECK": "0"}
+    process = launch(copy, inputs.training(TP="1", AC="sel"), 0, 0, **check)
+    assert process.stdout.readline() == "checked as rank 0 of 1\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)  # the end of its output: the check has ended too
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not inputs.output.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

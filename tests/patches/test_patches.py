@@ -25,6 +25,7 @@ def test_only_what_a_gpu_needs_is_applied_there() -> None:
     wanted = {"distributed_optimizer_state", "fused_adamw", "interleaved_loader_state", "skip_compile_helpers"} | {
         "missing_extra_states",
         "parameter_group_keys",
+        "synchronous_save_queue",
         "unfused_weight_gradients",
         "whole_tracker",
     }
@@ -69,6 +70,34 @@ if not sys.argv[1]:
     assert torch.equal(model.output_layer.weight.grad, torch.full((32, 16), 4.0))
 """
     assert in_new_process(program, extension).splitlines()[-1] == f"{fused} True True"
+
+
+def test_a_synchronous_save_starts_no_process(tmp_path: Path) -> None:
+    program = """
+import multiprocessing, sys, types
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import global_vars
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+args = types.SimpleNamespace(async_save=False)
+global_vars.set_args(args)
+dist_checkpointing.save({"weight": ShardedTensor.from_rank_offsets("weight", torch.arange(4.0))}, sys.argv[1])
+print(len(multiprocessing.active_children()))
+wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(4))}
+print(dist_checkpointing.load(wanted, sys.argv[1])["weight"].tolist())
+args.async_save = True  # written by another process: the queue is a manager's
+filesystem_async.get_write_results_queue(mp_mode="fork")
+print(len(multiprocessing.active_children()))
+"""
+    (tmp_path / "saved").mkdir()
+    assert in_new_process(program, str(tmp_path / "saved")).splitlines()[-3:] == ["0", "[0.0, 1.0, 2.0, 3.0]", "1"]
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "none"])

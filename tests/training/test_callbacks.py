@@ -22,10 +22,9 @@ from megatron_patch.data.loading.loader import build_train_loader
 from megatron_patch.data.loading.prompts import Prompts
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
-from megatron_patch.model.llava import Frozen
+from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.training.config import read_config
 from megatron_patch.training.progress import ProgressBar
-from megatron_patch.training.throughput import Work, step_flop
 from megatron_patch.training.timer import Timer, as_clock
 from tests.training.launching import Workspace, command, losses, run
 from tests.training.test_config import argv

@@ -66,6 +66,26 @@ def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, wor
         read_config(argv(workspace, **changes))
 
 
+@pytest.mark.parametrize("schedule", [["--rampup-batch-size", "4", "4", "64"], ["--step-batch-size-schedule", "0:8"]])
+def test_equal_work_needs_steps_of_one_size(schedule: list[str], workspace: Workspace) -> None:
+    words = [*argv(workspace), *schedule]
+    assert read_config(words).data.balance_cost is None
+    with pytest.raises(UserError, match=f"BALANCE_COST=true needs steps of one size, and {schedule[0]}"):
+        read_config([*words, "--balance-cost"])
+
+
+def test_what_a_record_costs_follows_from_what_is_trained(workspace: Workspace) -> None:
+    """A token of a frozen language model has no gradient of weights: 4 FLOP per weight and not 6."""
+    words = [*argv(workspace), "--balance-cost", "--global-batch-size", "8"]
+    trained, frozen = (read_config([*words, *more]).data.balance_cost for more in ((), ("--freeze-language-model",)))
+    shape = language(workspace)
+    query, key = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    weights = shape.layers * shape.hidden * (2 * query + 2 * key + 3 * shape.ffn_hidden)
+    assert (trained.token, frozen.token) == (6 * weights, 4 * weights)
+    assert trained.pair == frozen.pair == 12 * shape.layers * query
+    assert trained.image > trained.token
+
+
 @pytest.mark.parametrize("options", [{}, {"packing": ""}, {"sequence_parallel": ""}])
 @pytest.mark.parametrize("context", [1, 2])
 def test_with_fp8_every_rank_has_a_multiple_of_16_rows(

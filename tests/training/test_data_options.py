@@ -79,6 +79,36 @@ def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -
     assert found[25] < found[1]
 
 
+@pytest.mark.parametrize(
+    "parallelism", [{"NPROC_PER_NODE": 2, "DO": "true"}, pytest.param({"PP": 2}, marks=pytest.mark.slow)]
+)
+def test_equal_work_trains_on_the_same_steps(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
+    """Losses as without BALANCE_COST, within 1e-6 relative: sums are taken in another order, nothing else."""
+    settings = {"TRAIN_ITERS": 12, "GLOBAL_BATCH_SIZE": 16, **parallelism}
+    turns, equal = (
+        losses(run(workspace, tmp_path / balance, BALANCE_COST=balance, **settings)) for balance in ("false", "true")
+    )
+    assert sorted(turns) == sorted(equal) == list(range(1, 13))
+    assert turns[12] < 0.9 * turns[1], "a run that does not learn proves little"
+    worst = max(abs(equal[number] / turns[number] - 1) for number in turns)
+    print(f"largest relative difference {worst:.1e}")
+    assert worst <= 1e-6
+
+
+def test_a_run_of_equal_work_goes_on_with_other_ranks(workspace: Workspace, tmp_path: Path) -> None:
+    """Two ranks for half of the steps, then four: the losses and record counters of one rank that takes turns."""
+    settings = {"TRAIN_ITERS": 16, "GLOBAL_BATCH_SIZE": 8, "SAVE_INTERVAL": 8, "DO": "true"}
+    whole = run(workspace, tmp_path / "whole", **settings)
+    equal = {**settings, "BALANCE_COST": "true", "CHECK": "true"}
+    run(workspace, tmp_path / "out", words=["--exit-interval", "8"], NPROC_PER_NODE=2, **equal)
+    printed = run(workspace, tmp_path / "out", NPROC_PER_NODE=4, **equal)
+    rest, expected = losses(printed), losses(whole)
+    assert sorted(rest) == list(range(9, 17))
+    assert max(abs(rest[number] / expected[number] - 1) for number in rest) <= 6.7e-6
+    counted = r"records: kept .*"
+    assert re.findall(counted, printed) == re.findall(counted, whole)[8:]
+
+
 def test_a_template_that_leaves_no_label_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     printed = run(workspace, tmp_path / "out", expected_exit=2, CHECK="true", DECODER_SEQ_LEN=20, TRAIN_ITERS=3)
     assert re.search(r"\d+ of \d+ records looked at carry no label", printed)

@@ -47,9 +47,8 @@ OBSERVED = {
         ("FREEZE_LANGUAGE_MODEL", "FREEZE_VISION_TOWER", "FREEZE_PROJECTOR"), "tests/training/test_freezing.py"
     ),
     **dict.fromkeys(("CONVERSATION_TEMPLATE", "IMAGE_CONV_FRONT", "IMAGE_START_END", "IMAGE_ASPECT_RATIO"), HERE),
-    **dict.fromkeys(
-        ("IMAGE_TILES", "EXIF_ORIENTATION", "DATA_ORDER", "MEGA_BATCH_MULT", "PACKING", "PADDING_FREE"), HERE
-    ),
+    **dict.fromkeys(("IMAGE_TILES", "EXIF_ORIENTATION", "DATA_ORDER", "MEGA_BATCH_MULT"), HERE),
+    **dict.fromkeys(("BALANCE_COST", "PACKING", "PADDING_FREE"), HERE),
     **dict.fromkeys(("MAX_SKIPPED", "TOKENIZER_PATH", "NUM_WORKERS", "SEED"), HERE),
     **dict.fromkeys(("RECOMPUTE_METHOD", "RECOMPUTE_LAYERS", "TOWER_AC", "DETERMINISTIC"), HERE),
     **dict.fromkeys(("WEIGHT_DECAY", "ADAM_BETA2", "CLIP_GRAD"), HERE),
@@ -240,6 +239,16 @@ def like_lengths_together(seen: Seen) -> bool:
     return all(one[1] <= other[0] for one, other in itertools.pairwise(ranges))
 
 
+def like_lengths_in_a_micro_batch(seen: Seen) -> bool:
+    """Do the lengths of two micro-batches of a step never overlap?"""
+    rows = seen.settings.data.micro_batch_size
+    for step in seen.steps():
+        lengths = [sorted(length for _, length in step[start : start + rows]) for start in range(0, len(step), rows)]
+        if any(one[-1] > other[0] for one, other in itertools.pairwise(sorted(lengths))):
+            return False
+    return True
+
+
 def records_of_a_row(seen: Seen) -> int:
     return max(len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else 1 for batch in seen.batches)
 
@@ -297,6 +306,7 @@ EFFECTS = [
     ("DATA_ORDER", one_modality_a_step, False, "modality", True, {}),
     ("GLOBAL_BATCH_SIZE", one_modality_a_step, True, "4", False, MODALITY),
     ("MEGA_BATCH_MULT", like_lengths_together, True, "1", False, MODALITY),
+    ("BALANCE_COST", like_lengths_in_a_micro_batch, False, "true", True, {}),
     ("PACKING", records_of_a_row, 1, "true", 3, {"BATCH_SIZE": 1, "DECODER_SEQ_LEN": 256}),
     ("PADDING_FREE", records_of_a_row, 1, "true", 2, {}),
     ("PADDING_FREE", records_of_a_row, 1, "auto", 2, {}),

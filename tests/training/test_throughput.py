@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from megatron_patch.geometry import read_geometry, read_geometry_of
-from megatron_patch.model.llava import Frozen
-from megatron_patch.training.throughput import Work, step_flop
+from megatron_patch.step_flop import Frozen, Work, step_flop
 from tests import tiny_models
 
 STAGE_1 = Frozen(language_model=True, vision_tower=True)

@@ -5,6 +5,7 @@ blend.py         one folder, a list of folders, or a YAML that weights them
 dataset.py       energon folders, record by record
 lengths.py       the records' lengths in tokens, counted once and kept
 sampler.py       which record comes when: a function of folder and seed
+balance.py       positions of a rank's micro-batches where ranks get equal work
 task_encoder.py  one record -> token ids, labels, pixels
 collator.py      encoded records -> one micro-batch, padded or packed
 loader.py        micro-batches for one data-parallel rank, with the counts of its records

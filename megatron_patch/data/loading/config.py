@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import IMAGE_ASPECT_RATIOS
+from megatron_patch.step_balance import RecordCost
 
 ORDERS = ("cyclic", "single", "modality")
 
@@ -37,12 +38,14 @@ class DataConfig:
     tile_rows: int = 1
     # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
     order: str = "cyclic"
-    step_records: int = 0  # with order=modality: records of an optimizer step
+    step_records: int = 0  # with order=modality or balance_cost: records of an optimizer step
     mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
     # batches whose rows would be padded hold their records in one row instead, as packed ones do
     padding_free: bool = False
     record_multiple: int = 1  # in one row: each record's place in a row is padded up to a multiple of this
+    # a step's records are dealt so that all ranks have as much to do; None: ranks take turns
+    balance_cost: RecordCost | None = None
     feature_cache: str | None = None  # folder whose features training is given in place of pixels (feature_cache.py)
     length_step: int = 1  # batch lengths are padded up to a multiple of this too, so that few different ones occur
 
@@ -74,6 +77,11 @@ class DataConfig:
                     problems.append(f"{name} is {getattr(self, name)}, wanted at least 1 with order modality")
             if self.packing:
                 problems.append("order modality and packing exclude each other: packed rows are all of one length")
+        if self.balance_cost is not None:
+            if self.step_records < 1:
+                problems.append(f"step_records is {self.step_records}, wanted at least 1 with balance_cost")
+            if self.packing:
+                problems.append("balance_cost and packing exclude each other: packed rows are all of one length")
         if not problems and self.longest_record <= self.tokens_per_mark:
             problems.append(
                 f"decoder_seq_len {self.decoder_seq_len} (in multiples of {self.length_multiple}: "

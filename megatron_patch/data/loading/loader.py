@@ -1,9 +1,11 @@
 """Train and valid loaders over an energon dataset.
 
-Position p of the endless sequence holds one record, or with packing one row of them (order.py).  Micro-batch number k
+Position p of the endless sequence holds one record, or with packing one row of them (sampler.py).  Micro-batch number k
 of data-parallel rank r of R takes the positions (k * R + r) * B ... + B - 1 after the start, B being the micro-batch
 size.  So in a step R ranks see what one rank sees in R times as many micro-batches, rank r's k-th is the single rank's
 number k * R + r, and workers change nothing.
+With a record cost (step_balance.py) the positions of each step are dealt to ranks and micro-batches in another way:
+then the step as a whole, and not its micro-batches, is that of every number of ranks.
 A record that cannot be used leaves an empty row (packed: a shorter one) behind: counted, named, and nobody else's
 position moves.
 
@@ -20,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_patch.data.loading import state as data_state
+from megatron_patch.data.loading.balance import BalancedPositions, layout_of
 from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed, collate_padding_free
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
@@ -30,6 +33,7 @@ from megatron_patch.data.loading.sampler import (
     BlendSampler,
     GroupedSampler,
     PackedSampler,
+    RecordLengths,
     RecordSampler,
     SequentialSampler,
     ShuffledSampler,
@@ -79,6 +83,7 @@ def build_train_loader(
         data_parallel_rank,
         data_parallel_size,
         meaning,
+        record_lengths(dataset, encoder, config) if config.balance_cost is not None else None,
     )
     if state is not None:
         loader.load_state(state)
@@ -140,7 +145,7 @@ def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[
 
 
 class _Batches(Dataset):
-    """`batches[position]` -> the micro-batch that starts there, with the counts of its records."""
+    """`batches[positions]` -> the micro-batch of what is there, with the counts of its records."""
 
     def __init__(
         self,
@@ -158,12 +163,11 @@ class _Batches(Dataset):
         self._features = features
         self._collate = collate_packed if packed else collate_padding_free if config.padding_free else collate
 
-    def __getitem__(self, position: int) -> tuple[Batch, dict[str, int], list[Skipped]]:
+    def __getitem__(self, positions: Sequence[int]) -> tuple[Batch, dict[str, int], list[Skipped]]:
         rows: list[EncodedRecord | None] = []
         counts = {"kept": 0, "truncated": 0}
         skipped: list[Skipped] = []
-        places = range(position, position + self._config.micro_batch_size)
-        for index in (index for place in places for index in self.order[place]):
+        for index in (index for position in positions for index in self.order[position]):
             try:
                 row = self._encode(index)
             except RecordError as error:
@@ -210,17 +214,16 @@ def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
     }
 
 
-class _Positions(Sampler[int]):
-    """First positions of one rank's micro-batches, for ever."""
+class _Positions(Sampler[Sequence[int]]):
+    """Positions of one rank's micro-batches, for ever."""
 
-    def __init__(self, start: int, stride: int) -> None:
-        self._start = start
-        self._stride = stride
+    def __init__(self, start: int, stride: int, batch_size: int) -> None:
+        self._start, self._stride, self._batch_size = start, stride, batch_size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         position = self._start
         while True:
-            yield position
+            yield range(position, position + self._batch_size)
             position += self._stride
 
 
@@ -243,17 +246,21 @@ class _Loader:
         """Records of the split."""
         return len(self._batches.dataset)
 
+    def _positions(self, position: int) -> Sampler[Sequence[int]]:
+        """Of this rank's micro-batches, from a position of the sequence on."""
+        batch_size = self._config.micro_batch_size
+        return _Positions(position + self._rank * batch_size, self._size * batch_size, batch_size)
+
     def _iterate(self, position: int) -> Iterator[tuple[Batch, dict[str, int], list[Skipped]]]:
         """Micro-batches of this rank from a position of the sequence on."""
-        batch_size, workers = self._config.micro_batch_size, self._config.num_workers
-        positions = _Positions(position + self._rank * batch_size, self._size * batch_size)
+        workers = self._config.num_workers
         # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
         generator = torch.Generator().manual_seed(self._config.seed)
         return iter(
             DataLoader(
                 self._batches,
                 batch_size=None,
-                sampler=positions,
+                sampler=self._positions(position),
                 num_workers=workers,
                 collate_fn=as_it_is,
                 generator=generator,
@@ -299,9 +306,14 @@ class TrainLoader(_Loader):
         data_parallel_rank: int,
         data_parallel_size: int,
         meaning: str,
+        lengths: RecordLengths | None = None,
     ) -> None:
+        """lengths: of all records, where steps are balanced."""
         super().__init__(batches, config, data_parallel_rank, data_parallel_size)
-        self._meaning = meaning
+        self._meaning, self._lengths = meaning, lengths
+        if lengths is not None:
+            self._layout = layout_of(config.step_records, data_parallel_size, config.micro_batch_size)
+        self._start = 0  # where the first step of this process begins
         self._position = 0  # where the next micro-batch of rank 0 starts, the same number on every rank
         self._iterator: Iterator[tuple[Batch, dict[str, int], list[Skipped]]] | None = None
 
@@ -316,8 +328,19 @@ class TrainLoader(_Loader):
         self._position += self._size * self._config.micro_batch_size
         return batch
 
+    def _positions(self, position: int) -> Sampler[Sequence[int]]:
+        if self._lengths is None:
+            return super()._positions(position)
+        order = self._batches.order
+        return BalancedPositions(position, self._rank, self._layout, order, self._lengths, self._config)
+
     def save_state(self) -> dict[str, Any]:
-        """Position after the batches taken so far, and this rank's counts; no communication, plain types only."""
+        """Position after the batches taken so far, and this rank's counts; no communication, plain types only.
+
+        Where steps are balanced, only between two of them: within one, the ranks have taken other records than others
+        would have.
+        """
+        assert self._lengths is None or (self._position - self._start) % self._config.step_records == 0
         return {
             "position": self._position,
             "data": self._expected_data(),
@@ -333,6 +356,7 @@ class TrainLoader(_Loader):
         own (state.redistribute makes it so) and start at zero otherwise.
         """
         self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
+        self._start = self._position
         self._iterator = None
         if state["topology"] == self._topology():
             zeros = dict.fromkeys(("kept", "truncated", "skipped"), 0)

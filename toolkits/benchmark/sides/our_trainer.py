@@ -1,6 +1,6 @@
 """This toolkit's trainer as its launcher starts it, with a gate before each step; see gate.py.
 
-A step begins when the trainer draws its first micro-batch; what Megatron does between two steps counts to the one before.
+A step begins when the trainer draws its first micro-batch; what Megatron does between two steps counts to the first.
 """
 
 import sys
