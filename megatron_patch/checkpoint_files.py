@@ -194,6 +194,8 @@ def read_tensors(iteration: Path, prefix: str) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the format is another one, or a tensor is not there whole.
     """
+    from torch.distributed.checkpoint import metadata as dcp
+
     if checkpoint_format(iteration) != "torch_dist":
         raise UserError(f"{iteration}: is of Megatron's format torch; convert the checkpoint to torch_dist")
     metadata = read_metadata(iteration)
