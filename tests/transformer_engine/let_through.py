@@ -42,6 +42,7 @@ def _claim_cuda() -> None:
 
     really, where = torch.cuda.is_available, torch.Tensor.is_cuda
     torch.cuda.is_available = lambda: _asked_by_transformer_engine() or really()
+    torch.cuda.is_current_stream_capturing = lambda: False  # the graphs of CUDA; without a driver the question fails
     torch.Tensor.is_cuda = property(lambda tensor: _asked_by_transformer_engine() or where.__get__(tensor))
 
 

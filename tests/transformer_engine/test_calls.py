@@ -5,7 +5,6 @@ Read from the sources of both; the branches for versions before 1.5 are left out
 """
 
 import ast
-import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -101,8 +100,6 @@ def test_norms_take_what_megatron_gives(module: str, norm: str, megatron: ast.Mo
 
 def test_attention_takes_packed_records_as_megatron_gives_them(megatron: ast.Module, files: Path) -> None:
     """Every field of PackedSeqParams that Megatron does not discard is an argument of the attention's forward."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     own = found(megatron, ast.ClassDef, "TEDotProductAttention")
     discarded = {
         ast.literal_eval(node.args[0])
@@ -110,7 +107,9 @@ def test_attention_takes_packed_records_as_megatron_gives_them(megatron: ast.Mod
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.kept_packed_seq_params.discard"
     }
     old = {"max_seqlen_q", "max_seqlen_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "pad_between_seqs"}
-    kept = {field.name for field in dataclasses.fields(PackedSeqParams)} - (discarded - old)
+    records = found(parsed(MEGATRON / "packed_seq_params.py"), ast.ClassDef, "PackedSeqParams")
+    fields = {node.target.id for node in records.body if isinstance(node, ast.AnnAssign)}
+    kept = fields - (discarded - old)
     path, base = BASES["TEDotProductAttention"]
     assert "cu_seqlens_q" in kept and not kept - parameters(parsed(files / path), base, "forward")
 

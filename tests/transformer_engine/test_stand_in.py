@@ -131,11 +131,10 @@ def bindings() -> tuple[str, str]:
 
 
 def declared(function: str, headers: str) -> list[str]:
-    """Names of the parameters of a C++ function."""
+    """The parameters of a C++ function."""
     found = re.search(rf"\b{function}\s*\(([^;{{]*?)\)\s*;", headers, re.DOTALL)
     assert found, f"no header declares {function}"
-    parts = re.sub(r"<[^<>]*>", "", found[1]).split(",")
-    return [re.findall(r"\w+", part.partition("=")[0])[-1] for part in parts]
+    return [part for part in re.sub(r"<[^<>]*>", "", found[1]).split(",") if part.strip() not in ("", "void")]
 
 
 FUNCTIONS = [name for name, value in vars(stand_in).items() if inspect.isfunction(value) and name[0] != "_"]
