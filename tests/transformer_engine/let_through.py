@@ -1,8 +1,9 @@
 """Transformer Engine's Python on a CPU, for tests alone: imported past device/cpu.py, over stand_in.py.
 
 install() does what a run on a GPU meets by itself: Transformer Engine is there, the layers of its kind are asked for,
-whatever the precision, and the patches of GPU runs are applied.  Its optimizers stay hidden: Adam is torch's, as in
-the runs that are compared.  TRANSFORMER_ENGINE_FILES says where its files are (fetch.py).
+whatever the precision, and the patches of GPU runs are applied.  TRANSFORMER_ENGINE_FILES says where its files are
+(fetch.py).  Its optimizers stay hidden, so that Adam is torch's as in the runs that are compared, but with
+FUSED_ADAM=true.
 """
 
 import importlib
@@ -63,7 +64,8 @@ def _import(files: str) -> None:
     common.load_framework_extension = _loaded
     specification.loader.exec_module(package)
     importlib.import_module("transformer_engine.pytorch")  # whose ImportError the package would swallow
-    sys.modules["transformer_engine.pytorch.optimizers"] = None
+    if os.environ.get("FUSED_ADAM") != "true":
+        sys.modules["transformer_engine.pytorch.optimizers"] = None
 
 
 def _loaded(framework: str) -> None:

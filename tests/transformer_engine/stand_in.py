@@ -1,9 +1,9 @@
 """transformer_engine_torch on a CPU: what Transformer Engine's Python calls of its compiled module, in torch.
 
 Only what layers in bf16, fp16 and fp32 call is here, with the arguments of Transformer Engine 2.18's pybind.cpp and
-extensions.h, against which test_stand_in.py holds it.  fp8, userbuffers, cuDNN's attention and the optimizers are not:
-a name that is missing raises NotImplementedError where it is called.  Letters: S positions, B batch, T tokens of all
-packed records, n heads, d their width, O and I the widths of a linear layer's output and input.
+extensions.h, against which test_stand_in.py holds it.  fp8, userbuffers and cuDNN's attention are not: a name that is
+missing raises NotImplementedError where it is called.  Letters: S positions, B batch, T tokens of all packed records,
+n heads, d their width, O and I the widths of a linear layer's output and input.
 
 `products` counts what generic_gemm was asked for, for tests that must see which products a backward pass makes.
 """
@@ -400,13 +400,14 @@ def _rope(
         raise NotImplementedError("offsets and context parallelism are not used here")
     angles = freqs[:, 0, 0]
     if qkv_format == NVTE_QKV_Format.NVTE_THD:
-        lengths = cu_seqlens.diff().tolist()
-        whole = torch.cat([angles[:length] for length in lengths])
-        return _turned(states, whole, interleaved, direction)
-    if qkv_format == NVTE_QKV_Format.NVTE_SBHD:
-        turned = _turned(states.transpose(0, 1), angles[: states.shape[0]], interleaved, direction)
-        return turned.transpose(0, 1).contiguous()
-    return _turned(states, angles[: states.shape[1]], interleaved, direction)
+        records = torch.cat([angles[:length] for length in cu_seqlens.diff().tolist()])
+        turned = _turned(states, records, interleaved, direction)
+    elif qkv_format == NVTE_QKV_Format.NVTE_SBHD:
+        turned = _turned(states.transpose(0, 1), angles[: states.shape[0]], interleaved, direction).transpose(0, 1)
+    else:
+        turned = _turned(states, angles[: states.shape[1]], interleaved, direction)
+    # at::empty() as there: the attention looks at strides, also at that of a batch of one
+    return torch.empty(states.shape, dtype=states.dtype).copy_(turned)
 
 
 def fused_rope_forward(
@@ -437,3 +438,62 @@ def fused_rope_backward(
     """The turn back."""
     del cp_rank
     return _rope(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, -1)
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+def multi_tensor_adam(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """Adam's step number `step` on lists of gradients, parameters, first and second moments, in place.
+
+    Mode 1 takes the weight decay from the parameter (AdamW), mode 0 adds it to the gradient.  A fifth list, of master
+    parameters in fp32, is what the others' parameters are rounded from.
+    """
+    del chunk_size, noop_flag
+    corrections = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
+    for gradient, parameter, first, second, *master in zip(*tensor_lists, strict=True):
+        exact = master[0] if master else parameter.float()
+        gradient = gradient.float() if mode else gradient.float() + weight_decay * exact
+        first.copy_(beta1 * first.float() + (1 - beta1) * gradient)
+        second.copy_(beta2 * second.float() + (1 - beta2) * gradient.square())
+        update = first.float() / corrections[0] / ((second.float() / corrections[1]).sqrt() + epsilon)
+        exact = exact - lr * (update + weight_decay * exact if mode else update)
+        for tensor in (parameter, *master):
+            tensor.copy_(exact)
+
+
+def multi_tensor_l2norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor_python: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Norm of all tensors of the one list [1], and of each of them if asked for."""
+    del chunk_size, noop_flag
+    norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
+    return norms.norm().view(1), norms if per_tensor_python else norms.new_empty(0)
+
+
+def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float) -> None:
+    """The second list's tensors become the first's times `scale`; `noop_flag` 1 if one of those is not finite."""
+    del chunk_size
+    for source, target in zip(*tensor_lists, strict=True):
+        if not source.isfinite().all():
+            noop_flag.fill_(1)
+        target.copy_(source.float() * scale)
+
+
+def multi_tensor_scale_tensor(
+    chunk_size: int, is_infinite: Tensor, tensor_lists: list[list[Tensor]], scale: Tensor
+) -> None:
+    """multi_tensor_scale() with the factor in a tensor [1]."""
+    multi_tensor_scale(chunk_size, is_infinite, tensor_lists, scale.item())

@@ -114,6 +114,35 @@ def test_packed_records_are_spread_and_packed_again() -> None:
     assert torch.equal(stand_in.convert_bshd_to_thd(rows, records, 7), packed)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_adam_is_that_of_torch(kind: type[torch.optim.Optimizer]) -> None:
+    """Three steps; a bf16 parameter is its fp32 master, rounded."""
+    theirs = torch.nn.Parameter(drawn(5, 3))
+    optimizer = kind([theirs], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
+    master, first, second = theirs.detach().clone(), torch.zeros(5, 3), torch.zeros(5, 3)
+    rounded = master.bfloat16()
+    for step in (1, 2, 3):
+        theirs.grad = drawn(5, 3, seed=step)
+        optimizer.step()
+        lists = [[theirs.grad], [rounded], [first], [second], [master]]
+        mode = int(kind is torch.optim.AdamW)
+        stand_in.multi_tensor_adam(1, torch.zeros(1), lists, 0.1, 0.8, 0.9, 1e-3, step, mode, 1, 0.2)
+    torch.testing.assert_close(master, theirs.detach())
+    assert torch.equal(rounded, master.bfloat16())
+
+
+def test_norms_and_scales_of_lists() -> None:
+    tensors, target, flag = [drawn(5), drawn(2, 3, seed=1)], [torch.empty(5), torch.empty(2, 3)], torch.zeros(1)
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    norm, each = stand_in.multi_tensor_l2norm(1, flag, [tensors], True)
+    torch.testing.assert_close(norm, whole.norm()[None])
+    torch.testing.assert_close(each, torch.stack([tensor.norm() for tensor in tensors]))
+    stand_in.multi_tensor_scale_tensor(1, flag, [tensors, target], torch.tensor([0.5]))
+    assert torch.equal(target[1], tensors[1] * 0.5) and not flag
+    stand_in.multi_tensor_scale(1, flag, [[torch.tensor([1.0, float("inf")])], [torch.empty(2)]], 1.0)
+    assert flag
+
+
 # ---------------------------------------------------------------- what the compiled module takes
 
 
@@ -134,7 +163,10 @@ def declared(function: str, headers: str) -> list[str]:
     """The parameters of a C++ function."""
     found = re.search(rf"\b{function}\s*\(([^;{{]*?)\)\s*;", headers, re.DOTALL)
     assert found, f"no header declares {function}"
-    return [part for part in re.sub(r"<[^<>]*>", "", found[1]).split(",") if part.strip() not in ("", "void")]
+    given = found[1]
+    while "<" in given:
+        given = re.sub(r"<[^<>]*>", "", given)
+    return [part for part in given.split(",") if part.strip() not in ("", "void")]
 
 
 FUNCTIONS = [name for name, value in vars(stand_in).items() if inspect.isfunction(value) and name[0] != "_"]
