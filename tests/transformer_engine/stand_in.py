@@ -462,6 +462,8 @@ def multi_tensor_adam(
     parameters in fp32, is what the others' parameters are rounded from.
     """
     del chunk_size, noop_flag
+    if not isinstance(step, int):  # of pybind11
+        raise TypeError(f"incompatible function arguments: step is {step!r}")
     corrections = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     for gradient, parameter, first, second, *master in zip(*tensor_lists, strict=True):
         exact = master[0] if master else parameter.float()

@@ -114,19 +114,18 @@ def test_a_frozen_weight_has_no_gradient_computed(workspace: Workspace, files: P
 
 @pytest.mark.slow
 def test_bf16(workspace: Workspace, files: Path, of_local_layers: Callable, tmp_path: Path) -> None:
-    """Both kinds of layers round to bf16 at other places, so each lies as far from fp32 as rounding takes it.
+    """Weights in bf16 take both kinds of layers equally far from fp32; between them lies rounding alone.
 
-    That distance is what the local layers show; these may be twice as far, and thrice as far from the local ones.
+    A number rounded to bf16 is wrong by at most 2^-9 of it, so a loss of the one kind differs from the other's by 2^-8.
     """
     exact, local = of_local_layers("all trained"), of_local_layers("all trained", PR="bf16")
-    rounding = worst(local, exact)
     found = losses(run(workspace, tmp_path / "out", files, TRAIN_ITERS=ITERATIONS, PR="bf16"))
     print(
-        f"bf16, relative: local layers from fp32 {rounding:.1e}, these {worst(found, exact):.1e}, "
+        f"bf16, relative: local layers from fp32 {worst(local, exact):.1e}, these {worst(found, exact):.1e}, "
         f"these from the local ones {worst(found, local):.1e}"
     )
-    assert rounding > SAME, "as in fp32, so not bf16"
-    assert worst(found, exact) <= 2 * rounding and worst(found, local) <= 3 * rounding
+    assert worst(local, exact) > 2**-8, "as in fp32, so not bf16"
+    assert worst(found, local) <= 2**-8
 
 
 @pytest.mark.slow
@@ -187,19 +186,22 @@ def test_a_checkpoint_goes_to_these_layers_and_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["false", "true"], ids=["whole Adam", "distributed Adam"])
-@pytest.mark.parametrize("fused_adam", [False, True], ids=["torch's Adam", "FusedAdam"])
-def test_a_run_of_local_layers_goes_on_with_these(
-    fused_adam: bool, optimizer: str, workspace: Workspace, files: Path, of_local_layers: Callable, tmp_path: Path
+@pytest.mark.parametrize("optimizer", ["false", "true"], ids=["whole", "distributed"])
+@pytest.mark.parametrize("adam", ["torch's Adam", "FusedAdam"])
+def test_a_run_of_local_layers_goes_on_with_these_and_back(
+    adam: str, optimizer: str, workspace: Workspace, files: Path, of_local_layers: Callable, tmp_path: Path
 ) -> None:
     """Weights, Adam's state and data position: the losses are those of a run that was never stopped.
 
-    In thirds, so that these layers resume what they have saved themselves, too.
+    In quarters: local layers, these, these with what they have saved, local layers again.  The step counts in every
+    one of them, and FusedAdam's is kept elsewhere than torch's.
     """
-    settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 7, "DO": optimizer}
-    printed = run_local(workspace, tmp_path / "out", words=["--exit-interval", "7"], **settings)
-    for words in (("--exit-interval", "14"), ()):
-        printed += run(workspace, tmp_path / "out", files, words, fused_adam, **settings)
+    settings = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 5, "DO": optimizer}
+    fused, output = adam == "FusedAdam", tmp_path / "out"
+    printed = run_local(workspace, output, words=["--exit-interval", "5"], **settings)
+    for stop in ("10", "15"):
+        printed += run(workspace, output, files, ("--exit-interval", stop), fused, **settings)
+    printed += run_local(workspace, output, **settings)
     difference = worst(losses(printed), of_local_layers("all trained"))
-    print(f"goes on, {fused_adam=}, DO={optimizer}: largest relative difference {difference:.1e}")
+    print(f"{adam}, {optimizer=}: largest relative difference {difference:.1e}")
     assert difference <= SAME
