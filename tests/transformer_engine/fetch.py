@@ -24,7 +24,7 @@ def cache() -> Path:
 
 
 def _pip(command: str, *arguments: str) -> None:
-    quiet = ("--quiet", "--no-input", "--disable-pip-version-check", "--no-deps")
+    quiet = ("--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--retries", "1", "--timeout", "15")
     words = [sys.executable, "-m", "pip", command, *quiet, *arguments]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)

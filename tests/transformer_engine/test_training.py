@@ -1,8 +1,9 @@
 """Runs with Transformer Engine's layers, its own Python over a stand-in of its compiled module, on a CPU.
 
 Launcher, arguments, data and optimizer are those of a run; the arguments of the device are a GPU's (fused rotary
-embedding, gradient accumulation in the weight's product).  The attention is Transformer Engine's unfused one: cuDNN's,
-flash-attn's and with them context parallelism are out of a CPU's reach, and so are fp8 and its FusedAdam.
+embedding, gradient accumulation in the weight's product).  The attention is Transformer Engine's unfused one, also for
+packed rows (thd, padding_causal): cuDNN's, flash-attn's and with them context parallelism are out of a CPU's reach,
+and so is fp8.
 """
 
 import json
