@@ -5,7 +5,7 @@ extensions.h, against which test_stand_in.py holds it.  fp8, userbuffers and cuD
 missing raises NotImplementedError where it is called.  Letters: S positions, B batch, T tokens of all packed records,
 n heads, d their width, O and I the widths of a linear layer's output and input.
 
-`products` counts what generic_gemm was asked for, for tests that must see which products a backward pass makes.
+`products` counts what was asked for, for tests that must see which products of matrices a backward pass makes.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def __getattr__(name: str) -> type[_Absent]:
 
 # ---------------------------------------------------------------- products
 
-products: Counter[str] = Counter()  # "KIND WIDTH x WIDTH" of the weight -> calls
+products: Counter[str] = Counter()  # "KIND O x I" of a product, or a function's name -> calls
 
 
 def _name(A: Tensor, transA: bool, B: Tensor, transB: bool, in_place: bool) -> str:
@@ -220,6 +220,7 @@ def layernorm_fwd(
     zero_centered_gamma: bool,
 ) -> list[Tensor]:
     """input [..., H], weight and bias [H] -> output [..., H] of `otype`, mean and 1 / deviation [rows] in fp32."""
+    products["layernorm_fwd"] += 1
     del sm_margin
     _without_quantizer(quantizer)
     rows = input.reshape(-1, input.shape[-1]).float()
@@ -260,6 +261,7 @@ def rmsnorm_fwd(
     zero_centered_gamma: bool,
 ) -> list[Tensor | None]:
     """input [..., H], weight [H] -> output [..., H] of `otype`, None, 1 / root mean square [rows] in fp32."""
+    products["rmsnorm_fwd"] += 1
     del sm_margin
     _without_quantizer(quantizer)
     rsigma = torch.rsqrt(input.reshape(-1, input.shape[-1]).float().square().mean(1) + eps)
@@ -357,6 +359,7 @@ def scaled_aligned_causal_masked_softmax_backward(
 
 def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int) -> Tensor:
     """Packed records [T, n, d], record r from cu_seqlens[r] on -> [b, max_seq_len, n, d], zeros behind each."""
+    products["convert_thd_to_bshd"] += 1
     rows = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
     for row, (start, end) in zip(rows, itertools.pairwise(cu_seqlens.tolist()), strict=True):
         row[: end - start] = tensor[start:end]
@@ -421,6 +424,7 @@ def fused_rope_forward(
     cp_rank: int,
 ) -> Tensor:
     """input [S, B, n, d], [B, S, n, d] or [T, n, d] with cu_seqlens, freqs [S, 1, 1, w] in radians -> as input."""
+    products["fused_rope_forward"] += 1
     del cp_rank
     return _rope(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, 1)
 
