@@ -58,6 +58,7 @@ GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
 OF_COMMANDS = "tests/launchers/test_commands.py"
 OF_CONFIG = "tests/training/test_config.py"
 OF_PATCHES = "tests/patches/test_patches.py"
+OF_ENGINE = "tests/transformer_engine/test_training.py"
 OF_IMAGE = "tests/data/test_image.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
 CACHED = "tests/training/test_feature_cache.py"
@@ -864,9 +865,27 @@ PATCHES = [
         ("Transformer Engine's layers lose the fusion too", "config = copy.copy(config)", "config = config"),
         ("fusion is lost with Apex too", "and not layers._grad_accum_fusion_available:", "and True:"),
     ),
+    *of(
+        "megatron_patch/patches/adam_of_another_kind.py",
+        f"{OF_PATCHES}::test_adams_take_what_the_other_kind_has_saved",
+        ("FusedAdam's settings are missing", "group.setdefault(name, value)", "group.get(name, value)"),
+        ("FusedAdam's step is a float", 'steps = {int(group["step"])}', 'steps = {group["step"]}'),
+        ("FusedAdam begins at step 0", 'group["step"] = max(steps)', 'group["step"] = 0'),
+        ("torch's Adam begins at step 0", '["step"] = torch.tensor(float(step))', '["step"] = torch.tensor(0.0)'),
+    ),
 ]
 
 RUNS = [
+    *of(
+        "megatron_patch/model/layer_specs.py",
+        f"{OF_ENGINE}::test_a_frozen_weight_has_no_gradient_computed",
+        ("Transformer Engine's layers normalise twice", "*(IdentityOp, TENorm, {}),", "*(TENorm, TENorm, {}),"),
+    ),
+    *of(
+        "megatron_patch/model/layer_specs.py",
+        f"{OF_ENGINE}::test_a_checkpoint_goes_to_these_layers_and_back[TP1]",
+        ("norms outside the layers are torch's among Transformer Engine's", "return TENorm", "return LocalNorm"),
+    ),
     *of(
         "megatron_patch/training/pretrain.py",
         f"{FREEZING}[stage 1]",

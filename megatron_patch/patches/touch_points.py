@@ -157,6 +157,17 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint(
+        OPTIMIZER,
+        "MegatronOptimizer.__init__",
+        (
+            Layer(
+                "patches.adam_of_another_kind",
+                "torch's Adam and Transformer Engine's FusedAdam cannot go on with each other's state",
+                "test_a_run_of_local_layers_goes_on_with_these_and_back passes without it",
+            ),
+        ),
+    ),
     TouchPoint(OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "param_group_identifier_keys", (GROUP_KEYS,)),
     TouchPoint(

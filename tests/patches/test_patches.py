@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_patch import patches
 from megatron_patch.errors import UserError
+from megatron_patch.patches.adam_of_another_kind import turn_into_fused, turn_into_torchs
 from tests.device.test_cpu import in_new_process
 
 
@@ -18,11 +20,12 @@ print(*patches.apply_all("cpu"))
 assert patches.apply_all("cpu")  # twice is once
 """
     names = in_new_process(program).split()
-    assert names == patches.listed("cpu") and len(names) == 10
+    assert names == patches.listed("cpu") and len(names) == 12
 
 
 def test_only_what_a_gpu_needs_is_applied_there() -> None:
     wanted = {"distributed_optimizer_state", "fused_adamw", "interleaved_loader_state", "skip_compile_helpers"} | {
+        "adam_of_another_kind",
         "missing_extra_states",
         "parameter_group_keys",
         "synchronous_save_queue",
@@ -230,3 +233,16 @@ assert all(group["fused"] for group in part.optimizer.param_groups)
 print("fused")
 """
     assert in_new_process(program).split()[-1] == "fused"
+
+
+def test_adams_take_what_the_other_kind_has_saved() -> None:
+    """FusedAdam has the step in its groups, as an int, and settings that torch's Adam lacks; moments stay."""
+    states = {0: {"step": torch.tensor(7.0), "exp_avg": 1}, 1: {"step": torch.tensor(7.0), "exp_avg": 2}}
+    groups = [{"params": [0, 1], "lr": 0.5}, {"params": [], "step": 7.0}]
+    turn_into_fused({"bias_correction": True, "lr": 9.0}, groups, states)
+    assert groups[0] == {"params": [0, 1], "lr": 0.5, "bias_correction": True, "step": 7}
+    assert groups[1]["step"] == 7 and type(groups[1]["step"]) is type(groups[0]["step"]) is int
+    assert states == {0: {"exp_avg": 1}, 1: {"exp_avg": 2}}
+    turn_into_torchs(groups, states)
+    assert all(torch.equal(state["step"], torch.tensor(7.0)) for state in states.values())
+    assert states[0]["step"] is not states[1]["step"] and not any("step" in group for group in groups)
