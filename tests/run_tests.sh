@@ -22,5 +22,6 @@ if [[ ${1:-} == --mutants ]]; then
     exec "$PYTHON" tests/run_mutants.py "${@:2}"
 fi
 # All of them: in as many processes as there are cores, each with whole files, whose tests share what is costly to make.
-(($# > 0)) || selection+=(-n "${TEST_PROCESSES:-$(nproc 2>/dev/null || echo 2)}" --dist loadfile)
+# nproc would count the threads of OMP_NUM_THREADS.
+(($# > 0)) || selection+=(-n "${TEST_PROCESSES:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" --dist loadfile)
 exec "$PYTHON" -m pytest "${selection[@]}" "$@"
