@@ -40,6 +40,8 @@ FAMILIES_AND_TOWERS = (
     {*LANGUAGE_MODELS, *VISION_TOWERS, *original_classes(), *whole_models(), *published_towers()}
     | {name.rstrip("0123456789") for name in LANGUAGE_MODELS}
 ) - {"clip", "llava"}
+# models that others have measured, by name
+PUBLISHED = {"toolkits/benchmark/known_models.py", "toolkits/benchmark/published_rows.py"}
 REGISTRIES = {"megatron_patch/language_models.py", "megatron_patch/vision_towers.py"}
 
 
@@ -79,7 +81,7 @@ def test_families_and_towers_are_named_in_their_rows_alone() -> None:
     programs = [path for folder in PRODUCT for path in tracked(f"{folder}/**.py", f"{folder}/**.sh")]
     assert len(programs) > 80
     found = {str(path.relative_to(ROOT)): named(path, FAMILIES_AND_TOWERS) for path in programs}
-    assert {name for name, hits in found.items() if hits} == REGISTRIES, found
+    assert {name for name, hits in found.items() if hits} - PUBLISHED == REGISTRIES, found
     assert found["megatron_patch/language_models.py"] | found["megatron_patch/vision_towers.py"] >= {
         *LANGUAGE_MODELS,
         *VISION_TOWERS,
@@ -351,7 +353,7 @@ def test_what_cuda_says(tmp_path, monkeypatch) -> None:
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
 ROWS = """LLM family|vision tower|conversation template|source format of data|launcher argument|accelerator
-Megatron upgrade|checkpoint layout"""
+Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
 
 
 def test_contributing_names_a_file_for_each_change() -> None:

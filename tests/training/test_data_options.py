@@ -95,6 +95,7 @@ def test_equal_work_trains_on_the_same_steps(parallelism: dict, workspace: Works
     assert worst <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_of_equal_work_goes_on_with_other_ranks(workspace: Workspace, tmp_path: Path) -> None:
     """Two ranks for half of the steps, then four: the losses and record counters of one rank that takes turns."""
     settings = {"TRAIN_ITERS": 16, "GLOBAL_BATCH_SIZE": 8, "SAVE_INTERVAL": 8, "DO": "true"}

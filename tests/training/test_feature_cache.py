@@ -42,7 +42,7 @@ CASES = {
     "bf16, TP2": ({"PR": "bf16"}, {"TP": 2}),
     "stage 2": ({"FREEZE_LANGUAGE_MODEL": "false"}, {"TP": 2}),
 }
-SLOW = ("packed, PP2", "stage 2")
+SLOW = ("packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16")
 
 
 def cache(workspace: Workspace, output: Path, *words: str, expected_exit: int = 0) -> str:

@@ -43,7 +43,7 @@ ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
 DEFAULT = [
     *(("all trained", name) for name in ("TP2 + SP", "PP2, interleaved", "CP2", "DP2", "DP2 + distributed optimizer")),
     ("all trained", "recompute full of the tower, selective of the LLM"),
-    *(("stage 1", "TP2 + SP"), ("stage 2", "PP2"), ("packed", "CP2")),
+    *(("stage 2", "PP2"), ("packed", "CP2")),
 ]
 
 

@@ -79,7 +79,8 @@ def told(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def settings(workspace: Workspace) -> DataConfig:
-    return read_config(argv(workspace, conversation_template="mistral", micro_batch_size="2", num_workers="0")).data
+    changes = {"conversation_template": "mistral", "micro_batch_size": "2", "num_workers": "0", "no_padding_free": ""}
+    return read_config(argv(workspace, **changes)).data
 
 
 def test_every_validation_sees_the_first_records(told, judge: Judge, settings: DataConfig, workspace: Workspace):

@@ -89,7 +89,7 @@ def prepare(work: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(script), *map(str, words)]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    shutil.copytree(work / "checkpoint/llava", work / "llava")
+    shutil.copytree(work / "checkpoint/llava", work / "shape")
     config = json.loads((work / "llava/config.json").read_text())
     config["text_config"] |= LANGUAGE | {"num_key_value_heads": LANGUAGE["num_attention_heads"]}
     config["text_config"]["head_dim"] = LANGUAGE["hidden_size"] // LANGUAGE["num_attention_heads"]
@@ -105,7 +105,7 @@ def measure_run(work: Path, run: Run) -> tuple[float, int, int]:
         *(work / "wds", work / "wds", "none", STEPS, 1, output),
     ]
     options = {
-        "TOKENIZER_PATH": work / "llava",
+        "TOKENIZER_PATH": work / "shape",
         "FREEZE_LANGUAGE_MODEL": "false",
         "FREEZE_VISION_TOWER": "false",
         "CONVERSATION_TEMPLATE": "v1",
@@ -238,7 +238,7 @@ def compare(work: Path, layouts: list[Run]) -> None:
     results = [measure_run(work, run) for run in CALIBRATION]
     samples, tokens = (sum(result[number] for result in results) for number in (1, 2))
     text = round(tokens / samples) - IMAGE_TOKENS
-    geometry = read_geometry_of(work / "llava")
+    geometry = read_geometry_of(work / "shape")
     card = calibrate(geometry, [result[0] for result in results], text, memory, gloo, cores)
     reached = card.rate("fp32")
     print(

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_patch.device_cards import CARDS
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import LlavaGeometry, read_geometry_of
+from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.length_mix import MIXES, LengthMix, even
+from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.step_flop import Frozen
 from megatron_patch.step_time import RECOMPUTES, Plan, StepTime, predict
 from toolkits.benchmark.known_models import LANGUAGE_MODELS, llava
@@ -138,7 +139,7 @@ def main() -> None:
         return
     try:
         geometry: LlavaGeometry = (
-            read_geometry_of(arguments.checkpoint / "llava") if arguments.checkpoint else llava(arguments.model)
+            LlavaFolder.of(arguments.checkpoint).geometry() if arguments.checkpoint else llava(arguments.model)
         )
         plans = [(gpus, plan_of(arguments, gpus)) for gpus in arguments.gpus]
         card = CARDS[arguments.card]

@@ -6,6 +6,7 @@ Started by the benchmark, with a gate before each step (gate.py).  RUN.json hold
 which this loop takes its records alone: the batches are the same.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def main() -> None:
     where = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    loader = build_train_loader(settings.train_dataset_path, settings.data, 0, 1)
+    padded = dataclasses.replace(settings.data, padding_free=False)
+    loader = build_train_loader(settings.train_dataset_path, padded, 0, 1)
     mean, std = (
         torch.tensor(values, device=where).view(1, 3, 1, 1) * 255
         for values in (settings.data.image_mean, settings.pixel_std)
