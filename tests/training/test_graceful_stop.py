@@ -108,10 +108,11 @@ def test_time_limit_leaves_room_for_the_save(workspace: Workspace, tmp_path: Pat
     end = time.time() + 30
     words = ["--stop-at", f"{end:.0f}"]
     printed = run(workspace, tmp_path / "out", words=words, **{**STEPS, "TRAIN_ITERS": 100000, "SAVE_INTERVAL": 50})
-    assert time.time() < end
     assert "for the time limit is near; it is saved" in printed
     last = max(losses(printed))
-    assert (tmp_path / "out/checkpoint/latest_checkpointed_iteration.txt").read_text() == str(last)
+    tracker = tmp_path / "out/checkpoint/latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == str(last)
+    assert tracker.stat().st_mtime < end  # written last; the processes' own end takes as long as the machine lets it
 
 
 @pytest.mark.parametrize("parallelism", [pytest.param({"TP": 2}, marks=pytest.mark.slow), {"NPROC_PER_NODE": 2}])
