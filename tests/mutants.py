@@ -844,8 +844,8 @@ PATCHES = [
         "tests/training/test_parallelism.py::test_padding_is_left_out_without_a_trace",
         (
             "short records see their neighbours",
-            "torch.arange(length) * rows + row",
-            "torch.arange(length) + row * length",
+            "torch.arange(length) * records + record",
+            "torch.arange(length) + record * length",
         ),
     ),
     *of(

@@ -4,6 +4,7 @@ Megatron's own DotProductAttention materialises the [S, S] scores (277 ms agains
 two threads) and knows no context parallelism.
 """
 
+import functools
 import itertools
 
 import torch
@@ -42,6 +43,13 @@ def packed_zigzag_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
             for start, end in itertools.pairwise(starts)
         ]
     )
+
+
+@functools.lru_cache(maxsize=8)  # all layers ask the same of a micro-batch, and a pipeline has several under way
+def places_side_by_side(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each token [T] of a packed row stands in [longest, records], flattened: records as columns of a batch."""
+    records = len(lengths)
+    return torch.cat([torch.arange(length) * records + record for record, length in enumerate(lengths)]).to(device)
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -104,11 +112,11 @@ class ScaledDotProductAttention(MegatronModule):
         Long records go one by one, so that nothing is computed that would be masked.  Short ones go side by side,
         padded for this product alone: there the calls would take longer than the products.
         """
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-        if self.context_group is None and len(lengths) > 1 and max(lengths) <= SHORT_RECORD:
-            return self._side_by_side(query, key, value, lengths)
         size = 1 if self.context_group is None else self.context_group.size()
         bounds = (cu_seqlens // size).tolist()  # each rank holds an equal part of every record
+        lengths = tuple(end - start for start, end in itertools.pairwise(bounds))
+        if self.context_group is None and len(lengths) > 1 and max(lengths) <= SHORT_RECORD:
+            return self._side_by_side(query, key, value, lengths)
         # [size, T, groups, d]: the parts of a record lie at the same place of every rank's row
         key, value = (states.unflatten(0, (size, -1)) for states in self._over_ranks(key, value))
         return torch.cat(
@@ -122,10 +130,10 @@ class ScaledDotProductAttention(MegatronModule):
             ]
         )
 
-    def _side_by_side(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    def _side_by_side(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """[T, heads, d] -> [T, heads * d], the records as rows of one batch, as long as the longest."""
         rows, longest = len(lengths), max(lengths)
-        place = torch.cat([torch.arange(length) * rows + row for row, length in enumerate(lengths)]).to(query.device)
+        place = places_side_by_side(lengths, query.device)
 
         def as_rows(states: Tensor) -> Tensor:  # [longest, rows, heads, d], zeros behind the end of each
             empty = states.new_zeros(longest * rows, *states.shape[1:])
