@@ -7,36 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from megatron_patch.geometry import read_geometry, read_geometry_of
+from megatron_patch.geometry import read_geometry_of
 from megatron_patch.step_flop import Frozen, Work, step_flop
 from tests import tiny_models
+from toolkits.benchmark.known_models import llava
 
 STAGE_1 = Frozen(language_model=True, vision_tower=True)
 STAGE_2 = Frozen(vision_tower=True)
-
-
-def llava_7b(side_px: int):
-    """LLaMA-7B + CLIP-L/14."""
-    text = {
-        "model_type": "llama",
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }
-    vision = {
-        "model_type": "clip_vision_model",
-        "num_hidden_layers": 24,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "image_size": side_px,
-        "patch_size": 14,
-    }
-    return read_geometry({"text_config": text, "vision_config": vision, "image_token_index": 32000})
 
 
 def one_record(tokens: int, labels: int, images: int = 1) -> Work:
@@ -49,7 +26,7 @@ def one_record(tokens: int, labels: int, images: int = 1) -> Work:
 )
 def test_anchors_of_llava_7b(side_px: int, frozen: Frozen, text: int, tera: float) -> None:
     """Those count the head at every token; the tolerance is their last digit and the projector at 224 px."""
-    geometry = llava_7b(side_px)
+    geometry = llava(side_px=side_px)
     tokens = geometry.tower.image_tokens + text
     everywhere = step_flop(geometry, frozen, one_record(tokens, labels=tokens))
     assert everywhere / 1e12 == pytest.approx(tera, rel=5e-3)
@@ -95,7 +72,7 @@ def test_count_agrees_with_torch_over_transformers(frozen: Frozen, tmp_path) -> 
 
 
 def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:
-    geometry = llava_7b(336)
+    geometry = llava()
     alone = one_record(600, 20)
     pair = Work(*(2 * number for number in dataclasses.astuple(alone)))
     whole = one_record(1200, 40, images=2)
@@ -108,7 +85,7 @@ def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:
 
 def test_an_image_whose_features_are_cached_costs_no_tower() -> None:
     """CLIP-L/14 at 336 px: 23 layers over 577 positions, and the patches' convolution."""
-    geometry, seen = llava_7b(336), one_record(616, 40)
+    geometry, seen = llava(), one_record(616, 40)
     layers = 23 * (2 * 12 * 1024**2 * 577 + 4 * 1024 * 577**2)
     saved = layers + 2 * 3 * 14**2 * 1024 * 576
     cached = dataclasses.replace(seen, cached=1)
