@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gate import Block, Side
 from tqdm import tqdm
-from workload import SHAPES, Shape, write_checkpoint, write_model, write_records
+from workload import SHAPES, Shape, write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = Path(__file__).with_name("sides")
@@ -143,6 +143,7 @@ def compare(
     name: str, stage: int, precision: str, folder: Path, rounds: int, steps: int, options: dict[str, str]
 ) -> Result:
     """Both sides in turns."""
+    from megatron_patch.conversion import convert_to_megatron
     from megatron_patch.geometry import read_geometry_of
 
     shape = SHAPES[name]
@@ -155,7 +156,7 @@ def compare(
     if shape.weights:
         start = folder / f"checkpoint-{precision}"
         if not start.exists():
-            write_checkpoint(model, start, precision, shape.size)
+            convert_to_megatron(model, None, start, precision=precision, model_size=shape.size)
     work = folder / f"{stage}-{precision}"
     work.mkdir()
     command, environment = our_command(shape, stage, precision, start, folder / "data/wds", work / "output", options)

@@ -40,7 +40,7 @@ class Gate:
         self._done: TextIO = (folder / DONE).open("w")
         self._left = 0
         self._told: dict[str, Any] = {}
-        self._began = self._cpu_began = 0.0
+        self._began = 0.0
         self._profile: Any = None
         self._said_ready = False
 
@@ -55,7 +55,7 @@ class Gate:
             self._told = {"losses": [], "threads": _threads()}
             reset_peak_memory()
             self._profile = _start_profile() if profile else None
-            self._began, self._cpu_began = time.perf_counter(), time.process_time()
+            self._began = time.perf_counter()
         self._left -= 1
 
     def note(self, loss: float | None = None, **more: Any) -> None:
@@ -68,8 +68,7 @@ class Gate:
         told = {"ready": True}
         if self._said_ready:
             seconds = time.perf_counter() - self._began
-            used = time.process_time() - self._cpu_began
-            told = {"seconds": seconds, "cpu_seconds": used, "peak_bytes": _peak_bytes(), **self._told}
+            told = {"seconds": seconds, "peak_bytes": _peak_bytes(), **self._told}
             if self._profile is not None:
                 told["operators"] = _operators(self._profile)
                 self._profile = None
@@ -121,7 +120,6 @@ def _peak_bytes() -> int:
 class Block:
     """Some steps of one side."""
 
-    steps: int
     seconds: float
     peak_bytes: int
     losses: list[float]
@@ -156,7 +154,7 @@ class Side:
         """Let it do so many steps; profile: with torch's profiler, whose `operators` are in `more` then."""
         self._open.write(f"{steps}{' profile' if profile else ''}\n".encode())
         told = self._answer()
-        return Block(steps, told.pop("seconds"), told.pop("peak_bytes"), told.pop("losses"), told)
+        return Block(told.pop("seconds"), told.pop("peak_bytes"), told.pop("losses"), told)
 
     def _answer(self) -> dict[str, Any]:
         """The next line.

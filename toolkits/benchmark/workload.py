@@ -111,11 +111,8 @@ def write_model(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def write_records(folder: Path, shape: Shape, records: int, text_tokens: tuple[int, ...] = ()) -> Path:
-    """Records of one image and so many tokens of text, in turn; returns the energon folder.
-
-    text_tokens: <s> included; () takes the shape's.
-    """
+def write_records(folder: Path, shape: Shape, records: int) -> Path:
+    """Records of one image and the shape's tokens of text, <s> among them; returns the energon folder."""
     import numpy as np
     from PIL import Image
 
@@ -125,8 +122,7 @@ def write_records(folder: Path, shape: Shape, records: int, text_tokens: tuple[i
     for number in range(records):
         small = numbers.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(small).resize((shape.side_px, shape.side_px)).save(folder / f"images/{number}.jpg", quality=90)
-        length = (text_tokens or (shape.text_tokens,))[number % max(len(text_tokens), 1)]
-        caption = " ".join(f"w{generator.randrange(WORDS)}" for _ in range(length - 1))
+        caption = " ".join(f"w{generator.randrange(WORDS)}" for _ in range(shape.text_tokens - 1))
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         listed.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(listed))
@@ -135,12 +131,3 @@ def write_records(folder: Path, shape: Shape, records: int, text_tokens: tuple[i
     if done.returncode:
         raise RuntimeError(f"{CONVERTER.name} ended with code {done.returncode}: {done.stderr[-2000:]}")
     return folder / "wds"
-
-
-def write_checkpoint(model: Path, folder: Path, precision: str, size: str) -> Path:
-    """The model as a Megatron checkpoint."""
-    sys.path.insert(0, str(ROOT))
-    from megatron_patch.conversion import convert_to_megatron
-
-    convert_to_megatron(model, None, folder, precision=precision, model_size=size)
-    return folder
