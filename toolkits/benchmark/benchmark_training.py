@@ -10,7 +10,7 @@ SDPA and fused AdamW.  Both load their records within the training process (NUM_
 
 Stage 1 trains the projector, stage 2 the language model too; the shape `quickstart` trains everything, as that does.
 Printed, and written to DIR/results.json with a plot beside it: samples/s, tokens/s without padding, useful FLOP/s
-(training/throughput.py says what is counted) and their share of the matrix products', peak memory during the steps (of
+(step_flop.py says what is counted) and their share of the matrix products', peak memory during the steps (of
 the process; on a GPU what torch allocated), and the ratios of ours to the plain loop: medians over neighbouring blocks.
 """
 
@@ -32,6 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gate import Block, Side
 from tqdm import tqdm
 from workload import SHAPES, Shape, write_model, write_records
+
+from megatron_patch.conversion import convert_to_megatron
+from megatron_patch.geometry import LlavaGeometry, read_geometry_of
+from megatron_patch.step_flop import Frozen, Work, step_flop
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = Path(__file__).with_name("sides")
@@ -143,9 +147,6 @@ def compare(
     name: str, stage: int, precision: str, folder: Path, rounds: int, steps: int, options: dict[str, str]
 ) -> Result:
     """Both sides in turns."""
-    from megatron_patch.conversion import convert_to_megatron
-    from megatron_patch.geometry import read_geometry_of
-
     shape = SHAPES[name]
     model = folder / "model"
     if not model.exists():
@@ -209,14 +210,8 @@ def compare(
     )
 
 
-def useful_flop(geometry: object, shape: Shape, stage: int, work: dict[str, int]) -> float:
+def useful_flop(geometry: LlavaGeometry, shape: Shape, stage: int, work: dict[str, int]) -> float:
     """FLOP of forward and backward for `work`, as the trainer's own log counts them."""
-    from megatron_patch import device
-
-    device.install()
-    from megatron_patch.model.llava import Frozen
-    from megatron_patch.training.throughput import Work, step_flop
-
     frozen = () if shape.all_trained else FROZEN[stage]
     return step_flop(geometry, Frozen("freeze-language-model" in frozen, "freeze-vision-tower" in frozen), Work(**work))
 
