@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from megatron_patch.errors import UserError
 
@@ -61,10 +61,8 @@ FACTORIES = (
 )
 
 # Transformer Engine and Apex with their extensions, whose kernels are CUDA's.
-CUDA_PACKAGES = (
-    *("transformer_engine", "transformer_engine_torch", "apex", "amp_C"),
-    *("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda"),
-)
+CUDA_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_layer_norm_cuda")
+WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # Apex's too; see _hide_cuda_packages()
 
 _installed = False
 
@@ -98,7 +96,7 @@ def megatron_arguments(use_transformer_engine: bool) -> list[str]:
     del use_transformer_engine
     return [
         *("--transformer-impl", "local", "--distributed-backend", DISTRIBUTED_BACKEND),
-        *("--no-rope-fusion", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
+        *("--no-rope-fusion", "--no-persist-layer-norm"),
         *("--no-masked-softmax-fusion", "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion"),
         "--no-bias-dropout-fusion",
     ]
@@ -131,9 +129,23 @@ def install() -> None:
 
 
 def _hide_cuda_packages() -> None:
-    """Let imports of these fail: Megatron takes their norms and optimizers where they import, CPU tensors or not."""
+    """Let imports of these fail: Megatron takes their norms and optimizers where they import, CPU tensors or not.
+
+    All but one, which is a single product: weight gradients are added to the gradient buffer without a temporary.
+    """
     for package in CUDA_PACKAGES:
         sys.modules[package] = None  # clip_grads.py, optimizer/__init__.py: torch's own behind `except ImportError`
+    extension = ModuleType(WEIGHT_GRADIENTS)
+    extension.wgrad_gemm_accum_fp32 = extension.wgrad_gemm_accum_fp16 = _add_weight_gradient
+    sys.modules[WEIGHT_GRADIENTS] = extension  # tensor_parallel/layers.py
+
+
+def _add_weight_gradient(states: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [O, I] += gradient [T, O]^T states [T, I], as Apex's extension does it."""
+    if states.dtype == main_grad.dtype:
+        main_grad.addmm_(gradient.t(), states)
+    else:
+        main_grad.add_(gradient.t() @ states)
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:

@@ -4,9 +4,12 @@ Local layers keep their norms apart, Transformer Engine's fuse them into the lin
 same names in a checkpoint, so one checkpoint serves both.
 """
 
+import copy
+import dataclasses
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_patch.model.attention import ScaledDotProductAttention
+from megatron_patch.model.elementwise import RMSNorm, SwiGLU
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE
 
 
@@ -27,7 +31,7 @@ def _uses_transformer_engine(config: TransformerConfig) -> bool:
 
 
 class LocalNorm:
-    """torch's RMSNorm or LayerNorm over `hidden_size`, as `config.normalization` says.
+    """RMSNorm or torch's LayerNorm over `hidden_size`, as `config.normalization` says.
 
     Megatron's WrappedTorchNorm refuses sequence parallelism; all it takes is the mark by which Megatron sums the
     gradients of parameters that see only a part of the sequence.  A class, because Megatron hands functions in a spec
@@ -36,13 +40,24 @@ class LocalNorm:
 
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
-    ) -> torch.nn.RMSNorm | torch.nn.LayerNorm:
-        """The torch module itself."""
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+    ) -> RMSNorm | torch.nn.LayerNorm:
+        """The module itself."""
+        kind = RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class LocalMLP(MLP):
+    """Megatron's MLP, whose SwiGLU goes over memory once and keeps nothing but its input for the backward pass."""
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: object) -> None:
+        if config.gated_linear_unit and config.activation_func is F.silu:
+            config = copy.copy(config)
+            config.use_te_activation_func = True  # Megatron's name for: submodules bring the activation
+            submodules = dataclasses.replace(submodules, activation_func=lambda config: SwiGLU())
+        super().__init__(config, submodules, **kwargs)
 
 
 def norm_builder(config: TransformerConfig) -> object:
@@ -64,14 +79,14 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
             TERowParallelLinear,
         )
 
-        column, row, core, norm, head_norm, keys = (
+        column, row, core, norm, head_norm, mlp, keys = (
             *(TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention),
-            *(IdentityOp, TENorm, {}),
+            *(IdentityOp, TENorm, MLP, {}),
         )
     else:
-        column, row, core, norm, head_norm, keys = (
+        column, row, core, norm, head_norm, mlp, keys = (
             *(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention),
-            *(LocalNorm, LocalNorm, NORM_KEYS_AS_TRANSFORMER_ENGINE),
+            *(LocalNorm, LocalNorm, LocalMLP, NORM_KEYS_AS_TRANSFORMER_ENGINE),
         )
     if not config.qk_layernorm:
         head_norm = None
@@ -92,7 +107,7 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(mlp.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -34,6 +33,7 @@ from megatron_patch.model.layer_specs import (
     projector_layers,
     tower_block,
 )
+from megatron_patch.model.loss import head_losses
 from megatron_patch.step_flop import Frozen
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE, check_nothing_differs, differences
 
@@ -408,17 +408,9 @@ class LlavaModel(MegatronModule):
             # Every rank's backward must run, so one position takes part with weight 0.
             trained = torch.zeros_like(trained)
             trained[0, 0] = True
-        logits, _ = output_layer(hidden_states[trained].unsqueeze(1), weight=output_weight)  # [L, 1, V / TP]
-        logits = self._without_padded_vocabulary(logits)
-        targets = labels[trained].clamp(min=0).unsqueeze(1)
-        losses = vocab_parallel_cross_entropy(logits, targets, tp_group=self.pg_collection.tp)
+        weight = output_layer.weight if output_weight is None else output_weight
+        targets = labels[trained].clamp(min=0)
+        losses = head_losses(
+            hidden_states[trained], weight, targets, self.geometry.language.vocabulary, self.pg_collection.tp
+        )
         return torch.stack([losses.sum() * (count > 0), count.to(losses.dtype)])
-
-    def _without_padded_vocabulary(self, logits: Tensor) -> Tensor:
-        """logits [L, 1, V / TP] with -inf at the rows that only pad the vocabulary, so padding cannot move the loss."""
-        width = logits.shape[-1]
-        real = self.geometry.language.vocabulary - self.pg_collection.tp.rank() * width
-        if real >= width:
-            return logits
-        is_padding = torch.arange(width, device=logits.device) >= real
-        return logits.masked_fill(is_padding, float("-inf"))

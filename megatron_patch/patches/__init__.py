@@ -10,6 +10,8 @@ fused_adamw.py                  torch's AdamW in one pass over memory
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 parameter_group_keys.py         a resume with another learning rate
+rotary_in_one_pass.py           rotary positions without Transformer Engine's kernel
+scale_in_place.py               gradients are clipped without copies
 skip_compile_helpers.py         no `make` at the start
 synchronous_save_queue.py       synchronous saves start no process
 unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex

@@ -194,6 +194,28 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.transformer.attention",
+        "apply_rotary_pos_emb",
+        (
+            Layer(
+                "patches.rotary_in_one_pass",
+                "without Transformer Engine's kernel it copies queries and keys ten times, in every layer anew",
+                "benchmark_training.py is not slower without it",
+            ),
+        ),
+    ),
+    TouchPoint(
+        "megatron.core.optimizer.clip_grads",
+        "multi_tensor_scale_impl",
+        (
+            Layer(
+                "patches.scale_in_place",
+                "without Transformer Engine and Apex it clips gradients through a copy of each",
+                "local_multi_tensor_scale scales in place",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.datasets.utils",
         "compile_helpers",
         (
@@ -262,6 +284,7 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint(OPTIMIZER, "get_grad_norm_fp32", (SPIKES,)),
     TouchPoint(
         LOOP,
         "save_checkpoint_and_time",

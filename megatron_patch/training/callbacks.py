@@ -14,7 +14,7 @@ from megatron.training import training
 
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
-from megatron_patch.patches.touch_points import LOOP, wrap
+from megatron_patch.patches.touch_points import LOOP, OPTIMIZER, wrap
 from megatron_patch.step_flop import Frozen
 from megatron_patch.training import checkpoint_retention, graceful_stop, loss_spikes
 from megatron_patch.training.config import RunConfig
@@ -47,6 +47,7 @@ def install_safeguards(args: argparse.Namespace) -> Callable[[], None]:
         args.on_bad_loss, args.spike_factor, asked | loss_spikes.read_windows(args.save), args.bad_batches_file
     )
     wrap(LOOP, "train_step", "training.loss_spikes", guard.guard)
+    wrap(OPTIMIZER, "get_grad_norm_fp32", "training.loss_spikes", loss_spikes.checked)
     wrap(LOOP, "load_checkpoint", "training.callbacks", lambda load: _with_history(load, guard, args.load))
     limit = graceful_stop.TimeLimit(args.stop_at)
 

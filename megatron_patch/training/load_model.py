@@ -85,6 +85,7 @@ def _decoder_config(geometry: LlavaGeometry, length: int, *arguments: str) -> Tr
         *decoder_arguments(geometry.language, length),
         *("--seq-length", str(length), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--calculate-per-token-loss"),
+        "--no-gradient-accumulation-fusion",  # there is no gradient buffer outside of the training loop
         *arguments,
     ]
     args = parse_args()

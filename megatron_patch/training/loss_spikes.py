@@ -1,8 +1,9 @@
 """Steps that must not be trained on: a loss or gradient that is not finite, a loss spike, iterations to leave out.
 
-Looked at after forward and backward and before the optimizer: every process then knows whether anywhere a micro-batch
-was bad, for one sum of five numbers over all of them, and all decide alike.  Megatron's own check (rerun state machine)
-ends with exit codes 16 and 17 after saving, or trains on; it is switched off (config.py).
+Losses are looked at after forward and backward and before the optimizer: every process then knows whether anywhere a
+micro-batch was bad, for one sum of four numbers over all of them, and all decide alike.  Of the gradients the optimizer
+takes the norm over all processes anyway; that one is looked at, before it clips.  Megatron's own check (rerun state
+machine) ends with exit codes 16 and 17 after saving, or trains on; it is switched off (config.py).
 """
 
 import json
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 from megatron.training.utils import print_rank_0
@@ -79,18 +79,41 @@ def read_windows(save: str | None) -> set[int]:
     return set(json.loads(where.read_text())) if save and where.is_file() else set()
 
 
-class _Optimizer:
-    """Megatron's optimizer as train_step sees it; holds still when `held`."""
+class GradientNotFinite(Exception):
+    """The norm of all gradients is none of the numbers; raised on every process before anything is changed."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer, self.held = optimizer, False
+
+def checked(get_grad_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's get_grad_norm_fp32, whose result is the same on every process that shares the step."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        norm = get_grad_norm(*args, **kwargs)
+        # under fp16 the loss scaler meets infinite gradients as a matter of course
+        if not get_args().fp16 and not math.isfinite(float(norm)):
+            raise GradientNotFinite
+        return norm
+
+    return wrapped
+
+
+class _Optimizer:
+    """Megatron's optimizer as train_step sees it; steps only when `judge` lets it."""
+
+    def __init__(self, optimizer: Any, judge: Callable[[Callable[[], tuple]], tuple]) -> None:
+        self.optimizer, self.judge = optimizer, judge
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
 
     def step(self) -> tuple[bool, float | None, int | None]:
         """As Megatron's: (updated, gradient norm, zeros); without an update it leaves the schedule alone too."""
-        return (False, None, None) if self.held else self.optimizer.step()
+        return self.judge(self._step)
+
+    def _step(self) -> tuple[bool, float | None, int | None]:
+        if not get_args().clip_grad:  # no norm is taken by itself
+            self.optimizer.prepare_grads()
+            self.optimizer.get_grad_norm()
+        return self.optimizer.step()
 
 
 class Guard:
@@ -128,47 +151,46 @@ class Guard:
                 _draw(data)
                 print_rank_0(f" iteration {number} is left out, as asked: its micro-batches are drawn, nothing changes")
                 return {}, 1, False, False, 0, None, None, 0
-            watched = _Optimizer(optimizer)
+            watched = _Optimizer(optimizer, lambda step: self._judge(number, step))
 
-            def judged(*args: Any, **named: Any) -> Any:
+            def noted(*args: Any, **named: Any) -> Any:
                 _noted.clear()
-                result = forward_backward(*args, **named)
-                watched.held = self._judge(number, model)
-                return result
+                return forward_backward(*args, **named)
 
-            return train_step(forward, data, model, watched, scheduler, config, judged, iteration=iteration, **kwargs)
+            return train_step(forward, data, model, watched, scheduler, config, noted, iteration=iteration, **kwargs)
 
         return wrapped
 
-    def _judge(self, iteration: int, model: list) -> bool:
-        """Is this step to be dropped?  Ends the process when the policy says so."""
+    def _judge(self, iteration: int, step: Callable[[], tuple]) -> tuple:
+        """The optimizer's step, or none.  Ends the process when the policy says so."""
         sums = _sums_of_step()
         speaks = _speaks_for_losses()
         losses = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         highest = self.history.highest
         not_finite = [not math.isfinite(loss) for loss in losses]
         spikes = [loss > highest for loss in losses]
-        # Under fp16 the loss scaler meets infinite gradients as a matter of course.
-        gradient_is_bad = not get_args().fp16 and not _gradients_are_finite(model)
-        own = [sum(not_finite), sum(spikes), 0, 0.0, 0.0]
-        if speaks and not own[0]:
-            own[3:] = sums.sum(dim=0).tolist()
-        own = own if speaks else [0.0] * 5
-        own[2] = int(gradient_is_bad)
+        own = [0.0] * 4
+        if speaks:
+            own[:2] = sum(not_finite), sum(spikes)
+            if not own[0]:
+                own[2:] = sums.sum(dim=0).tolist()
         total = torch.tensor(own, dtype=torch.float64, device=device.current_device())
         torch.distributed.all_reduce(total)
-        any_not_finite, any_spike, any_gradient, loss_sum, labels = total.tolist()
-        if not (any_not_finite or any_spike or any_gradient):
-            self.skipped = 0
-            self.history.losses.append(loss_sum / max(labels, 1))
-            return False
+        any_not_finite, any_spike, loss_sum, labels = total.tolist()
         if any_not_finite:
             reason, bad = "the loss is not finite", not_finite
         elif any_spike:
             reason = f"the loss is above {highest:.4g}, {self.history.factor:g} times the median of the last steps"
             bad = spikes
-        else:  # it may come from any record of the step
-            reason, bad = "the gradient is not finite", [True] * len(losses)
+        else:
+            try:
+                result = step()
+            except GradientNotFinite:
+                reason, bad = "the gradient is not finite", [True] * len(losses)  # it may come from any of them
+            else:
+                self.skipped = 0
+                self.history.losses.append(loss_sum / max(labels, 1))
+                return result
         found = [
             BadMicroBatch(iteration, reason, torch.distributed.get_rank(), number, losses[number], list(ids))
             for number, (ids, _) in enumerate(_noted)
@@ -176,7 +198,7 @@ class Guard:
         ]
         self._write_down(iteration, reason, found if mpu.get_context_parallel_rank() == 0 else [])
         self._follow_policy(iteration, reason)
-        return True
+        return False, None, None
 
     def _write_down(self, iteration: int, reason: str, found: list[BadMicroBatch]) -> None:
         """Rank 0 writes and says what all processes found."""
@@ -234,19 +256,6 @@ def _sums_of_step() -> Tensor:
     if mpu.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(sums, group=mpu.get_context_parallel_group())
     return sums.cpu()
-
-
-def _gradients_are_finite(model: list) -> bool:
-    """Of this process; after the reduction over data-parallel ranks, so a bad one of any rank shows somewhere."""
-    parts = []
-    for chunk in model:
-        if isinstance(chunk, DistributedDataParallel):
-            parts += [buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        else:  # FSDP
-            grads = [parameter.grad for parameter in chunk.parameters() if parameter.grad is not None]
-            parts += [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts if part.numel()]
-    return not norms or bool(torch.stack(norms).isfinite().all())
 
 
 def _draw(data: Any) -> None:

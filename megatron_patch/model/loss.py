@@ -1,0 +1,88 @@
+"""Head and cross-entropy in one: hidden states of labelled positions -> their losses, in few passes over the logits.
+
+The logits [L, V / TP] are by far the largest tensor of a step.  They become exp(logit - largest) in place, and are
+never divided by their sum: that factor goes to the small side of each product of the backward pass.
+"""
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+# More logits than this are computed again in the backward pass, a part of the rows at a time, in place of being kept.
+MOST_BYTES = 1 << 28
+
+
+def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, group: ProcessGroup) -> Tensor:
+    """Cross-entropy of a linear head, in nats.
+
+    Args:
+        hidden: [L, H], the same on all ranks of the group.
+        weight: [V / TP, H], this rank's rows of the head.
+        targets: int64 [L], tokens of the whole vocabulary.
+        vocabulary: tokens there are; rows of the head beyond pad it and get no probability.
+        group: tensor-parallel ranks.
+
+    Returns:
+        float32 [L].
+    """
+    return _HeadLosses.apply(
+        copy_to_tensor_model_parallel_region(hidden, group=group), weight, targets, vocabulary, group
+    )
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, group: ProcessGroup) -> Tensor:
+        width = weight.shape[0]
+        first = group.rank() * width
+        own = ((targets >= first) & (targets < first + width)).to(torch.float32)  # 1 where the target is this rank's
+        columns = (targets - first).clamp(0, width - 1)
+        real = min(width, max(0, vocabulary - first))
+        rows = max(1, MOST_BYTES // (4 * width))
+        losses, largest, total = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+        exponentials = None
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part] @ weight.t()).float()
+            logits[:, real:] = float("-inf")
+            top = logits.amax(-1)
+            if group.size() > 1:
+                all_reduce(top, ReduceOp.MAX, group=group)
+            predicted = (logits.gather(1, columns[part, None])[:, 0] - top) * own[part]
+            exponentials = logits.sub_(top[:, None]).exp_()
+            sums = torch.stack([exponentials.sum(-1), predicted])
+            if group.size() > 1:
+                all_reduce(sums, group=group)
+            losses[part], largest[part], total[part] = sums[0].log() - sums[1], top, sums[0]
+        kept = exponentials if hidden.shape[0] <= rows else None
+        ctx.save_for_backward(hidden, weight, columns, own, largest, total, kept)
+        ctx.rows, ctx.real = rows, real
+        return losses
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, columns, own, largest, total, kept = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        for start in range(0, hidden.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            exponentials = kept
+            if exponentials is None:
+                exponentials = (hidden[part] @ weight.t()).float().sub_(largest[part, None]).exp_()
+                exponentials[:, ctx.real :] = 0
+            exponentials = exponentials.to(weight.dtype)
+            # softmax = exponentials * factor; the loss falls with the target's logit
+            factor = (gradient[part] / total[part])[:, None]
+            minus = (gradient[part] * own[part]).neg()[:, None]
+            if of_hidden is not None:
+                product = (exponentials @ weight).mul_(factor)
+                of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))
+            if ctx.needs_input_grad[1]:
+                scaled = (hidden[part] * factor).to(weight.dtype)
+                if of_weight is None:
+                    of_weight = exponentials.t() @ scaled
+                else:
+                    of_weight.addmm_(exponentials.t(), scaled)
+                of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(weight.dtype))
+        return of_hidden, of_weight, None, None, None

@@ -1,0 +1,77 @@
+"""megatron-core 0.19.2, core/models/common/embeddings/rope_utils.py:92: rotary positions in ten operators.
+
+Without Transformer Engine's kernel every layer takes sines and cosines of the same angles again, negates, joins and
+copies whole queries and keys, and does so record by record in a packed row.  Here the angles are looked up once per
+micro-batch, and a turn writes its result once.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron_patch.patches import touch_points
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def apply() -> None:
+    """Have attention turn queries and keys here, where no kernel of Transformer Engine does it."""
+    module = "megatron.core.transformer.attention"
+    touch_points.wrap(module, "apply_rotary_pos_emb", "patches.rotary_in_one_pass", _in_one_pass)
+
+
+def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+    from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+
+    class Rotation(torch.autograd.Function):
+        """states [S, ..., heads, d], cosine and sine [S, ..., 1, d / 2]: halves of a head turned against each other."""
+
+        @staticmethod
+        def forward(ctx: Any, states: "Tensor", cosine: "Tensor", sine: "Tensor") -> "Tensor":
+            ctx.save_for_backward(cosine, sine)
+            return turned(states, cosine, sine, 1)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: "Tensor") -> tuple["Tensor", None, None]:
+            return turned(gradient, *ctx.saved_tensors, -1), None, None
+
+    def turned(states: "Tensor", cosine: "Tensor", sine: "Tensor", direction: int) -> "Tensor":
+        found = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+        (first, second), (new_first, new_second) = states.chunk(2, -1), found.chunk(2, -1)
+        torch.mul(first, cosine, out=new_first).addcmul_(second, sine, value=-direction)
+        torch.mul(second, cosine, out=new_second).addcmul_(first, sine, value=direction)
+        return found
+
+    asked: list[Any] = [None] * 3  # angles, cu_seqlens, dtype: all layers of a micro-batch ask alike
+    tables: list[Any] = []
+
+    def look_up(states: "Tensor", angles: "Tensor", cu_seqlens: "Tensor | None", group: Any) -> list["Tensor"]:
+        if asked[0] is not angles or asked[1] is not cu_seqlens or asked[2] != states.dtype:
+            own = angles
+            if cu_seqlens is not None:  # positions start anew in each record
+                size, rank = group.size(), group.rank()
+                lengths = ((cu_seqlens[1:] - cu_seqlens[:-1]) // size).tolist()
+                parts = [_get_thd_freqs_on_this_cp_rank(rank, size, part, angles) for part in states.split(lengths)]
+                own = torch.cat(parts)[:, 0]
+            half = own[..., : own.shape[-1] // 2]  # both halves of a head have the same angles
+            tables[:] = half.cos().to(states.dtype), half.sin().to(states.dtype)
+            asked[:] = angles, cu_seqlens, states.dtype
+        return tables
+
+    def apply_in_one_pass(
+        t: "Tensor",
+        freqs: "Tensor",
+        config: Any,
+        cu_seqlens: "Tensor | None" = None,
+        mscale: float = 1.0,
+        cp_group: Any = None,
+        mla_rotary_interleaved: bool = False,
+    ) -> "Tensor":
+        """t [S, B, heads, d], or of a packed row [T, heads, d]; freqs [S or longest record, 1, 1, d], angles."""
+        of_others = config.apply_rope_fusion or config.rotary_interleaved or mla_rotary_interleaved
+        if of_others or mscale != 1.0 or config.mrope_section is not None or freqs.shape[-1] != t.shape[-1]:
+            return apply_rotary_pos_emb(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)
+        return Rotation.apply(t, *look_up(t, freqs, cu_seqlens, cp_group))
+
+    return apply_in_one_pass
