@@ -64,7 +64,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, columns, own, largest, total, kept = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = None
+        of_weight = _gradient_buffer(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
             exponentials = kept
@@ -78,11 +78,20 @@ class _HeadLosses(torch.autograd.Function):
             if of_hidden is not None:
                 product = (exponentials @ weight).mul_(factor)
                 of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))
-            if ctx.needs_input_grad[1]:
-                scaled = (hidden[part] * factor).to(weight.dtype)
-                if of_weight is None:
-                    of_weight = exponentials.t() @ scaled
-                else:
-                    of_weight.addmm_(exponentials.t(), scaled)
+            if of_weight is not None:
+                of_weight.addmm_(exponentials.t(), (hidden[part] * factor).to(weight.dtype))
                 of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(weight.dtype))
+        if of_weight is not None and of_weight is getattr(weight, "main_grad", None):
+            of_weight = None
         return of_hidden, of_weight, None, None, None
+
+
+def _gradient_buffer(weight: Tensor) -> Tensor:
+    """Where the gradient of the weight is added up: Megatron's own buffer where that can be, else zeros.
+
+    A tied head is the embedding too, whose gradient comes last and tells Megatron that this weight's is complete.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is not None and buffer.dtype == weight.dtype and getattr(weight, "zero_out_wgrad", False):
+        return buffer
+    return torch.zeros_like(weight)

@@ -28,6 +28,8 @@ def test_only_what_a_gpu_needs_is_applied_there() -> None:
         "adam_of_another_kind",
         "missing_extra_states",
         "parameter_group_keys",
+        "rotary_in_one_pass",
+        "scale_in_place",
         "synchronous_save_queue",
         "unfused_weight_gradients",
         "whole_tracker",
@@ -246,3 +248,60 @@ def test_adams_take_what_the_other_kind_has_saved() -> None:
     turn_into_torchs(groups, states)
     assert all(torch.equal(state["step"], torch.tensor(7.0)) for state in states.values())
     assert states[0]["step"] is not states[1]["step"] and not any("step" in group for group in groups)
+
+
+def test_rotary_positions_are_megatrons() -> None:
+    """Rows of a batch and packed rows, values and gradients; 64 bits, so that only the formula can differ."""
+    program = """
+from types import SimpleNamespace
+from megatron_patch import device
+device.install()
+import torch
+from megatron.core.transformer import attention
+theirs = attention.apply_rotary_pos_emb
+from megatron_patch import patches
+patches.apply_all("cpu")
+ours = attention.apply_rotary_pos_emb
+assert ours is not theirs
+config = SimpleNamespace(
+    apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False, mrope_section=None
+)
+class Group(SimpleNamespace):
+    rank, size = (lambda self: self.number), (lambda self: self.ranks)
+half = torch.rand(24, 1, 1, 4, dtype=torch.float64) * 6
+angles = torch.cat([half, half], -1)
+cu_seqlens = torch.tensor([0, 12, 16, 24], dtype=torch.int32)
+for shape, packed, ranks in (((24, 3, 5, 8), None, 1), ((24, 5, 8), cu_seqlens, 1), ((12, 5, 8), cu_seqlens, 2)):
+    states = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    longest = angles if packed is None else angles[:12]
+    weights = torch.randn(shape, dtype=torch.float64)
+    for number in range(ranks):
+        group = Group(number=number, ranks=ranks)
+        found, expected = (turn(states, longest, config, packed, cp_group=group) for turn in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        gradients = (torch.autograd.grad(turned, states, weights)[0] for turned in (found, expected))
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+print("equal")
+"""
+    assert in_new_process(program).split() == ["equal"]
+
+
+def test_gradients_are_clipped_where_they_lie() -> None:
+    program = """
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+for parameter in parameters:
+    parameter.grad = torch.full_like(parameter, 4.0)
+places = [parameter.grad.data_ptr() for parameter in parameters]
+copied, copy = [], torch.Tensor.copy_
+torch.Tensor.copy_ = lambda *given: copied.append(given) or copy(*given)
+clip_grad_by_total_norm_fp32(parameters, 1.0, 8.0)
+assert not copied and places == [parameter.grad.data_ptr() for parameter in parameters]
+print(*{round(value, 5) for parameter in parameters for value in parameter.grad.flatten().tolist()})
+"""
+    assert in_new_process(program).split() == ["0.5"]

@@ -1,4 +1,6 @@
-"""What makes a loss NaN: one record, which alone uses a token whose embedding is NaN, or weights that always do."""
+"""What makes a loss NaN: one record, which alone uses a token whose embedding is NaN, or weights that always do; and
+weights whose loss is fine and whose gradient overflows.
+"""
 
 import subprocess
 import sys
@@ -42,6 +44,20 @@ def spoilt_checkpoint(folder: Path) -> Path:
     weights = load_file(source / "model.safetensors")
     (name,) = (name for name in weights if name.endswith("model.norm.weight"))
     weights[name][:] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    convert_to_megatron(source, None, folder / "checkpoint", precision="fp32", model_size="tiny")
+    return folder / "checkpoint"
+
+
+def overflowing_checkpoint(folder: Path) -> Path:
+    """A checkpoint whose losses are finite and whose gradients are not: a projector of tiny times huge weights."""
+    source = tiny_models.make_tiny_llava(folder / "hf", "mistral")
+    weights = load_file(source / "model.safetensors")
+    for layer, factor in (("linear_1", 1e-30), ("linear_2.weight", 1e30)):
+        names = [name for name in weights if f"multi_modal_projector.{layer}" in name]
+        assert names
+        for name in names:
+            weights[name] *= factor
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     convert_to_megatron(source, None, folder / "checkpoint", precision="fp32", model_size="tiny")
     return folder / "checkpoint"

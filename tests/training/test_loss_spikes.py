@@ -10,7 +10,7 @@ import torch
 
 from megatron_patch.training.loss_spikes import LossHistory
 from tests.training.launching import Workspace, losses, run
-from tests.training.poison import RECORD, poisoned_workspace, spoilt_checkpoint
+from tests.training.poison import RECORD, overflowing_checkpoint, poisoned_workspace, spoilt_checkpoint
 from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 STEPS = {"TRAIN_ITERS": 6, "SAVE_INTERVAL": 2, "EVAL_ITERS": 0}
@@ -102,6 +102,19 @@ def test_weights_that_are_bad_end_the_run(workspace: Workspace, tmp_path: Path) 
     spoilt = Workspace(spoilt_checkpoint(tmp_path), workspace.dataset)
     printed = run(spoilt, tmp_path / "out", expected_exit=1, ON_BAD_LOSS="skip", **{**STEPS, "TRAIN_ITERS": 60})
     assert [line["iteration"] for line in written_down(tmp_path / "out")[::4]] == list(range(1, 12))
+    assert "so were the 10 before, so the weights may be bad" in printed
+
+
+@pytest.mark.parametrize("clip", ["1.0", "0"], ids=["clipped", "not clipped"])
+def test_a_gradient_that_is_not_finite_moves_nothing(workspace: Workspace, tmp_path: Path, clip: str) -> None:
+    """The losses are finite, and the optimizer takes no step; ten such steps in a row end the run."""
+    overflowing = Workspace(overflowing_checkpoint(tmp_path), workspace.dataset)
+    settings = {**STEPS, "TRAIN_ITERS": 60, "SAVE_INTERVAL": 60, "CLIP_GRAD": clip}
+    printed = run(overflowing, tmp_path / "out", expected_exit=1, ON_BAD_LOSS="skip", **settings)
+    lines = written_down(tmp_path / "out")
+    assert {line["reason"] for line in lines} == {"the gradient is not finite"}
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert sorted({line["iteration"] for line in lines}) == list(range(1, 12))
     assert "so were the 10 before, so the weights may be bad" in printed
 
 

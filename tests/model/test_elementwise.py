@@ -1,0 +1,54 @@
+"""What stands between the products, against torch's own operators: values and gradients."""
+
+from tests.device.test_cpu import in_new_process
+
+NORM = """
+from megatron_patch import device
+device.install()
+import torch
+from megatron_patch.model.elementwise import RMSNorm
+torch.manual_seed(0)
+x = torch.randn(7, 3, 48, requires_grad=True)
+weights = torch.randn(7, 3, 48)
+for trained in (True, False):
+    ours, theirs = RMSNorm(48, eps=1e-3), torch.nn.RMSNorm(48, eps=1e-3)
+    for norm in (ours, theirs):
+        norm.weight.data = torch.linspace(0.5, 2, 48)
+        norm.requires_grad_(trained)
+    found, expected = ours(x), theirs(x)
+    assert type(found.grad_fn).__name__ == "_RMSNormBackward"
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    asked = [[x, *([norm.weight] if trained else [])] for norm in (ours, theirs)]
+    gradients = [torch.autograd.grad(y, of, weights) for y, of in zip((found, expected), asked, strict=True)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+half = RMSNorm(48).bfloat16()(x.bfloat16())
+assert torch.equal(half, torch.nn.RMSNorm(48).bfloat16()(x.bfloat16()))
+print("equal")
+"""
+SWIGLU = """
+from megatron_patch import device
+device.install()
+import torch
+from megatron_patch.model.elementwise import SwiGLU
+for dtype in (torch.float32, torch.bfloat16):
+    x = torch.randn(5, 2, 24, dtype=dtype, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda state: kept.append(state) or state, lambda state: state):
+        found = SwiGLU()(x)
+    assert [state.data_ptr() for state in kept] == [x.data_ptr()]  # nothing else is held for the backward pass
+    gate, up = x.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    assert torch.equal(torch.autograd.grad(found, x, weights)[0], torch.autograd.grad(expected, x, weights)[0])
+print("equal")
+"""
+
+
+def test_norm_is_torchs() -> None:
+    assert in_new_process(NORM).split() == ["equal"]
+
+
+def test_swiglu_is_torchs_and_keeps_its_input_alone() -> None:
+    assert in_new_process(SWIGLU).split() == ["equal"]
