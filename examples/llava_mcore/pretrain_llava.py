@@ -1,6 +1,4 @@
-"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Called by the launchers through torchrun.
-
-With --check-only as its first argument it only looks whether everything fits; launch.py does that before it starts.
+"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Started by launch.py, for the launchers.
 """
 
 import sys
@@ -13,7 +11,7 @@ from megatron_patch.training import graceful_stop  # the toolkit is run from its
 if __name__ == "__main__":
     graceful_stop.listen()  # before torch is imported: a signal in these seconds counts
 
-from megatron_patch import device
+from megatron_patch import device, launch
 
 # At import, since asynchronous saves start a process, which imports this file again and must not outlive its parent.
 device.end_with_parent()
@@ -21,11 +19,11 @@ device.end_with_parent()
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
-    if sys.argv[1:2] == ["--check-only"]:
+    if launch.must_check():
         from megatron_patch.training.preflight import check_llava
 
-        check_llava(sys.argv[2:])
-        return
+        check_llava(sys.argv[1:])
+        launch.check_has_passed()
     device.install()
     from megatron_patch.training.pretrain import train_llava
 

@@ -122,8 +122,7 @@ def install() -> None:
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _hide_cuda_packages()
-    # Its table of torch's functions is built by identity at import, so before the stand-ins (Megatron imports it).
-    importlib.import_module("torch._dynamo")
+    _leave_out_compiler()
     _replace_cuda_module()
     _replace_factories()
     _replace_tensor_methods()
@@ -134,6 +133,28 @@ def _hide_cuda_packages() -> None:
     """Let imports of these fail: Megatron takes their norms and optimizers where they import, CPU tensors or not."""
     for package in CUDA_PACKAGES:
         sys.modules[package] = None  # clip_grads.py, optimizer/__init__.py: torch's own behind `except ImportError`
+
+
+def _leave_out_compiler() -> None:
+    """Have torch do without torch._dynamo, whose import takes longer than that of Megatron.
+
+    Where nothing is compiled, torch.compile gives back its function, and the functions that torch keeps out of
+    compilation (torch/_compile.py: _disable_dynamo; it imports torch._dynamo at their first call) are called as they
+    are.  Should one be missing here, or torch change, the import happens and nothing else.
+    """
+    import torch
+    import torch.utils.checkpoint
+
+    def compile_nothing(model: Callable | None = None, **options: object) -> Callable:
+        return model if model is not None else lambda function: function
+
+    _replace(torch, "compile", compile_nothing)  # core/jit.py decorates with it
+    optimizer = torch.optim.Optimizer
+    kept_out = [getattr(optimizer, name) for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")]
+    for function in (*kept_out, torch.utils.checkpoint.checkpoint):
+        function.__wrapped__.__dynamo_disable = function.__wrapped__
+    for kind in (torch.optim.Adam, torch.optim.SGD):  # AdamW is an Adam; step() begins and ends with a graph break
+        kind.step = torch.no_grad()(kind.step.__wrapped__)
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:
@@ -174,6 +195,11 @@ class _Event(_Stream):
         return 0.0
 
 
+def _do_nothing() -> Callable:
+    """A new one for each name: torch._dynamo, where something imports it, has a table by identity and no duplicates."""
+    return lambda *_, **__: None
+
+
 def _replace_cuda_module() -> None:
     import contextlib
 
@@ -181,13 +207,11 @@ def _replace_cuda_module() -> None:
 
     cuda, cpu = torch.cuda, current_device()
 
-    def nothing(*_: object, **__: object) -> None: ...
-
     _replace(cuda, "current_device", lambda: cpu)  # core/timers.py and every device=torch.cuda.current_device()
     # initialize.py skips the model-parallel groups and the RNG tracker when the count is 0
     _replace(cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
-        _replace(cuda, name, nothing)
+        _replace(cuda, name, _do_nothing())
     _replace(cuda, "Stream", _Stream)  # training.py: get_model builds DDP on a side stream
     _replace(cuda, "Event", _Event)
     _replace(cuda, "current_stream", lambda *_: _Stream())
@@ -203,8 +227,8 @@ def _replace_cuda_module() -> None:
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         _replace(cuda, name, lambda *_, **__: 0)
     _replace(cuda, "memory_stats", lambda *_, **__: {})
-    _replace(cuda.nvtx, "range_push", nothing)
-    _replace(cuda.nvtx, "range_pop", nothing)
+    _replace(cuda.nvtx, "range_push", _do_nothing())
+    _replace(cuda.nvtx, "range_pop", _do_nothing())
 
 
 def _is_cuda(device: object) -> bool:
