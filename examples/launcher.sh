@@ -502,7 +502,7 @@ PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the l
 PROFILE_RANKS|0|ranks, as 0,1|processes to trace
 WANDB_PROJECT|(see meaning)|text|llava; W&B is told all that TensorBoard is when WANDB_API_KEY is in the environment, or WANDB_MODE=offline
 WANDB_NAME|(last folder of OUTPUT_BASEPATH)|text|name of the run at W&B
-CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
+CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before anything is created
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
 VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower; its lowest keeps the ratio of MIN_LR to LR
 PROJECTOR_LR|(LR)|a number above 0|the same of the projector

@@ -9,8 +9,8 @@ takes seconds, and knows nothing of the rest.
 
 - What the processes write goes to the console, line by line, and to FOLDER/attempt_0/PROCESS/stdout.log and stderr.log.
 - --check: the first process of this node looks whether everything fits (must_check, check_has_passed) while the others
-  import; they wait (wait_for_check) before they do anything that stays.  When it ends, so does this, with its exit code,
-  and nothing has been created.
+  import; they wait (wait_for_check) before they do anything that stays.  When it ends in place of that, so does this,
+  with its exit code, and nothing has been created.
 - SIGTERM and SIGUSR1 are handed to the processes, which save and end by themselves; when they end with exit code 0, so
   does this.  Before the check has passed a signal ends everything.
 - When a process dies, the others have SHUTDOWN_SECONDS to end.  The tail of its stderr and one sentence end the output;

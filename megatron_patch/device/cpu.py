@@ -7,7 +7,6 @@ times with CUDA streams and compares tensor types by name.  Each stand-in below 
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from types import SimpleNamespace
@@ -136,11 +135,11 @@ def _hide_cuda_packages() -> None:
 
 
 def _leave_out_compiler() -> None:
-    """Have torch do without torch._dynamo, whose import takes longer than that of Megatron.
+    """Have torch do without torch._dynamo, whose import takes more than a second, as nothing is compiled here.
 
-    Where nothing is compiled, torch.compile gives back its function, and the functions that torch keeps out of
-    compilation (torch/_compile.py: _disable_dynamo; it imports torch._dynamo at their first call) are called as they
-    are.  Should one be missing here, or torch change, the import happens and nothing else.
+    torch.compile gives back its function, and the functions that torch keeps out of compilation (torch/_compile.py:
+    _disable_dynamo; it imports torch._dynamo at their first call) are called as they are.  Should one be missing here,
+    or torch change, the import happens and nothing else.  To be removed when torch's optimizers import it no more.
     """
     import torch
     import torch.utils.checkpoint
@@ -152,9 +151,10 @@ def _leave_out_compiler() -> None:
     optimizer = torch.optim.Optimizer
     kept_out = [getattr(optimizer, name) for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")]
     for function in (*kept_out, torch.utils.checkpoint.checkpoint):
-        function.__wrapped__.__dynamo_disable = function.__wrapped__
+        inner = getattr(function, "__wrapped__", function)
+        inner.__dynamo_disable = inner
     for kind in (torch.optim.Adam, torch.optim.SGD):  # AdamW is an Adam; step() begins and ends with a graph break
-        kind.step = torch.no_grad()(kind.step.__wrapped__)
+        kind.step = torch.no_grad()(getattr(kind.step, "__wrapped__", kind.step))
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:

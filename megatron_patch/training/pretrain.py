@@ -1,5 +1,6 @@
 """A run from its command line to Megatron's pretrain()."""
 
+import gc
 import os
 import shutil
 import sys
@@ -103,6 +104,8 @@ def train_llava() -> None:
         return train, valid, test
 
     launch.wait_for_check()  # what takes long is imported by now, and nothing is created yet
+    gc.freeze()  # nor will imports ever be garbage
+    gc.enable()
     args = parse_and_validate_args(add_arguments)
     frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
     if args.save:
