@@ -1,6 +1,6 @@
 """The processes of this node, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--check] [--max-rollbacks N] --log-dir FOLDER ARGUMENTS OF TORCHRUN SCRIPT.py ...
+    python -m megatron_patch.launch [--check] [--max-rollbacks N] [--log-dir FOLDER] ARGUMENTS OF TORCHRUN SCRIPT.py ...
 
 It has torchrun's arguments for processes and nodes and gives the processes torchrun's variables (RANK, MASTER_ADDR and
 so on), so that torchrun can start them as well.  But torchrun imports torch itself before it starts anything, which
@@ -20,10 +20,12 @@ takes seconds, and knows nothing of the rest.
 
 import argparse
 import contextlib
+import functools
 import os
 import queue
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -90,9 +92,9 @@ class _Output:
         self._readers.append(threading.Thread(target=self._read, args=(pipe, console, log), daemon=True))
         self._readers[-1].start()
 
-    def keep(self, folder: Path) -> None:
-        """Write files below the folder, with all that has come so far."""
-        self._lines.put(folder)
+    def keep(self, folder: Path | None) -> None:
+        """Write files below the folder, with all that has come so far; None: there will be none."""
+        self._lines.put((folder,))
 
     def close(self) -> None:
         """Pass on the last lines."""
@@ -108,29 +110,30 @@ class _Output:
             self._lines.put((console, log, line))
 
     def _write(self) -> None:
-        folder, early, files = None, [], {}
+        early, files = [], {}
+        append = early.append  # what is done with a line beside the console
         while (found := self._lines.get()) is not None:
-            if isinstance(found, Path):
-                folder = found
-                for log, line in early:
-                    self._append(files, folder / log, line)
+            if len(found) == 1:
+                (folder,) = found
+                append = functools.partial(self._append, files, folder) if folder else lambda _: None
+                for line in early:
+                    append(line)
+                early.clear()
                 continue
-            console, log, line = found
-            if folder is None:
-                early.append((log, line))
-            else:
-                self._append(files, folder / log, line)
+            console, *line = found
+            append(line)
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more (`| head`)
-                console.write(line)
+                console.write(line[1])
                 console.flush()
 
     @staticmethod
-    def _append(files: dict[Path, IO[bytes]], path: Path, line: bytes) -> None:
+    def _append(files: dict[str, IO[bytes]], folder: Path, named: tuple[str, bytes]) -> None:
+        log, line = named
         with contextlib.suppress(OSError):  # a full disk: what cannot be saved ends the run by itself
-            if path not in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files[path] = path.open("wb", buffering=0)
-            files[path].write(line)
+            if log not in files:
+                (folder / log).parent.mkdir(parents=True, exist_ok=True)
+                files[log] = (folder / log).open("wb", buffering=0)
+            files[log].write(line)
 
 
 # ---------------------------------------------------------------- processes
@@ -233,12 +236,12 @@ def _start(arguments: argparse.Namespace, output: _Output, processes: list[_Proc
 # ---------------------------------------------------------------- how it ended
 
 
-def _stderr_tail(process: _Process, folder: Path) -> list[str]:
-    log = folder / process.log
-    return log.read_text(errors="replace").splitlines()[-STDERR_TAIL_LINES:] if log.is_file() else []
+def _stderr_tail(process: _Process, folder: Path | None) -> list[str]:
+    log = folder and folder / process.log
+    return log.read_text(errors="replace").splitlines()[-STDERR_TAIL_LINES:] if log and log.is_file() else []
 
 
-def _cause(failed: Sequence[_Process], folder: Path) -> _Process:
+def _cause(failed: Sequence[_Process], folder: Path | None) -> _Process:
     """The process that died first, as far as can be told.  Neither our signal nor a broken connection is a cause."""
 
     def innocence(process: _Process) -> tuple[bool, bool, int]:
@@ -248,7 +251,7 @@ def _cause(failed: Sequence[_Process], folder: Path) -> _Process:
     return min(failed, key=innocence)
 
 
-def _report(process: _Process, folder: Path) -> None:
+def _report(process: _Process, folder: Path | None) -> None:
     tail, code = _stderr_tail(process, folder), process.exit_code
     died = f"ended with exit code {code}"
     if code < 0:
@@ -257,30 +260,37 @@ def _report(process: _Process, folder: Path) -> None:
     refused = any(line.startswith("error: ") for line in tail)
     if tail and not refused and code > 0:
         print(f"--- the last lines of rank {process.rank}", *tail, "---", sep="\n", file=sys.stderr)
-    log = folder / process.log
-    print(f"rank {process.rank} {died}, and the run with it; its log: {log}", file=sys.stderr, flush=True)
+    log = f"; its log: {folder / process.log}" if folder else ""
+    print(f"rank {process.rank} {died}, and the run with it{log}", file=sys.stderr, flush=True)
 
 
 def _start_again(arguments: argparse.Namespace) -> None:
     """Become a process that starts the same from the last checkpoint."""
     rollbacks = arguments.max_rollbacks - 1
     print(f"starting again from the last checkpoint; rollbacks left: {rollbacks}", file=sys.stderr)
-    named = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
-    words = [word for name in named for word in (f"--{name}", str(vars(arguments)[name]))]
-    words += ["--max-rollbacks", str(rollbacks), "--log-dir", str(arguments.log_dir), *arguments.script]
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "megatron_patch.launch", *words])
+    again = vars(arguments) | {"max_rollbacks": rollbacks}
+    script = again.pop("script")
+    del again["check"]
+    words = [f"--{name}={value}" for name, value in again.items() if value is not None]
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "megatron_patch.launch", *words, *script])
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megatron_patch.launch", allow_abbrev=False)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--max-rollbacks", type=int, default=0)
-    parser.add_argument("--log-dir", type=Path, required=True)
+    parser.add_argument("--max-rollbacks", "--max_rollbacks", type=int, default=0)
+    parser.add_argument("--log-dir", "--log_dir", type=Path)
     parser.add_argument("--nproc_per_node", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node_rank", type=int, default=0)
     parser.add_argument("--master_addr", default="127.0.0.1")
-    parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument("--master_port", type=int, default=_free_port())
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="and its arguments")
     return parser.parse_args(words)
 
@@ -296,9 +306,7 @@ def main(words: Sequence[str]) -> None:
     try:
         _start(arguments, output, processes)
         to_end = signal.SIGINT
-        attempt = len(list(arguments.log_dir.glob("attempt_*")))
-        folder = arguments.log_dir / f"attempt_{attempt}"
-        folder.mkdir(parents=True)
+        folder = _new_folder(arguments.log_dir) if arguments.log_dir else None
         output.keep(folder)
         _forward_signals(processes)
         codes: list[int | None] = [None]
@@ -320,6 +328,13 @@ def main(words: Sequence[str]) -> None:
         print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
     _report(cause, folder)
     sys.exit(_as_exit_code(cause.exit_code))
+
+
+def _new_folder(log_dir: Path) -> Path:
+    """For the logs of this start: a rollback leaves those before it."""
+    folder = log_dir / f"attempt_{len(list(log_dir.glob('attempt_*')))}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _forward_signals(processes: Sequence[_Process]) -> None:

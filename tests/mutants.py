@@ -1216,7 +1216,7 @@ LAUNCHERS = [
         "tests/launchers/test_start.py::test_nothing_starts_before_the_check_has_passed",
         ("a failed check stops nothing", "or not os.read(answer, 1):", "or not [os.read(answer, 1)]:"),
         ("nobody waits for the check", "        if not os.read(descriptor, 1):", "        if False:"),
-        ("what came before the folder is in no log", "for log, line in early:", "for log, line in ():"),
+        ("what came before the folder is in no log", "for line in early:", "for line in ():"),
     ),
     *of(
         "megatron_patch/launch.py",
@@ -1291,7 +1291,7 @@ LAUNCHERS = [
     *of(
         "megatron_patch/launch.py",
         "tests/launchers/test_start.py::test_a_rollback_starts_again_without_a_check",
-        ("a rollback overwrites the logs", 'glob("attempt_*")', 'glob("none")'),
+        ("a rollback overwrites the logs", "glob('attempt_*')", "glob('none')"),
         ("rollbacks have no end", "rollbacks = arguments.max_rollbacks - 1", "rollbacks = arguments.max_rollbacks"),
     ),
     *of(

@@ -105,6 +105,26 @@ def test_another_process_that_dies_during_the_check_is_told_after_it(copy: Path,
     assert ("rank 1 ended with exit code 3, and the run with it" in err) == (code == 0)
 
 
+def test_without_arguments_processes_meet_and_leave_nothing(tmp_path: Path):
+    program = "import os; print(os.environ['RANK'], os.environ['MASTER_PORT'], 'TORCHELASTIC_RUN_ID' in os.environ)"
+    (tmp_path / "program.py").write_text(f"{program}; raise SystemExit(5 * int(os.environ['RANK']))")
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_patch.launch",
+        "--nproc_per_node",
+        "2",
+        tmp_path / "program.py",
+        "--nnodes",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "that of a torchrun around it"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 5 and done.stderr == "rank 1 ended with exit code 5, and the run with it\n"
+    (first, *second), (other, *same) = (line.split() for line in sorted(done.stdout.splitlines()))
+    assert (first, other) == ("0", "1") and second == same and int(second[0]) > 0 and second[1] == "False"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py"]
+
+
 def test_a_process_whose_starter_has_died_does_not_begin(monkeypatch: pytest.MonkeyPatch):
     read, write = os.pipe()
     os.close(write)
