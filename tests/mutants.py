@@ -1306,6 +1306,12 @@ LAUNCHERS = [
 
 TOOLS = [
     *of(
+        "toolkits/benchmark/benchmark_startup.py",
+        "tests/test_benchmark_startup.py::test_cpu_seconds_are_those_of_all_processes_and_not_of_waiting",
+        ("the CPU's seconds of a run are its shell's", "                found += map", "                _ = map"),
+        ("those of ended processes are left out", "sum(map(int, fields[11:15]))", "sum(map(int, fields[11:13]))"),
+    ),
+    *of(
         "tests/gpu/on_one_gpu.py",
         "tests/gpu/test_on_one_gpu.py::test_the_throughput_runs_pass_the_parser",
         ("one GPU saves the optimizer state of a 7B", '[*words, "--no-save-optim"]', "words"),
