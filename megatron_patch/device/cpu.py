@@ -142,15 +142,13 @@ def _leave_out_compiler() -> None:
     or torch change, the import happens and nothing else.  To be removed when torch's optimizers import it no more.
     """
     import torch
-    import torch.utils.checkpoint
 
     def compile_nothing(model: Callable | None = None, **options: object) -> Callable:
         return model if model is not None else lambda function: function
 
     _replace(torch, "compile", compile_nothing)  # core/jit.py decorates with it
-    optimizer = torch.optim.Optimizer
-    kept_out = [getattr(optimizer, name) for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")]
-    for function in (*kept_out, torch.utils.checkpoint.checkpoint):
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        function = getattr(torch.optim.Optimizer, name)
         inner = getattr(function, "__wrapped__", function)
         inner.__dynamo_disable = inner
     for kind in (torch.optim.Adam, torch.optim.SGD):  # AdamW is an Adam; step() begins and ends with a graph break
