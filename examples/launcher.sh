@@ -3,7 +3,7 @@
 #
 # First half, for every launcher: rows `NAME|rule|meaning` give --help, the checks and the values in `arg`. The rule is
 # English and is what --help and a refusal show; `fits` is its meaning. Second half: LLaVA training, shared by its two
-# stages. Nothing is evaluated, and nothing is written before torchrun (or Python) takes over.
+# stages. Nothing is evaluated, and nothing is written before Python takes over.
 
 if [[ -z ${BASH_VERSINFO:-} ]] || ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
     printf 'error: bash %s is too old, 4.4 or newer is needed\n' "${BASH_VERSION:-}" >&2
@@ -374,30 +374,25 @@ free_port() {
     printf '%d' "$port"
 }
 
-# torchrun_arguments OUTPUT: environment and command up to the script that torchrun starts.
-torchrun_arguments() {
+# start_arguments OUTPUT: environment and command up to the script that launch.py starts.
+start_arguments() {
     local cores threads
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
     threads=$((cores / processes))
     environment+=(
         "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
         "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
-        # When a process died, the others wait for it in vain: seconds until they are killed.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-20}"
-        # With the empty role below: no prefix on the lines of the console.
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=\${role_name}"
     )
     environment+=("${device_environment[@]}")
     local -a check=()
     # What needs Python to be seen: tokenizer, template and data fit, labels are learnt, the run to resume had this data.
     [[ ${arg[CHECK]} != true ]] || check=(--check)
     command=(
-        # torchrun, which hands on signals and names who died
+        # as torchrun, which would import torch first
         "${arg[PYTHON]}" -u -m megatron_patch.launch "${check[@]}" --max-rollbacks "${arg[MAX_ROLLBACKS]}"
-        -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
+        --nproc_per_node "$processes" --nnodes "$nodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "$master_port"
-        # Every process's output goes to the console and, by rank, to files; nodes may share the disk.
-        --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)-node$node_rank" --tee 3 --role=
+        --log-dir "$1/log/$(date +%Y%m%d-%H%M%S)-node$node_rank" # nodes may share the disk
     )
 }
 
@@ -507,7 +502,7 @@ PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the l
 PROFILE_RANKS|0|ranks, as 0,1|processes to trace
 WANDB_PROJECT|(see meaning)|text|llava; W&B is told all that TensorBoard is when WANDB_API_KEY is in the environment, or WANDB_MODE=offline
 WANDB_NAME|(last folder of OUTPUT_BASEPATH)|text|name of the run at W&B
-CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before the processes start (some seconds)
+CHECK|true|one of true false|look at tokenizer, template, data and the run to resume before anything is created
 WEIGHT_DECAY|0|a number from 0|weight decay of AdamW
 VISION_TOWER_LR|(LR)|a number above 0|highest learning rate of the vision tower; its lowest keeps the ratio of MIN_LR to LR
 PROJECTOR_LR|(LR)|a number above 0|the same of the projector
@@ -547,7 +542,7 @@ launch_llava() {
     stop_if_wrong
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
-    torchrun_arguments "${arg[OUTPUT_BASEPATH]}"
+    start_arguments "${arg[OUTPUT_BASEPATH]}"
     command+=("$repository/examples/llava_mcore/pretrain_llava.py")
     training_arguments
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
@@ -814,7 +809,7 @@ report_arguments() {
             --wandb-exp-name "${arg[WANDB_NAME]:-$(basename -- "$output")}" --wandb-save-dir "$output"
         )
     fi
-    # torchrun passes lines on, so no process sees the terminal: progress.py opens it by its name.
+    # launch.py passes lines on, so no process sees the terminal: progress.py opens it by its name.
     [[ ! -t 2 ]] || environment+=("LLAVA_TERMINAL=$(tty <&2)")
 }
 

@@ -1,147 +1,352 @@
-"""torchrun, with the manners of a batch job:
+"""The processes of this node, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--check] [--max-rollbacks N] -m torch.distributed.run ARGUMENTS OF TORCHRUN
+    python -m megatron_patch.launch [--check] [--max-rollbacks N] [--log-dir FOLDER] ARGUMENTS OF TORCHRUN SCRIPT.py ...
 
-- --check: first of all the script is run alone, with --check-only in front of its arguments; when that fails, so does
-  this, with the same exit code, before anything is created.  Meanwhile torchrun is imported.
-- SIGTERM and SIGUSR1 are handed to the processes of this node, which save and end by themselves; when they end with
-  exit code 0, so does this.  torchrun itself would end with an error.
-- When a process dies, the tail of its stderr and one sentence end the output, instead of torchrun's table of all that
-  died after it; the exit code is that process's own.
+It has torchrun's arguments for processes and nodes and gives the processes torchrun's variables (RANK, MASTER_ADDR and
+so on), so that torchrun can start them as well.  But torchrun imports torch itself before it starts anything, which
+takes seconds, and knows nothing of the rest.
+
+
+- What the processes write goes to the console, line by line, and to FOLDER/attempt_0/PROCESS/stdout.log and stderr.log.
+- --check: the first process of this node looks whether everything fits (must_check, check_has_passed) while the others
+  import; they wait (wait_for_check) before they do anything that stays.  When it ends in place of that, so does this,
+  with its exit code, and nothing has been created.
+- SIGTERM and SIGUSR1 are handed to the processes, which save and end by themselves; when they end with exit code 0, so
+  does this.  Before the check has passed a signal ends everything.
+- When a process dies, the others have SHUTDOWN_SECONDS to end.  The tail of its stderr and one sentence end the output;
+  the exit code is that process's own.
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
 """
 
+import argparse
 import contextlib
+import functools
 import os
+import queue
+import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-TORCHRUN = ["-m", "torch.distributed.run"]
 ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
+CHECK = "LLAVA_CHECK"  # variable of a process: descriptor by which it tells, or is told, that the check has passed
 STDERR_TAIL_LINES = 25
 # What the survivors of a death say: theirs is not the cause.
 OF_SURVIVORS = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+SHUTDOWN_SECONDS = 20.0  # for the others when a process has died: they wait for it in vain
+POLL_SECONDS = 0.05
+OUTPUT_SECONDS = 2.0  # to pass on the last lines; a process left behind by another may hold its output open for ever
 
 
-def _children() -> list[int]:
-    """Process ids of this process's children, started by whichever of its threads."""
-    return [
-        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+# ---------------------------------------------------------------- for the script that is started
 
 
-def _forward(number: int, _: Any) -> None:
-    children = _children()
-    if not children:
-        sys.exit(128 + number)
-    print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
-    for child in children:
-        os.kill(child, number)
+def must_check() -> bool:
+    """Is this the process that has to look whether everything fits?"""
+    return CHECK in os.environ and os.environ["LOCAL_RANK"] == "0"
 
 
-def _end(number: int, _: Any) -> None:
+def check_has_passed() -> None:
+    """Let the others go on: called by the process that must_check()."""
+    descriptor = int(os.environ.pop(CHECK))
+    os.write(descriptor, b"1")
+    os.close(descriptor)
+
+
+def wait_for_check() -> None:
+    """Return when the check has passed.  Called before anything is created; without --check it does nothing."""
+    if CHECK in os.environ:
+        descriptor = int(os.environ.pop(CHECK))
+        if not os.read(descriptor, 1):  # whoever started this has died
+            sys.exit(1)
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- output
+
+
+class _Output:
+    """Passes on what the processes write: whole lines to the console and, once there is a folder, to files.
+
+    A console that stands still stops no process: lines wait here.
+    """
+
+    def __init__(self) -> None:
+        # of their own: those of `python -u` may write a part of what they are given
+        self.stdout, self.stderr = (open(number, "wb", closefd=False) for number in (1, 2))  # noqa: SIM115
+        self._lines: queue.SimpleQueue = queue.SimpleQueue()
+        self._readers: list[threading.Thread] = []
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def add(self, pipe: IO[bytes], console: IO[bytes], log: str) -> None:
+        """From now on read a pipe.  log: the file below the folder."""
+        self._readers.append(threading.Thread(target=self._read, args=(pipe, console, log), daemon=True))
+        self._readers[-1].start()
+
+    def keep(self, folder: Path | None) -> None:
+        """Write files below the folder, with all that has come so far; None: there will be none."""
+        self._lines.put((folder,))
+
+    def close(self) -> None:
+        """Pass on the last lines."""
+        end = time.monotonic() + OUTPUT_SECONDS
+        for reader in self._readers:
+            reader.join(max(0.0, end - time.monotonic()))
+        self._lines.put(None)
+        self._writer.join(OUTPUT_SECONDS)
+
+    def _read(self, pipe: IO[bytes], console: IO[bytes], log: str) -> None:
+        self._lines.put((console, log, b""))  # a process that is silent has files, too
+        for line in pipe:
+            self._lines.put((console, log, line))
+
+    def _write(self) -> None:
+        early, files = [], {}
+        append = early.append  # what is done with a line beside the console
+        while (found := self._lines.get()) is not None:
+            if len(found) == 1:
+                (folder,) = found
+                append = functools.partial(self._append, files, folder) if folder else lambda _: None
+                for line in early:
+                    append(line)
+                early.clear()
+                continue
+            console, *line = found
+            append(line)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more (`| head`)
+                console.write(line[1])
+                console.flush()
+
+    @staticmethod
+    def _append(files: dict[str, IO[bytes]], folder: Path, named: tuple[str, bytes]) -> None:
+        log, line = named
+        with contextlib.suppress(OSError):  # a full disk: what cannot be saved ends the run by itself
+            if log not in files:
+                (folder / log).parent.mkdir(parents=True, exist_ok=True)
+                files[log] = (folder / log).open("wb", buffering=0)
+            files[log].write(line)
+
+
+# ---------------------------------------------------------------- processes
+
+
+class _Process:
+    """One process of this node."""
+
+    def __init__(self, arguments: argparse.Namespace, local_rank: int, output: _Output, check: int | None) -> None:
+        """check: the descriptor of CHECK; None: there is no check."""
+        count = arguments.nproc_per_node
+        self.rank = arguments.node_rank * count + local_rank
+        self.log = f"{local_rank}/stderr.log"
+        variables = {
+            "RANK": self.rank,
+            "LOCAL_RANK": local_rank,
+            "GROUP_RANK": arguments.node_rank,
+            "WORLD_SIZE": arguments.nnodes * count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": arguments.master_addr,
+            "MASTER_PORT": arguments.master_port,
+        }
+        if check is not None:
+            variables[CHECK] = check
+        # of a torchrun around this, which has processes and a place to meet of its own
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+        self._started = subprocess.Popen(
+            [sys.executable, "-u", *arguments.script],
+            env={**inherited, **{name: str(value) for name, value in variables.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # with its workers it is a group; a terminal's signals come to this process alone
+            pass_fds=() if check is None else (check,),
+        )
+        output.add(self._started.stdout, output.stdout, f"{local_rank}/stdout.log")
+        output.add(self._started.stderr, output.stderr, self.log)
+        self.ended_by_us = False
+
+    @property
+    def exit_code(self) -> int | None:
+        """As subprocess has it, negative for a signal; None: it is running."""
+        return self._started.poll()
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        self._started.send_signal(number)
+
+    def end(self, number: int) -> None:
+        """Send a signal to the process and all that it has started."""
+        if self.exit_code is None:
+            self.ended_by_us = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._started.pid, number)
+
+    def wait(self, until: float) -> None:
+        """Return when it has ended, or the monotonic clock says `until`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._started.wait(max(0.0, until - time.monotonic()))
+
+
+def _end(processes: Sequence[_Process], number: int) -> None:
+    """End those that run with a signal; after SHUTDOWN_SECONDS with SIGKILL."""
+    for last in (number, signal.SIGKILL):
+        for process in processes:
+            process.end(last)
+        until = time.monotonic() + SHUTDOWN_SECONDS
+        for process in processes:
+            process.wait(until)
+
+
+def _as_exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _raise_exit(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-@contextlib.contextmanager
-def _check(arguments: list[str]) -> Iterator[None]:
-    """Run the script among the arguments of torchrun beside the block, as the only rank, --check-only before its own.
-
-    Waits for it at the end of the block, and ends this process if it failed.
-    """
-    # a file: a host's name may end like a script's
-    first = next(number for number, word in enumerate(arguments) if word.endswith(".py") and os.path.isfile(word))
-    command = [sys.executable, "-u", arguments[first], "--check-only", *arguments[first + 1 :]]
-    # RANK and WORLD_SIZE of a job are other things: number of this node and number of nodes
-    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
-    try:
-        yield
-        code = process.wait()
-    finally:
-        process.kill()  # if it has not ended: a signal ends both
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
-
-
-class _Logs:
-    """What the processes of this node wrote, as torchrun keeps it below --log-dir."""
-
-    def __init__(self, folder: str | None) -> None:
-        self.folder = Path(folder or "/nowhere")
-
-    def of(self, failure: Any) -> Path:
-        """File with the errors of a failed process; of the latest start."""
-        found = self.folder.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
-        return max(found, key=lambda path: path.stat().st_mtime, default=self.folder)
-
-    def stderr_tail(self, failure: Any) -> list[str]:
-        log = self.of(failure)
-        return log.read_text(errors="replace").splitlines()[-STDERR_TAIL_LINES:] if log.is_file() else []
+def _start(arguments: argparse.Namespace, output: _Output, processes: list[_Process]) -> None:
+    """Start all processes into the list; with --check return when it has passed, and end this process if it has not."""
+    if not arguments.check:
+        for number in range(arguments.nproc_per_node):
+            processes.append(_Process(arguments, number, output, None))
+        return
+    answer, told = os.pipe()
+    waited_for, gate = os.pipe()
+    for number in range(arguments.nproc_per_node):
+        processes.append(_Process(arguments, number, output, waited_for if number else told))
+    os.close(told)
+    # How the others end is of no interest yet: what is wrong for them is wrong for the first, which says it.
+    first, answered = processes[0], False
+    while not answered and first.exit_code is None:
+        answered = bool(select.select([answer], [], [], POLL_SECONDS)[0])
+    if not answered or not os.read(answer, 1):  # b"": it has closed its end by dying
+        first.wait(time.monotonic() + SHUTDOWN_SECONDS)
+        sys.exit(_as_exit_code(first.exit_code or 1))
+    os.write(gate, b"1" * arguments.nproc_per_node)
 
 
-def _cause(failures: dict[int, Any], logs: _Logs) -> tuple[int, Any]:
-    """(rank, failure) of the process that died first, as far as can be told.
-
-    Neither torchrun's SIGTERM to the others nor their broken connections are a cause.
-    """
-
-    def innocence(rank_and_failure: tuple[int, Any]) -> tuple[bool, bool, int]:
-        rank, failure = rank_and_failure
-        survivor = any(mark in line for line in logs.stderr_tail(failure) for mark in OF_SURVIVORS)
-        return failure.exitcode == -signal.SIGTERM, failure.exitcode > 0 and survivor, rank
-
-    return min(failures.items(), key=innocence)
+# ---------------------------------------------------------------- how it ended
 
 
-def _report(rank: int, failure: Any, logs: _Logs) -> None:
-    tail = logs.stderr_tail(failure)
-    died = f"ended with exit code {failure.exitcode}"
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
+def _stderr_tail(process: _Process, folder: Path | None) -> list[str]:
+    log = folder and folder / process.log
+    return log.read_text(errors="replace").splitlines()[-STDERR_TAIL_LINES:] if log and log.is_file() else []
+
+
+def _cause(failed: Sequence[_Process], folder: Path | None) -> _Process:
+    """The process that died first, as far as can be told.  Neither our signal nor a broken connection is a cause."""
+
+    def innocence(process: _Process) -> tuple[bool, bool, int]:
+        survivor = any(mark in line for line in _stderr_tail(process, folder) for mark in OF_SURVIVORS)
+        return process.ended_by_us and process.exit_code < 0, process.exit_code > 0 and survivor, process.rank
+
+    return min(failed, key=innocence)
+
+
+def _report(process: _Process, folder: Path | None) -> None:
+    tail, code = _stderr_tail(process, folder), process.exit_code
+    died = f"ended with exit code {code}"
+    if code < 0:
+        name = signal.Signals(-code).name
         died = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     refused = any(line.startswith("error: ") for line in tail)
-    if tail and not refused and failure.exitcode > 0:
-        print(f"--- the last lines of rank {rank}", *tail, "---", sep="\n", file=sys.stderr)
-    print(f"rank {rank} {died}, and the run with it; its log: {logs.of(failure)}", file=sys.stderr, flush=True)
+    if tail and not refused and code > 0:
+        print(f"--- the last lines of rank {process.rank}", *tail, "---", sep="\n", file=sys.stderr)
+    log = f"; its log: {folder / process.log}" if folder else ""
+    print(f"rank {process.rank} {died}, and the run with it{log}", file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Run torchrun with `arguments`; ends the process."""
-    check, rollbacks = contextlib.nullcontext(), 0
-    for number in FORWARDED:
-        signal.signal(number, _end)
-    if arguments[:1] == ["--check"]:
-        arguments = arguments[1:]
-        check = _check(arguments)
-    if arguments[:1] == ["--max-rollbacks"]:
-        rollbacks, arguments = int(arguments[1]), arguments[2:]
-    if arguments[:2] == TORCHRUN:
-        arguments = arguments[2:]
-    with check:
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.run import parse_args, run
+def _start_again(arguments: argparse.Namespace) -> None:
+    """Become a process that starts the same from the last checkpoint."""
+    rollbacks = arguments.max_rollbacks - 1
+    print(f"starting again from the last checkpoint; rollbacks left: {rollbacks}", file=sys.stderr)
+    again = vars(arguments) | {"max_rollbacks": rollbacks}
+    script = again.pop("script")
+    del again["check"]
+    words = [f"--{name}={value}" for name, value in again.items() if value is not None]
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "megatron_patch.launch", *words, *script])
 
-    parsed = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
-    for number in FORWARDED:
-        signal.signal(number, _forward)
-    logs = _Logs(parsed.log_dir)
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m megatron_patch.launch", allow_abbrev=False)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--max-rollbacks", "--max_rollbacks", type=int, default=0)
+    parser.add_argument("--log-dir", "--log_dir", type=Path)
+    parser.add_argument("--nproc_per_node", type=int, default=1)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node_rank", type=int, default=0)
+    parser.add_argument("--master_addr", default="127.0.0.1")
+    parser.add_argument("--master_port", type=int, default=_free_port())
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="and its arguments")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> None:
+    """Start, watch and end the processes; ends this one."""
+    arguments = _parse(words)
+    for number in (*FORWARDED, *ENDING):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _raise_exit)
+    output, processes = _Output(), []
+    to_end = signal.SIGKILL
     try:
-        run(parsed)
-    except ChildFailedError as error:
-        rank, failure = _cause(error.failures, logs)
-        if failure.exitcode == ROLL_BACK and rollbacks > 0:
-            print(f"starting again from the last checkpoint; rollbacks left: {rollbacks - 1}", file=sys.stderr)
-            again = [sys.executable, "-u", "-m", "megatron_patch.launch", "--max-rollbacks", str(rollbacks - 1)]
-            os.execv(sys.executable, [*again, *TORCHRUN, *arguments])
-        if failure.exitcode == ROLL_BACK:
-            print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
-        _report(rank, failure, logs)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        _start(arguments, output, processes)
+        to_end = signal.SIGINT
+        folder = _new_folder(arguments.log_dir) if arguments.log_dir else None
+        output.keep(folder)
+        _forward_signals(processes)
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
+            time.sleep(POLL_SECONDS)
+            codes = [process.exit_code for process in processes]
+        if any(codes):
+            _end(processes, signal.SIGTERM)
+    finally:
+        _end(processes, to_end)  # none is left unless a signal ends this process
+        output.close()
+    failed = [process for process in processes if process.exit_code]
+    if not failed:
+        return
+    cause = _cause(failed, folder)
+    if cause.exit_code == ROLL_BACK and arguments.max_rollbacks > 0:
+        _start_again(arguments)
+    if cause.exit_code == ROLL_BACK:
+        print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
+    _report(cause, folder)
+    sys.exit(_as_exit_code(cause.exit_code))
+
+
+def _new_folder(log_dir: Path) -> Path:
+    """For the logs of this start: a rollback leaves those before it."""
+    folder = log_dir / f"attempt_{len(list(log_dir.glob('attempt_*')))}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _forward_signals(processes: Sequence[_Process]) -> None:
+    """From now on FORWARDED are the processes' business."""
+
+    def forward(number: int, _: Any) -> None:
+        print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
+        for process in processes:
+            process.signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,22 @@ def tool() -> ModuleType:
 
 
 def test_medians_and_ranges(tool: ModuleType) -> None:
-    rows = tool.table({"one": [3.0, 1.0, 2.5], "another": [0.1]}).splitlines()[2:]
-    assert rows == ["| one | 2.50 | 1.00-3.00 |", "| another | 0.10 | 0.10-0.10 |"]
+    rows = tool.table({"one": [3.0, 1.0, 2.5], "another": [0.1]}, {"one": [4.0, 2.0, 3.5]}).splitlines()[2:]
+    assert rows == ["| one | 2.50 | 1.00-3.00 | 3.50 |", "| another | 0.10 | 0.10-0.10 |  |"]
+
+
+def test_cpu_seconds_are_those_of_all_processes_and_not_of_waiting(tool: ModuleType, tmp_path: Path) -> None:
+    """A shell, whose first child has ended and whose second one is told off by the line of the first iteration."""
+    work = "import time\nwhile time.process_time() < 0.4: pass\n"
+    (tmp_path / "first.py").write_text(work)
+    (tmp_path / "second.py").write_text(f"{work}time.sleep(0.5)\nprint(' iteration        1/', flush=True)\n")
+    shell = f"{sys.executable} -S {tmp_path}/first.py; {sys.executable} -S {tmp_path}/second.py; true"
+    commands = tool.Commands()
+    commands.time_training("run", ["bash", "-c", shell], {})
+    (name, (seconds,)) = commands.cpu.popitem()
+    assert name == "run: to the first iteration" and seconds == pytest.approx(0.8, abs=0.15)
+    commands.time("alone", ["bash", "-c", shell])
+    assert commands.cpu["alone"] == [pytest.approx(0.8, abs=0.15)]
 
 
 def test_the_parts_of_a_run_add_up(tool: ModuleType, tmp_path: Path) -> None:

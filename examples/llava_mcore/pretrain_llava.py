@@ -1,8 +1,6 @@
-"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Called by the launchers through torchrun.
+"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Started by launch.py, for the launchers."""
 
-With --check-only as its first argument it only looks whether everything fits; launch.py does that before it starts.
-"""
-
+import gc
 import sys
 from pathlib import Path
 
@@ -12,8 +10,9 @@ from megatron_patch.training import graceful_stop  # the toolkit is run from its
 
 if __name__ == "__main__":
     graceful_stop.listen()  # before torch is imported: a signal in these seconds counts
+    gc.disable()  # looking for garbage takes an eighth of the time of imports, which make none; train_llava enables it
 
-from megatron_patch import device
+from megatron_patch import device, launch
 
 # At import, since asynchronous saves start a process, which imports this file again and must not outlive its parent.
 device.end_with_parent()
@@ -21,11 +20,11 @@ device.end_with_parent()
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
-    if sys.argv[1:2] == ["--check-only"]:
+    if launch.must_check():
         from megatron_patch.training.preflight import check_llava
 
-        check_llava(sys.argv[2:])
-        return
+        check_llava(sys.argv[1:])
+        launch.check_has_passed()
     device.install()
     from megatron_patch.training.pretrain import train_llava
 

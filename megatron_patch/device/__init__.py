@@ -61,7 +61,7 @@ def current_device() -> torch.device:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when its parent, torchrun, dies: nobody else would after a `kill -9` of it.
+    """Have the system kill this process when its parent, launch.py, dies: nobody else would after a `kill -9` of it.
 
     Else the same command, typed again, would meet the old processes still writing to its folder.  Linux only.
     """

@@ -7,7 +7,6 @@ times with CUDA streams and compares tensor types by name.  Each stand-in below 
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from types import ModuleType, SimpleNamespace
@@ -126,8 +125,7 @@ def install() -> None:
     # Compiling Megatron's small fused functions costs 18 s at the first iteration and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _hide_cuda_packages()
-    # Its table of torch's functions is built by identity at import, so before the stand-ins (Megatron imports it).
-    importlib.import_module("torch._dynamo")
+    _leave_out_compiler()
     _replace_cuda_module()
     _replace_factories()
     _replace_tensor_methods()
@@ -152,6 +150,27 @@ def _add_weight_gradient(states: torch.Tensor, gradient: torch.Tensor, main_grad
         main_grad.addmm_(gradient.t(), states)
     else:
         main_grad.add_(gradient.t() @ states)
+
+
+def _leave_out_compiler() -> None:
+    """Have torch do without torch._dynamo, whose import takes more than a second, as nothing is compiled here.
+
+    torch.compile gives back its function, and the functions that torch keeps out of compilation (torch/_compile.py:
+    _disable_dynamo; it imports torch._dynamo at their first call) are called as they are.  Should one be missing here,
+    or torch change, the import happens and nothing else.  To be removed when torch's optimizers import it no more.
+    """
+    import torch
+
+    def compile_nothing(model: Callable | None = None, **options: object) -> Callable:
+        return model if model is not None else lambda function: function
+
+    _replace(torch, "compile", compile_nothing)  # core/jit.py decorates with it
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        function = getattr(torch.optim.Optimizer, name)
+        inner = getattr(function, "__wrapped__", function)
+        inner.__dynamo_disable = inner
+    for kind in (torch.optim.Adam, torch.optim.SGD):  # AdamW is an Adam; step() begins and ends with a graph break
+        kind.step = torch.no_grad()(getattr(kind.step, "__wrapped__", kind.step))
 
 
 def _replace(owner: object, name: str, substitute: Callable) -> None:
@@ -192,6 +211,11 @@ class _Event(_Stream):
         return 0.0
 
 
+def _do_nothing() -> Callable:
+    """A new one for each name: torch._dynamo, where something imports it, has a table by identity and no duplicates."""
+    return lambda *_, **__: None
+
+
 def _replace_cuda_module() -> None:
     import contextlib
 
@@ -199,13 +223,11 @@ def _replace_cuda_module() -> None:
 
     cuda, cpu = torch.cuda, current_device()
 
-    def nothing(*_: object, **__: object) -> None: ...
-
     _replace(cuda, "current_device", lambda: cpu)  # core/timers.py and every device=torch.cuda.current_device()
     # initialize.py skips the model-parallel groups and the RNG tracker when the count is 0
     _replace(cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
-        _replace(cuda, name, nothing)
+        _replace(cuda, name, _do_nothing())
     _replace(cuda, "Stream", _Stream)  # training.py: get_model builds DDP on a side stream
     _replace(cuda, "Event", _Event)
     _replace(cuda, "current_stream", lambda *_: _Stream())
@@ -221,8 +243,8 @@ def _replace_cuda_module() -> None:
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         _replace(cuda, name, lambda *_, **__: 0)
     _replace(cuda, "memory_stats", lambda *_, **__: {})
-    _replace(cuda.nvtx, "range_push", nothing)
-    _replace(cuda.nvtx, "range_pop", nothing)
+    _replace(cuda.nvtx, "range_push", _do_nothing())
+    _replace(cuda.nvtx, "range_pop", _do_nothing())
 
 
 def _is_cuda(device: object) -> bool:

@@ -61,7 +61,7 @@ def is_available() -> bool:
 
 
 def current_device() -> torch.device:
-    """GPU of this process: LOCAL_RANK, as torchrun counts."""
+    """GPU of this process: LOCAL_RANK, as launch.py and torchrun count."""
     import torch
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

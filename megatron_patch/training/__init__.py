@@ -3,7 +3,7 @@
 What is wrapped of that loop, in which order and why stands in patches/touch_points.py.
 
 config.py                checks, and the arguments for Megatron's parser that follow from checkpoint and device
-preflight.py             the same checks alone, before any process is started
+preflight.py             the same checks alone, before anything is created
 pretrain.py              puts everything together and calls Megatron's pretrain()
 callbacks.py             what surrounds Megatron's loop: safeguards and reports
 data_provider.py         our loaders as Megatron's data provider

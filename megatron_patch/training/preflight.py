@@ -1,4 +1,4 @@
-"""All that a run can be refused for, looked at in one process before the run's processes start."""
+"""All that a run can be refused for, looked at by one process of a node before any creates something."""
 
 import sys
 

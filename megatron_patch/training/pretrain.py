@@ -1,12 +1,13 @@
 """A run from its command line to Megatron's pretrain()."""
 
+import gc
 import os
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
-from megatron_patch import device, patches
+from megatron_patch import device, launch, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.atomic_files import atomic_folder
 from megatron_patch.errors import UserError
@@ -102,6 +103,9 @@ def train_llava() -> None:
         loaders.append(train)
         return train, valid, test
 
+    launch.wait_for_check()  # what takes long is imported by now, and nothing is created yet
+    gc.freeze()  # nor will imports ever be garbage
+    gc.enable()
     args = parse_and_validate_args(add_arguments)
     frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
     if args.save:

@@ -94,6 +94,31 @@ assert not distrib_optimizer.HAVE_APEX_OR_TE
     in_new_process(program, PYTHONPATH=str(tmp_path))
 
 
+COMPILER = """
+import sys, torch
+from megatron_patch import device
+device.install()
+@torch.compile
+def double(x): return 2 * x
+@torch.compile(mode="default")
+def square(x): return x * x
+weight = torch.nn.Parameter(torch.ones(2))
+for kind in (torch.optim.AdamW, torch.optim.SGD):
+    optimizer = kind([weight], lr=0.5)
+    optimizer.zero_grad()
+    double(square(weight)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+print([round(value, 4) for value in weight.tolist()], "torch._dynamo" in sys.modules)
+import torch._dynamo
+"""
+
+
+def test_nothing_imports_the_compiler_and_who_does_finds_no_duplicates() -> None:
+    # AdamW: 1 - 0.5 * 0.01 - 0.5, SGD: w - 0.5 * 4 w
+    assert in_new_process(COMPILER, TORCHDYNAMO_DISABLE="1") == "[-0.495, -0.495] False\n"
+
+
 def test_the_tests_see_no_gpu() -> None:
     program = "import os, tests.conftest; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
     assert in_new_process(program, CUDA_VISIBLE_DEVICES="0") == "''\n"

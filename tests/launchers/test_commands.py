@@ -35,7 +35,7 @@ def test_the_guides_training_line(inputs: Inputs, shell: str, script, frozen_llm
     assert words[0] == "env" and words[first + 1] == "megatron_patch.launch"
     place = "--nproc_per_node 4 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1"
     assert words[first + 2] == "--check"
-    assert words[first + 5 : first + 15] == ["-m", "torch.distributed.run", *place.split()]
+    assert words[first + 5 : first + 13] == place.split()
     assert {"CUDA_VISIBLE_DEVICES=", "TORCHDYNAMO_DISABLE=1", "GLOO_SOCKET_IFNAME=lo"} <= set(words[:first])
     assert words.count(f"{ROOT}/examples/llava_mcore/pretrain_llava.py") == 1
     expected = {

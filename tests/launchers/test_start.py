@@ -1,4 +1,4 @@
-"""The real start: torchrun's exit status, signals, logs and several nodes, a small program in the entry's place."""
+"""The real start: exit status, signals, logs and several nodes, a small program in the entry's place."""
 
 import os
 import shutil
@@ -6,26 +6,33 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from packaging.requirements import Requirement
-from torch.distributed.run import get_args_parser
 
+from megatron_patch import launch as launching
 from tests.launchers.launching import ROOT, Inputs
 
 ENTRY = """
 import os, signal, sys, time
+from megatron_patch import launch
 def end(number, _):
     print("saved by rank", os.environ["RANK"])
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGUSR1, end)
-if sys.argv[1] == "--check-only":
-    print("checked as rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+if launch.must_check():
+    print("checked by rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
     time.sleep(float(os.environ["SECONDS_TO_CHECK"]))
-    sys.exit(int(os.environ["CODE_OF_CHECK"]))
+    if code := int(os.environ["CODE_OF_CHECK"]):
+        if os.fork() == 0:  # a worker that is not ended: it has the check's descriptors
+            time.sleep(20)
+        os._exit(code)
+    launch.check_has_passed()
+elif "CODE_OF_OTHERS" in os.environ:
+    sys.exit(int(os.environ["CODE_OF_OTHERS"]))
+launch.wait_for_check()
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "device", repr(os.environ["CUDA_VISIBLE_DEVICES"]))
 print("warning of rank", os.environ["RANK"], file=sys.stderr)
 time.sleep(float(os.environ["SECONDS_TO_RUN"]))
@@ -56,7 +63,7 @@ def launch(copy: Path, words: list[str], seconds: float, code: int, **environmen
 
 def logs(output: Path) -> dict[str, str]:
     """Text of every log file by `RANK/STREAM.log`."""
-    return {"/".join(path.parts[-2:]): path.read_text() for path in output.glob("log/*/*/attempt_0/*/*.log")}
+    return {"/".join(path.parts[-2:]): path.read_text() for path in output.glob("log/*/attempt_0/*/*.log")}
 
 
 def test_output_reaches_console_and_files(copy: Path, inputs: Inputs):
@@ -79,21 +86,71 @@ def test_a_failure_is_the_exit_status(copy: Path, inputs: Inputs):
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_nothing_starts_before_the_check_has_passed(copy: Path, inputs: Inputs, code: int):
-    check = {"CHECK": "true", "SECONDS_TO_CHECK": "0", "CODE_OF_CHECK": str(code)}
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "1", "CODE_OF_CHECK": str(code)}
     process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0, **check)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     first, *others = out.splitlines()
-    assert first == "checked as rank 0 of 1" and len(others) == (2 if code == 0 else 0)
+    assert first == "checked by rank 0 of 2" and len(others) == (2 if code == 0 else 0)
     assert inputs.output.exists() == (code == 0)
+    assert code or logs(inputs.output)["0/stdout.log"].startswith(first), "what came before there was a folder"
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (0, 3)])
+def test_another_process_that_dies_during_the_check_is_told_after_it(copy: Path, inputs: Inputs, code: int, ends: int):
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "0.5", "CODE_OF_CHECK": str(code), "CODE_OF_OTHERS": "3"}
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 20, 0, **check)
+    _, err = process.communicate(timeout=15)  # within the 20 seconds of the first process and of the check's worker
+    assert process.returncode == ends, err
+    assert ("rank 1 ended with exit code 3, and the run with it" in err) == (code == 0)
+
+
+def test_without_arguments_processes_meet_and_leave_nothing(tmp_path: Path):
+    program = "import os; print(os.environ['RANK'], os.environ['MASTER_PORT'], 'TORCHELASTIC_RUN_ID' in os.environ)"
+    (tmp_path / "program.py").write_text(f"{program}; raise SystemExit(5 * int(os.environ['RANK']))")
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_patch.launch",
+        "--nproc_per_node",
+        "2",
+        tmp_path / "program.py",
+        "--nnodes",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "that of a torchrun around it"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 5 and done.stderr == "rank 1 ended with exit code 5, and the run with it\n"
+    (first, *second), (other, *same) = (line.split() for line in sorted(done.stdout.splitlines()))
+    assert (first, other) == ("0", "1") and second == same and int(second[0]) > 0 and second[1] == "False"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py"]
+
+
+def test_a_process_whose_starter_has_died_does_not_begin(monkeypatch: pytest.MonkeyPatch):
+    read, write = os.pipe()
+    os.close(write)
+    monkeypatch.setenv(launching.CHECK, str(read))
+    with pytest.raises(SystemExit):
+        launching.wait_for_check()
+    os.close(read)
+
+
+def test_the_cause_is_neither_who_was_ended_nor_who_lost_its_peer(tmp_path: Path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/stderr.log").write_text("RuntimeError: Connection closed by peer\n")
+
+    def died(rank: int, code: int, ended_by_us: bool) -> SimpleNamespace:
+        return SimpleNamespace(rank=rank, exit_code=code, ended_by_us=ended_by_us, log=f"{rank}/stderr.log")
+
+    failed = [died(0, 1, False), died(1, -signal.SIGKILL, True), died(2, -signal.SIGTERM, True), died(3, 3, True)]
+    assert launching._cause(failed, tmp_path).rank == 3
 
 
 def test_a_signal_during_the_check_ends_everything(copy: Path, inputs: Inputs):
     check = {"CHECK": "true", "SECONDS_TO_CHECK": "100", "CODE_OF_CHECK": "0"}
     process = launch(copy, inputs.training(TP="1", AC="sel"), 0, 0, **check)
-    assert process.stdout.readline() == "checked as rank 0 of 1\n"
+    assert process.stdout.readline() == "checked by rank 0 of 1\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)  # the end of its output: the check has ended too
+    process.communicate(timeout=15)  # the end of its output: the check has ended too, and at once
     assert process.returncode == 128 + signal.SIGTERM
     assert not inputs.output.exists()
 
@@ -101,9 +158,7 @@ def test_a_signal_during_the_check_ends_everything(copy: Path, inputs: Inputs):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_every_process_and_is_no_failure(copy: Path, inputs: Inputs, number: signal.Signals):
     process = launch(copy, inputs.training(TP="2", AC="sel"), 60, 0)
-    deadline = time.monotonic() + 40
-    while sum("rank" in text for text in logs(inputs.output).values()) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_ranks(inputs.output, 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -121,15 +176,42 @@ def test_two_nodes_of_a_cluster_job_meet(copy: Path, inputs: Inputs):
     assert [out for out, _ in answers] == printed
     # On a shared disk a node finds its own logs, not those of the other's process of the same local rank.
     for rank, text in enumerate(printed):
-        (log,) = inputs.output.glob(f"log/*-node{rank}/*/attempt_0/0/stdout.log")
+        (log,) = inputs.output.glob(f"log/*-node{rank}/attempt_0/0/stdout.log")
         assert log.read_text() == text
 
 
-def test_the_oldest_torch_knows_the_arguments_of_launch_py():
-    """torchrun has --signals-to-handle from torch 2.9 on (pytorch/pytorch#160690); 2.8 ends in its argument parser."""
-    launch = (ROOT / "megatron_patch/launch.py").read_text()
-    assert '"--signals-to-handle"' in launch, "not used any more: lower the bound in requirements.txt"
-    (line,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch"))
-    accepted = Requirement(line).specifier
-    assert "2.8.0" not in accepted and "2.9.0" in accepted and metadata.version("torch") in accepted
-    assert "--signals-to-handle" in get_args_parser().format_help()
+def wait_for_ranks(output: Path, count: int) -> None:
+    """Until so many have written their first lines to both files."""
+    deadline = time.monotonic() + 40
+    while sum("rank" in text for text in logs(output).values()) < 2 * count and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def test_ctrl_c_ends_everything_at_once(copy: Path, inputs: Inputs):
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 60, 0)
+    wait_for_ranks(inputs.output, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGINT and err.count("KeyboardInterrupt") == 2
+
+
+def test_neither_a_closed_console_nor_a_hangup_under_nohup_ends_a_run(copy: Path, inputs: Inputs):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup; it is inherited
+    process = launch(copy, inputs.training(TP="1", AC="sel"), 3, 0)
+    signal.signal(signal.SIGHUP, before)
+    process.stdout.close()  # as `| head`
+    wait_for_ranks(inputs.output, 1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 0, process.stderr.read()
+    assert logs(inputs.output)["0/stdout.log"] == "rank 0 of 1 device ''\n"
+    process.stderr.close()
+
+
+def test_a_rollback_starts_again_without_a_check(copy: Path, inputs: Inputs):
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "0", "CODE_OF_CHECK": "0", "MAX_ROLLBACKS": "1"}
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 0, launching.ROLL_BACK, **check)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == launching.ROLL_BACK, err
+    assert out.count("checked by rank 0 of 2") == 1 and out.count("rank 1 of 2 device") == 2
+    assert "rollbacks left: 0" in err and "MAX_ROLLBACKS are used up" in err
+    assert len(list(inputs.output.glob("log/*/attempt_[01]/1/stdout.log"))) == 2

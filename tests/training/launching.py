@@ -57,7 +57,7 @@ def command(workspace: Workspace, output: Path, **changes: object) -> tuple[list
         "EVAL_ITERS": 1,
         "NUM_WORKERS": 0,
         "ACCELERATOR": "cpu",
-        "CHECK": "false",  # saves four seconds a run; the refusals are tested with it
+        "CHECK": "false",  # the refusals are tested with it
         "PYTHON": interpreter.python(),  # PYTHON=sys.executable: a start as a user's
     }
     script = changes.pop("script", "run_mcore_llava.sh")
@@ -99,7 +99,7 @@ def run_and_kill(workspace: Workspace, output: Path, at_iteration: int, **change
             assert process.poll() is None, printed.read_text()[-4000:]
             assert time.monotonic() < deadline, printed.read_text()[-4000:]
             time.sleep(0.02)
-        # torchrun, its workers and theirs, all by the path in their words: nobody gets a chance to save
+        # launch.py, its processes and theirs, all by the path in their words: nobody gets a chance to save
         subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)
         process.wait()
     return losses(printed.read_text())

@@ -5,12 +5,14 @@
 Everything is a command in a fresh process, as a user types it: the launcher from its call to the first iteration's line
 (fresh, resumed, with several processes), from its last iteration to the saved checkpoint, its dry run, and
 the steps of the quickstart that train nothing.  The models are the quickstart's, on a tenth of its images.  Prints
-medians and ranges in seconds; the machine should have nothing else to do.
+medians and ranges in seconds; the machine should have nothing else to do.  Where it has, the CPU's seconds of all
+processes of a command tell more: for a run those up to its first iteration.
 """
 
 import argparse
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,17 +33,40 @@ SAVED = "successfully saved checkpoint"
 ENVIRONMENT = {"ACCELERATOR": "cpu", "LOG_INTERVAL": "1", "EVAL_ITERS": "0", "FREEZE_LANGUAGE_MODEL": "false"}
 
 
+def cpu_seconds(process: int) -> float:
+    """Of a running process, of what it has started and of those that have ended."""
+    ticks, found = 0, [process]
+    for number in found:
+        folder = Path(f"/proc/{number}")
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            for thread in (folder / "task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        ticks += sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime of proc(5), counted behind the name
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds_of_ended() -> float:
+    """Of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Commands:
     """Runs commands in the repository's folder and keeps how long each took, by its name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.cpu: dict[str, list[float]] = defaultdict(list)  # seconds, too
 
     def time(self, name: str, words: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
         """Measure a command that succeeds, from its start to its end."""
-        began = time.monotonic()
+        began, cpu_before = time.monotonic(), cpu_seconds_of_ended()
         done = self._run(words, environment or {})
         self.seconds[name].append(time.monotonic() - began)
+        self.cpu[name].append(cpu_seconds_of_ended() - cpu_before)
         if done.returncode:
             sys.exit(f"error: {name} ended with exit code {done.returncode}\n{done.stdout[-2000:]}")
 
@@ -59,6 +84,8 @@ class Commands:
         ) as process:
             for line in process.stdout:
                 printed.append(line)
+                if ITERATION.search(line):
+                    self.cpu[f"{name}: to the first iteration"].append(cpu_seconds(process.pid))
                 for what, found in (
                     ("to the first iteration", ITERATION.search(line)),
                     ("from there to the saved checkpoint", SAVED in line),
@@ -119,11 +146,12 @@ def measure(folder: Path, processes: Sequence[int], commands: Commands) -> None:
     commands.time("quickstart: loss curves", curve)
 
 
-def table(seconds: Mapping[str, Sequence[float]]) -> str:
+def table(seconds: Mapping[str, Sequence[float]], cpu: Mapping[str, Sequence[float]]) -> str:
     """Rows of Markdown."""
-    rows = ["| command | median, s | range, s |", "|---|---|---|"]
+    rows = ["| command | median, s | range, s | CPU, median, s |", "|---|---|---|---|"]
     for name, found in seconds.items():
-        rows.append(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f}-{max(found):.2f} |")
+        used = f"{statistics.median(cpu[name]):.2f}" if name in cpu else ""
+        rows.append(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f}-{max(found):.2f} | {used} |")
     return "\n".join(rows)
 
 
@@ -138,7 +166,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), arguments.processes, commands)
         print(f"{number + 1} of {arguments.repeats} done", file=sys.stderr)
-    print(table(commands.seconds))
+    print(table(commands.seconds, commands.cpu))
 
 
 if __name__ == "__main__":

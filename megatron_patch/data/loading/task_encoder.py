@@ -1,5 +1,6 @@
 """Raw sample -> training row: shifted labels, pixels and placeholder positions, or a RecordError that says why not."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ class EncodedRecord(EncodedText):
     features: Tensor | None = None  # [N, P, hidden], cached, in place of pixels
 
 
+_tokenizer = functools.cache(load_tokenizer)  # check, training and validation of a process have the same
+
+
 def decode_images(images: Sequence[bytes], config: DataConfig) -> np.ndarray:
     """Images of a record -> pixels uint8 [N, 3, side_px, side_px], the tiles of each together.  Raises RecordError."""
     opened = [open_image(data, config.apply_exif_orientation) for data in images]
@@ -59,7 +63,7 @@ class TaskEncoder:
     def __init__(self, config: DataConfig, with_pixels: bool, tokenizer: Any = None) -> None:
         """tokenizer: in place of the one at config.tokenizer_path."""
         self.conversation = ConversationEncoder(
-            load_tokenizer(config.tokenizer_path) if tokenizer is None else tokenizer,
+            _tokenizer(config.tokenizer_path) if tokenizer is None else tokenizer,
             config.template,
             config.image_token_id,
             config.tokens_per_mark,
