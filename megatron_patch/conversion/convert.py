@@ -414,11 +414,10 @@ def convert_to_huggingface(
         with staged_folder(target) as folder:
             with progress_bar(nbytes, f"Megatron -> {layout}", progress) as advance:
                 files = write_hub_weights(folder, tensors, dtype, blocks, advance, shard_bytes)
-            export.write_text_files(folder, hub)
+            notes = [*export.notes, *export.write_text_files(folder, hub)]
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
             facts = {"iteration": iteration.name, "checkpoint_provenance": llava.provenance or None}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
             LlavaFolder(folder).write_provenance(text)
-    notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
-    notes += export.notes
+    notes.insert(0, f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)")
     return Report(target, nbytes, time.monotonic() - began, notes)

@@ -294,17 +294,13 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
 def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str, tower_name: str) -> dict[str, Any]:
     """config.json of the original code for a checkpoint that came from elsewhere."""
     model_type, name = geometry.language.family.original
-    text = dict(config["text_config"])
-    rope = dict(text.pop("rope_parameters", None) or {})
-    base = rope.pop("rope_theta", text.get("rope_theta", 10000.0))
-    for field in ("dtype", "transformers_version"):
+    text = hub_files.with_older_rope(config["text_config"])
+    for field in ("rope_parameters", "dtype", "transformers_version"):
         text.pop(field, None)
     return text | {
         "architectures": [name],
         "model_type": model_type,
         "torch_dtype": dtype,
-        "rope_theta": base,
-        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
         "use_mm_proj": True,
         "mm_vision_tower": tower_name,
         "mm_hidden_size": geometry.tower.hidden,
