@@ -7,7 +7,7 @@ tokenized with, without the fields that only version 5 reads.
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.conversion.hub_files import write_json
+from megatron_patch.conversion.hub_files import read_json, write_json
 from megatron_patch.data.chat_template import chat_template, where_spaces_stand
 from megatron_patch.data.conversation import ConversationEncoder, Exchange
 from megatron_patch.data.templates import IMAGE_MARK, find_template
@@ -15,12 +15,13 @@ from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
+    SENTENCEPIECE,
     TOKENIZER,
     TOKENIZER_CONFIG,
     LlavaFolder,
     TrainingSettings,
 )
-from megatron_patch.tokenizer_files import load_tokenizer, with_exact_offsets
+from megatron_patch.tokenizer_files import PROBE, load_tokenizer, with_exact_offsets
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OLD_TEMPLATES = ("chat_template.json", CHAT_TEMPLATE)  # of the model that the training began with
@@ -57,6 +58,36 @@ def write_tokenizer(folder: Path, hub: Path) -> Any:
                 "again with a tokenizer.json that transformers saved"
             )
     return written
+
+
+def write_sentencepiece_config(folder: Path, tokenizer: Any) -> None:
+    """Have who wants no fast tokenizer, as the original code, read the folder's tokenizer.model, with the same ids.
+
+    Left alone where there is none, or one that is not what the tokenizer was made of.
+    """
+    import sentencepiece
+
+    model = folder / SENTENCEPIECE
+    try:
+        judge = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError):  # not there, or tiktoken's under the same name
+        return
+    backend = tokenizer.backend_tokenizer
+    if judge.encode(PROBE) != backend.encode(PROBE, add_special_tokens=False).ids:
+        return
+    added = backend.get_added_tokens_decoder()
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config = read_json(folder / TOKENIZER_CONFIG) | {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": tokenizer.bos_token is not None,
+        "add_eos_token": False,
+        # whether a space is put behind special tokens too
+        "legacy": where_spaces_stand(backend, tokenizer.bos_token) is None,
+        "added_tokens_decoder": {
+            str(number): {name: getattr(token, name) for name in fields} for number, token in added.items()
+        },
+    }
+    write_json(folder / TOKENIZER_CONFIG, config)
 
 
 def write_chat_files(folder: Path, hub: Path, tokenizer: Any, settings: TrainingSettings | None, bos: bool) -> list[str]:
