@@ -423,8 +423,6 @@ def convert_to_huggingface(
             with progress_bar(nbytes, "SHA-256 of the weights", progress) as advance:
                 hashes = weight_hashes([folder / name for name in files], advance)
             provenance, trained_with = LlavaFolder(folder).provenance, llava.training_settings
-            write_model_card(
-                folder, target.name, layout, iteration, geometry, trained_with, provenance, hashes, notes
-            )
+            write_model_card(folder, target.name, layout, iteration, geometry, trained_with, provenance, hashes, notes)
     notes.insert(0, f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)")
     return Report(target, nbytes, time.monotonic() - began, notes)

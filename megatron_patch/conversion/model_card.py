@@ -34,7 +34,11 @@ _RECIPE = {
     "packing": "packing",
     "seed": "seed",
 }
-_PARTS = {"language model": "freeze_language_model", "projector": "freeze_projector", "vision tower": "freeze_vision_tower"}
+_PARTS = {
+    "language model": "freeze_language_model",
+    "projector": "freeze_projector",
+    "vision tower": "freeze_vision_tower",
+}
 _SNIPPETS = {
     "hub": """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -45,7 +49,8 @@ model = AutoModelForImageTextToText.from_pretrained("{folder}")
     "original": """It has the layout of the original LLaVA code: `load_pretrained_model("{folder}", None, "llava")`.
 """,
 }
-_CHAT = """messages = [{"role": "user", "content": [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is this?"}]}]
+_CHAT = """content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is this?"}]
+messages = [{"role": "user", "content": content}]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
@@ -114,9 +119,9 @@ def _model(geometry: LlavaGeometry, provenance: dict[str, Any]) -> list[str]:
     sources = {role: source.get("name") for role, source in origin.get("sources", {}).items()}
     of = {role: f" of `{sources[role]}`" if sources.get(role) else "" for role in ("llm", "clip")}
     lines = [
-        f"A LLaVA: a `{language.model_type}` language model{of['llm']}, a `{tower.model_type}` vision tower{of['clip']} that "
-        f"sees {tower.side_px} x {tower.side_px} pixels, and a projector `{geometry.projector_type}`. An image is "
-        f"{tower.image_tokens} tokens."
+        f"A LLaVA: a `{language.model_type}` language model{of['llm']}, a `{tower.model_type}` vision tower{of['clip']}"
+        f" that sees {tower.side_px} x {tower.side_px} pixels, and a projector `{geometry.projector_type}`. An image "
+        f"is {tower.image_tokens} tokens."
     ]
     if "llava" in sources:
         lines.append(f"It began as the LLaVA `{sources['llava']}`.")

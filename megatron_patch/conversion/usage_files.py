@@ -50,7 +50,12 @@ def write_tokenizer(folder: Path, hub: Path) -> Any:
     config["additional_special_tokens"] = list(map(str, trained.extra_special_tokens))
     write_json(folder / TOKENIZER_CONFIG, config)
     written = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    for probe in ("What is in the picture?", " a  b\tc\nd", f"Grüße, 世界! {IMAGE_MARK}\n42", "USER: x ASSISTANT: y</s>"):
+    for probe in (
+        "What is in the picture?",
+        " a  b\tc\nd",
+        f"Grüße, 世界! {IMAGE_MARK}\n42",
+        "USER: x ASSISTANT: y</s>",
+    ):
         wanted, got = trained(probe)["input_ids"], written(probe)["input_ids"]
         if wanted != got:
             raise UserError(
@@ -90,7 +95,9 @@ def write_sentencepiece_config(folder: Path, tokenizer: Any) -> None:
     write_json(folder / TOKENIZER_CONFIG, config)
 
 
-def write_chat_files(folder: Path, hub: Path, tokenizer: Any, settings: TrainingSettings | None, bos: bool) -> list[str]:
+def write_chat_files(
+    folder: Path, hub: Path, tokenizer: Any, settings: TrainingSettings | None, bos: bool
+) -> list[str]:
     """Write chat template and generation config as the training's template wants them.
 
     Where no training is known, those of the source stay.  A chat template is rendered and compared with what training
@@ -142,7 +149,7 @@ def _chat_template(tokenizer: Any, encoder: ConversationEncoder, settings: Train
     """
     if settings.image_tiles != (1, 1):
         raise UserError(
-            f"IMAGE_TILES={settings.spelled('image_tiles')}: an image is several for the model, which no processor makes"
+            f"IMAGE_TILES={settings.spelled('image_tiles')}: an image is several for the model, no processor makes it"
         )
     text = chat_template(
         find_template(settings.conversation_template),

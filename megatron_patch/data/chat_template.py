@@ -27,11 +27,11 @@ def chat_template(
 ) -> str:
     """The template as a chat_template.jinja of one tokenizer.
 
-    Roles are system (at most one, first; in place of the template's own sentence, and an empty one means none), user and
-    assistant in turn; content is text or a list of text and image parts.  An image part is `<image>` and a newline where
-    it stands; of a single image in a conversation the mark goes to the front of its question, as in training.  A
-    conversation that ends with a question is a prompt, with or without add_generation_prompt.  Whatever was not trained
-    (images in answers, other roles and parts, tools, more questions than the template takes) raises.
+    Roles are system (at most one, first; in place of the template's own sentence, and an empty one means none), user
+    and assistant in turn; content is text or a list of text and image parts.  An image part is `<image>` and a newline
+    where it stands; of a single image in a conversation the mark goes to the front of its question, as in training.
+    A conversation that ends with a question is a prompt, with or without add_generation_prompt.  Whatever was not
+    trained (images in answers, other roles and parts, tools, more questions than the template takes) raises.
 
     Args:
         bos, eos: the tokenizer's tokens, None where it has none.
@@ -40,6 +40,7 @@ def chat_template(
         bos_in_front: begin with BOS, as transformers wants it, which tokenizes a chat without special tokens.
     """
     words = write_out(template, bos, eos)
+    first = bos if bos and bos_in_front else ""
     lines = _MACROS.splitlines()
     space = spaced_unless is not None
     if space:
@@ -52,7 +53,7 @@ def chat_template(
         "        {{- raise_exception('roles must be user and assistant in turn, user first') }}",
         "    {%- endif %}",
         "    {%- if message['role'] == 'user' %}",
-        *_indented(_question(words, bos_in_front and bos or "", image_conv_front, image_start_end, space), 2),
+        *_indented(_question(words, first, image_conv_front, image_start_end, space), 2),
         "        {{- chat.text }}",
         "    {%- else %}",
         *_indented(_answer(words, space), 2),
@@ -77,10 +78,12 @@ def where_spaces_stand(backend: Any, bos: str | None) -> list[str] | None:
     """
     tokens = [IMAGE_MARK, bos] if bos else [IMAGE_MARK]
     for space in ("", " "):
-        if all(_ids(backend, token + space + text) == _alone(backend, token, text) for token in tokens for text in _PROBES):
+        if all(
+            _ids(backend, token + space + text) == _alone(backend, token, text) for token in tokens for text in _PROBES
+        ):
             return [token.content for token in backend.get_added_tokens_decoder().values()] if space else None
     raise UserError(
-        f"the tokenizer cuts text behind {' and '.join(tokens)} into other tokens than training did, which cuts it alone"
+        f"the tokenizer cuts text behind {' and '.join(tokens)} into other tokens than training, which cuts it alone"
     )
 
 

@@ -1,4 +1,4 @@
-"""An exported folder is used as anybody would use it: in this transformers, in the one before, by the original's way."""
+"""An exported folder, used as anybody would use it: in this transformers, the one before, the original's way."""
 
 import json
 import os

@@ -79,9 +79,7 @@ def use_original(folder: Path, image: Image.Image) -> dict[str, Any]:
     where = ids.index(IMAGE_INDEX)
     parts = [embed(torch.tensor(ids[:where])), features, embed(torch.tensor(ids[where + 1 :]))]
     with torch.inference_mode():
-        output = language.generate(
-            inputs_embeds=torch.cat(parts)[None], max_new_tokens=NEW_TOKENS, do_sample=False
-        )
+        output = language.generate(inputs_embeds=torch.cat(parts)[None], max_new_tokens=NEW_TOKENS, do_sample=False)
     return {"type": type(tokenizer).__name__, "prompt": prompt, "ids": ids, "tokens": output[0].tolist()}
 
 
@@ -115,10 +113,11 @@ def see(weights: dict, config: dict[str, Any], image: Image.Image, processor: An
     pixels = processor.preprocess(image, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         hidden = tower(pixels, output_hidden_states=True).hidden_states[config["mm_vision_select_layer"]][0, 1:]
-        for layer in (0, 2):
-            weight, bias = (weights[f"model.mm_projector.{layer}.{kind}"] for kind in ("weight", "bias"))
-            hidden = torch.nn.functional.linear(hidden if layer == 0 else torch.nn.functional.gelu(hidden), weight, bias)
-    return hidden
+        linear = torch.nn.functional.linear
+        first, second = (
+            [weights[f"model.mm_projector.{layer}.{kind}"] for kind in ("weight", "bias")] for layer in (0, 2)
+        )
+        return linear(torch.nn.functional.gelu(linear(hidden, *first)), *second)
 
 
 def use(folders: list[Path], image: Image.Image) -> dict[str, Any]:
