@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron, usage_files
 from megatron_patch.data.conversation import ConversationEncoder, Exchange
 from megatron_patch.data.image import image_to_pixels
+from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from megatron_patch.tokenizer_files import load_tokenizer
 from tests.conversion.original_folders import use_sentencepiece
@@ -86,6 +87,60 @@ def test_chat_pipeline_and_pixels_are_training_s(tmp_path: Path) -> None:
     results = use([exported(tmp_path, name) for name in names], make_image())
     for name in names:
         assert_as_trained(results[name], trained(tmp_path, name), name)
+    # What transformers 4.57 stumbles over, or reads otherwise without a word: the slow test below has it do so.
+    config = json.loads((tmp_path / "hub_qwen2/tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and not {"backend", "extra_special_tokens"} & set(
+        config
+    )
+    text = json.loads((tmp_path / "hub_qwen2/config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (1e6, None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of a LLaVA that brought the chat template of its language model along."""
+    source = make_tiny_llava(tmp_path / "source", "llama")
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    convert_to_megatron(source, None, tmp_path / "checkpoint", model_size="tiny", precision="fp32")
+    return tmp_path / "checkpoint"
+
+
+def export(checkpoint: Path, target: Path, settings: TrainingSettings | None = None) -> list[str]:
+    if settings is not None:
+        LlavaFolder.of(checkpoint).write_training_settings(settings)
+    return convert_to_huggingface(checkpoint, target, model_size="tiny", precision="fp32").notes
+
+
+def test_a_chat_template_is_the_training_s_or_none(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """An untrained export keeps that of its source; what jinja cannot say is left out with the reason."""
+    export(checkpoint, tmp_path / "untrained")
+    assert (tmp_path / "untrained/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    export(checkpoint, tmp_path / "trained", TrainingSettings("v1"))
+    assert "curious user" in (tmp_path / "trained/chat_template.jinja").read_text()
+    generation = json.loads((tmp_path / "trained/generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "own.yaml").write_text("question: x")
+    for number, (settings, told) in enumerate(
+        (
+            (TrainingSettings("v1", image_tiles=(2, 2)), "no chat_template.jinja: IMAGE_TILES=2x2"),
+            (TrainingSettings("chatml"), "no chat_template.jinja: tokenizer"),  # has no <|im_end|>
+            (TrainingSettings(str(tmp_path / "own.yaml")), "no chat_template.jinja: template"),
+            (TrainingSettings("v1"), "no chat_template.jinja: what jinja makes of the template is not"),
+        )
+    ):
+        if number == 3:
+            monkeypatch.setattr(usage_files, "chat_template", lambda *texts, **options: "{{ 'something else' }}")
+        notes = export(checkpoint, tmp_path / str(number), settings)
+        assert any(note.startswith(told) for note in notes), notes
+        assert not (tmp_path / str(number) / "chat_template.jinja").exists()
+
+
+def test_a_tokenizer_that_is_not_the_training_s_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    other = load_tokenizer(ROOT / "tests/data/golden/tokenizers/qwen").backend_tokenizer
+    monkeypatch.setattr(usage_files, "with_exact_offsets", lambda backend: other)
+    with pytest.raises(UserError, match=r"the exported tokenizer cuts 'What is in the picture\?' into"):
+        export(checkpoint, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
 
 
 @pytest.mark.slow
