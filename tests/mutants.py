@@ -311,11 +311,7 @@ LABELS_AND_MASKS = [
     *of(
         CHAT,
         f"{OF_CHAT}::test_a_tokenizer_that_no_space_helps_is_refused",
-        (
-            "a tokenizer that cuts chats otherwise is taken",
-            'for space in ("", " "):',
-            'for space in ("", " "):\n        return None',
-        ),
+        ("a tokenizer that cuts chats otherwise is taken", "        if all(", "        if True or all("),
     ),
     *of(
         "megatron_patch/tokenizer_files.py",
