@@ -1,5 +1,5 @@
-"""Config, tokenizer and processor files.  The only file of the room that needs transformers; it is imported when one
-of these functions runs, never with the package."""
+"""Config, tokenizer and processor files.  With usage_files.py the only one of the room that needs transformers; it is
+imported when one of these functions runs, never with the package."""
 
 import hashlib
 import json

@@ -72,12 +72,12 @@ def write_sentencepiece_config(folder: Path, tokenizer: Any) -> None:
     """
     import sentencepiece
 
-    model = folder / SENTENCEPIECE
-    try:
-        judge = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError):  # not there, or tiktoken's under the same name
-        return
     backend = tokenizer.backend_tokenizer
+    try:
+        judge = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE))
+        spaces = where_spaces_stand(backend, tokenizer.bos_token)
+    except (OSError, RuntimeError, UserError):  # not there, tiktoken's under the same name, of another kind
+        return
     if judge.encode(PROBE) != backend.encode(PROBE, add_special_tokens=False).ids:
         return
     added = backend.get_added_tokens_decoder()
@@ -87,7 +87,7 @@ def write_sentencepiece_config(folder: Path, tokenizer: Any) -> None:
         "add_bos_token": tokenizer.bos_token is not None,
         "add_eos_token": False,
         # whether a space is put behind special tokens too
-        "legacy": where_spaces_stand(backend, tokenizer.bos_token) is None,
+        "legacy": spaces is None,
         "added_tokens_decoder": {
             str(number): {name: getattr(token, name) for name in fields} for number, token in added.items()
         },
@@ -182,7 +182,7 @@ def _chat_template(tokenizer: Any, encoder: ConversationEncoder, settings: Train
 def _conversations(most_exchanges: int) -> list[tuple[list[Exchange], str | None]]:
     """(exchanges, system sentence) with no, one and two images, one and three turns."""
     found = []
-    for turns in (1, 3) if most_exchanges in (0, *range(3, 100)) else (1,):
+    for turns in (1,) if 0 < most_exchanges < 3 else (1, 3):
         for images in range(3):
             questions = ["What is this?", "数は？", "3 - why?"][:turns]
             marks = [images] if turns == 1 else [int(number < images) for number in range(turns)]
