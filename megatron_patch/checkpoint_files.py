@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -386,3 +387,43 @@ def read_rank_file(path: Path) -> dict[str, PlacedTensor]:
             raise UserError(f"{path}: {name} is stored as {tensor.storage} in an order or dtype that is not read here")
         found[name] = place
     return found
+
+
+class _ArgumentFacts(TensorFacts):
+    """Reads arguments too: a namespace of plain values."""
+
+    def find_class(self, module: str, name: str) -> object:
+        return SimpleNamespace if (module, name) == ("argparse", "Namespace") else super().find_class(module, name)
+
+
+def read_arguments(iteration: Path) -> dict[str, Any]:
+    """Megatron's arguments with which a checkpoint was written, those that are numbers, texts, flags or None.
+
+    Empty where it holds none, as the converter's.
+
+    Raises:
+        UserError: the file that should hold them is cut off or strange.
+    """
+    facts = partial(_ArgumentFacts, lenient=True)
+    file = iteration
+    try:
+        if checkpoint_format(iteration) == "torch":
+            file = next(iter(rank_folders(iteration).values()))
+            span = (0, file.stat().st_size)
+        else:
+            places = {index.fqn: place for index, place in read_metadata(iteration).storage_data.items()}
+            place = next(place for name, place in places.items() if name.startswith("common_state"))
+            file, span = iteration / place.relative_path, (place.offset, place.length)
+        with open(file, "rb") as opened:
+            saved = TensorArchive(opened.fileno(), *span, facts).saved
+        state = saved[0] if isinstance(saved, list) else saved
+        arguments = state.get("args")
+    except StopIteration:
+        return {}
+    except UserError:
+        raise
+    except Exception as error:  # whatever a pickle that is cut off or strange may raise
+        raise UserError(f"{file}: the run's arguments cannot be read ({error!r}); copy the checkpoint again") from None
+    plain = (bool, int, float, str, type(None))
+    found = vars(arguments) if isinstance(arguments, SimpleNamespace) else {}
+    return {name: value for name, value in found.items() if isinstance(value, plain)}

@@ -2,6 +2,7 @@
 
     config.json                  numbers of the model, as transformers writes them
     tokenizer.json and others    the tokenizer; tokenizer_files.load_tokenizer reads it from the folder
+    tokenizer.model              sentencepiece's, where the source had one: not read, for the export
     preprocessor_config.json     pixel statistics, side, crop and filter of the vision tower's images
     processor_config.json        transformers' LlavaProcessor
     provenance.json              what the folder was made of, by which versions
@@ -10,7 +11,11 @@
     conversation_template.*      the training's own template, where it is none of the known names
     original/                    config and tokenizer of a source in liuhaotian's layout, as they were
 
-An exported Hugging Face folder holds the same names beside its weights and is read by the same class.
+An exported Hugging Face folder holds the same names beside its weights and is read by the same class; it has more:
+
+    chat_template.jinja          the training's template for apply_chat_template
+    generation_config.json       greedy, up to the token that ends an answer
+    README.md                    the model card
 
 llava_training.json is one JSON object: "version": 1 and the fields of TrainingSettings, image_tiles as "2x2", for a
 template of one's own the name of its file in the folder.
@@ -34,6 +39,10 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+SENTENCEPIECE = "tokenizer.model"
+MODEL_CARD = "README.md"
 PROVENANCE = "provenance.json"
 UNTRAINED_TOWER = "untrained_tower.safetensors"
 TRAINING = "llava_training.json"

@@ -38,6 +38,21 @@ def load_tokenizer(folder: str | Path, config: Any = None) -> Any:
     return tokenizer
 
 
+def with_exact_offsets(backend: Any) -> Any:
+    """The same tokenizer of the tokenizers library, whose tokens cover the spaces that they hold.
+
+    Ids stay.  Byte-level tokenizers like Llama 3's leave the space of ` word` out of the token's characters, and
+    transformers then finds no token where an answer begins with a space.
+    """
+    values = json.loads(backend.to_str())
+    parts = [values.get("pre_tokenizer") or {}, values.get("post_processor") or {}]
+    for part in parts:
+        parts += part.get("pretokenizers", []) + part.get("processors", [])
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+    return type(backend).from_str(json.dumps(values, ensure_ascii=False))
+
+
 def _bare_config(folder: Path) -> Any:
     """config.json as AutoTokenizer would read it, without its model's class; None where that class may matter.
 

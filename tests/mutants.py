@@ -30,6 +30,8 @@ CONFIG = "megatron_patch/training/config.py"
 LOADER, SAMPLER = "megatron_patch/data/loading/loader.py", "megatron_patch/data/loading/sampler.py"
 ENCODER, COLLATOR = "megatron_patch/data/loading/task_encoder.py", "megatron_patch/data/loading/collator.py"
 CONVERSATION, IMAGE = "megatron_patch/data/conversation.py", "megatron_patch/data/image.py"
+CHAT, OF_CHAT = "megatron_patch/data/chat_template.py", "tests/data/test_chat_template.py"
+USAGE, OF_EXPORTS = "megatron_patch/conversion/usage_files.py", "tests/conversion/test_exports.py"
 PIPELINE = "megatron_patch/data/preparation/pipeline.py"
 RETENTION = "megatron_patch/training/checkpoint_retention.py"
 LAUNCHER = "examples/launcher.sh"
@@ -262,6 +264,77 @@ LABELS_AND_MASKS = [
         CONVERSATION,
         "tests/data/test_conversation.py::test_a_text_that_begins_with_bos_keeps_one",
         ("BOS twice", "if bos is not None and piece_ids[:1] != [bos]:", "if bos is not None:"),
+    ),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_ids_and_mask_are_training_s[-v1-llama_3]",
+        ("a chat has no BOS", '{_text(bos)} ~ {text} %}}"', '{text} %}}"'),
+        (
+            "the mask of a chat is empty",
+            'f"{{%- generation %}}{{{{- {answer} }}}}{{%- endgeneration %}}"',
+            'f"{{{{- {answer} }}}}{{%- generation %}}{{%- endgeneration %}}"',
+        ),
+    ),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_ids_and_mask_are_training_s[-v1-sentencepiece_unigram]",
+        ("a chat has no spaces for sentencepiece", "values()] if space else None", "values()] if False else None"),
+    ),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_text_before_its_image_and_a_system_message",
+        ("a single image of a chat stays behind its question", "chat.images == 1 and '<image>'", "false and '<image>'"),
+    ),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_signs_of_jinja_in_a_template_of_ones_own[llama_3]",
+        ("a chat that begins with BOS gets another", " and not chat.text.startswith({_text(bos)})", ""),
+    ),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_what_was_not_trained_is_refused",
+        (
+            "two questions of a chat are joined",
+            "!= ('assistant' if loop.index0 % 2 else 'user')",
+            "not in ['user', 'assistant']",
+        ),
+        (
+            "an answer of a chat may hold an image",
+            '_when("\'<image>\' in text", "{{- raise',
+            '_when("false", "{{- raise',
+        ),
+        ("a chat's system message may hold an image", "_when(\"'<image>' in chat.system\"", '_when("false"'),
+        ("a chat may have no question", '_when("not exchanges"', '_when("false"'),
+        ("plain takes two questions of a chat", "loop.index0 >= {2 * words", "loop.index0 > {2 * words"),
+    ),
+    *of(CHAT, f"{OF_CHAT}::test_tools_are_refused", ("tools are left out of a chat", '_when("tools"', '_when("false"')),
+    *of(
+        CHAT,
+        f"{OF_CHAT}::test_a_tokenizer_that_no_space_helps_is_refused",
+        ("a tokenizer that cuts chats otherwise is taken", "        if all(", "        if True or all("),
+    ),
+    *of(
+        "megatron_patch/tokenizer_files.py",
+        f"{OF_CHAT}::test_ids_and_mask_are_training_s[-v1-llama_3]",
+        ("tokens of an export leave out their spaces", 'part["trim_offsets"] = False', 'part["trim_offsets"] = True'),
+    ),
+    *of(
+        USAGE,
+        f"{OF_EXPORTS}::test_a_chat_template_is_the_training_s_or_none",
+        ("a chat template is not compared with training", "        if not same:", "        if False:"),
+        ("a chat template of before the training stays", "(folder / name).unlink(missing_ok=True)", "pass"),
+        ("tiles have a chat template", "if settings.image_tiles != (1, 1):", "if False:"),
+        ("exports sample", '{"do_sample": False}', '{"do_sample": True}'),
+    ),
+    *of(
+        USAGE,
+        f"{OF_EXPORTS}::test_a_tokenizer_that_is_not_the_training_s_is_refused",
+        ("an exported tokenizer is not compared", "        if wanted != got:", "        if False:"),
+    ),
+    *of(
+        "megatron_patch/conversion/hub_files.py",
+        f"{OF_EXPORTS}::test_chat_pipeline_and_pixels_are_training_s",
+        ("transformers 4 gets another rope base", 'text | {"rope_theta": base,', 'text | {"rope_theta": 1e4,'),
     ),
     *of(
         ENCODER,

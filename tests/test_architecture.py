@@ -32,7 +32,7 @@ ROOMS = {
     "patches": set(),
     "device": {"patches"},
     "model": {"device"},
-    "conversion": set(),
+    "conversion": {"data"},  # the words of a conversation, for the chat template
     "data": set(),  # what preparation and loading share imports neither
     "data.preparation": {"data"},
     "data.loading": {"data"},

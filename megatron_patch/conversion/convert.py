@@ -27,6 +27,7 @@ from megatron_patch.conversion.hub_weights import (
     write_safetensors,
 )
 from megatron_patch.conversion.layouts import LAYOUTS
+from megatron_patch.conversion.model_card import weight_hashes, write_model_card
 from megatron_patch.conversion.output import check_disk, check_target, progress_bar, staged_folder
 from megatron_patch.conversion.plan import make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
@@ -414,11 +415,14 @@ def convert_to_huggingface(
         with staged_folder(target) as folder:
             with progress_bar(nbytes, f"Megatron -> {layout}", progress) as advance:
                 files = write_hub_weights(folder, tensors, dtype, blocks, advance, shard_bytes)
-            export.write_text_files(folder, hub)
+            notes = [*export.notes, *export.write_text_files(folder, hub)]
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
             facts = {"iteration": iteration.name, "checkpoint_provenance": llava.provenance or None}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)
             LlavaFolder(folder).write_provenance(text)
-    notes = [f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)"]
-    notes += export.notes
+            with progress_bar(nbytes, "SHA-256 of the weights", progress) as advance:
+                hashes = weight_hashes([folder / name for name in files], advance)
+            provenance, trained_with = LlavaFolder(folder).provenance, llava.training_settings
+            write_model_card(folder, target.name, layout, iteration, geometry, trained_with, provenance, hashes, notes)
+    notes.insert(0, f"exported {iteration.name}: {len(tensors)} tensors in {len(files)} file(s)")
     return Report(target, nbytes, time.monotonic() - began, notes)

@@ -1,5 +1,5 @@
-"""Config, tokenizer and processor files.  The only file of the room that needs transformers; it is imported when one
-of these functions runs, never with the package."""
+"""Config, tokenizer and processor files.  With usage_files.py the only one of the room that needs transformers; it is
+imported when one of these functions runs, never with the package."""
 
 import hashlib
 import json
@@ -15,7 +15,15 @@ from megatron_patch.conversion.trained_settings import tower_processor
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import check_known, read_geometry
 from megatron_patch.language_models import LANGUAGE_MODELS
-from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, PROCESSOR, TOKENIZER_CONFIG, LlavaFolder
+from megatron_patch.llava_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    IMAGE_PROCESSOR,
+    PROCESSOR,
+    SENTENCEPIECE,
+    TOKENIZER_CONFIG,
+    LlavaFolder,
+)
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS, whole_models
 
@@ -201,6 +209,14 @@ def finish_config(config: dict[str, Any], precision: str, projector: str) -> dic
     return config | {"image_seq_length": read_geometry(config).tower.image_tokens}
 
 
+def with_older_rope(text: dict[str, Any]) -> dict[str, Any]:
+    """The same config of an LLM with rope in the words of transformers 4 as well, which has another base without."""
+    rope = dict(text.get("rope_parameters") or {})
+    base = rope.pop("rope_theta", text.get("rope_theta", 10000.0))
+    scaled = rope.get("rope_type", "default") != "default"
+    return text | {"rope_theta": base, "rope_scaling": rope if scaled else None}
+
+
 # What every transformers config carries and says nothing about this model.
 _SAYS_NOTHING = (
     "_name_or_path",
@@ -294,10 +310,10 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     images, notes = image_processor(tower, config)
-    _write_json(folder / IMAGE_PROCESSOR, images)
-    _write_json(
+    write_json(folder / IMAGE_PROCESSOR, images)
+    write_json(
         folder / PROCESSOR,
         {
             "processor_class": "LlavaProcessor",
@@ -311,12 +327,14 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     with _quiet_transformers():
         tokens.tokenizer.save_pretrained(str(folder))
         settings = read_json(folder / TOKENIZER_CONFIG)  # without a trace of how it was loaded here
-        _write_json(
+        write_json(
             folder / TOKENIZER_CONFIG,
             {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")},
         )
-        if (llm / "generation_config.json").is_file():
-            shutil.copyfile(llm / "generation_config.json", folder / "generation_config.json")
+        if (llm / SENTENCEPIECE).is_file():  # transformers 5 does not save it
+            shutil.copyfile(llm / SENTENCEPIECE, folder / SENTENCEPIECE)
+        if (llm / GENERATION_CONFIG).is_file():
+            shutil.copyfile(llm / GENERATION_CONFIG, folder / GENERATION_CONFIG)
         else:
             generation = GenerationConfig.from_model_config(_auto_config(folder).get_text_config())
             generation.save_pretrained(str(folder))
@@ -335,7 +353,8 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     return notes
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file as transformers does."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ A row is a function (llava/ folder, its config.json, geometry, precision, tower'
 UserError when the checkpoint cannot have that layout.  To be read as well, a layout has a kind of source in plan.py.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_patch.conversion import hub_files, original_layout
 from megatron_patch.conversion.original_layout import Blocks
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.conversion.trained_settings import hub_advice, hub_processor
+from megatron_patch.conversion.usage_files import write_chat_files, write_tokenizer
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.llava_folder import (
@@ -38,8 +38,8 @@ class Export(Protocol):
     def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
         """The tensors of the folder, and blocks() that is asked for those."""
 
-    def write_text_files(self, folder: Path, hub: Path) -> None:
-        """config.json, tokenizer and image processor; `hub` is the checkpoint's llava/ folder."""
+    def write_text_files(self, folder: Path, hub: Path) -> list[str]:
+        """Everything but the weights; `hub` is the checkpoint's llava/ folder.  Returns notes for the user."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,16 @@ class _Hub:
     def renamed(self, tensors: Iterable[HubTensor], blocks: Blocks) -> tuple[list[HubTensor], Blocks]:
         return list(tensors), blocks
 
-    def write_text_files(self, folder: Path, hub: Path) -> None:
+    def write_text_files(self, folder: Path, hub: Path) -> list[str]:
         for path in sorted(hub.iterdir()):
             if path.name not in (UNTRAINED_TOWER, PROVENANCE, CONFIG) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        _write_json(folder / CONFIG, self.config)
+        hub_files.write_json(folder / CONFIG, self.config)
         if self.trained_with is not None:
             processor = hub_processor(hub_files.read_json(hub / IMAGE_PROCESSOR), self.trained_with)
-            _write_json(folder / IMAGE_PROCESSOR, processor)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+            hub_files.write_json(folder / IMAGE_PROCESSOR, processor)
+        tokenizer = write_tokenizer(folder, hub)
+        return write_chat_files(folder, hub, tokenizer, self.trained_with, bos=True)
 
 
 def _plan_hub(
@@ -83,6 +81,7 @@ def _plan_hub(
             "only: choose the layout original"
         )
     finished = hub_files.finish_config(config, precision, geometry.projector_type)
+    finished["text_config"] = hub_files.with_older_rope(finished["text_config"])
     return _Hub(finished, LlavaFolder(hub).training_settings)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from megatron_patch.conversion import hub_files
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.conversion.trained_settings import original_advice, original_values
+from megatron_patch.conversion.usage_files import write_chat_files, write_sentencepiece_config, write_tokenizer
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known
 from megatron_patch.language_models import LANGUAGE_MODELS, original_classes
 from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, IMAGE_SETTINGS, LlavaFolder, TrainingSettings
+from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
 Blocks = Callable[[HubTensor], Iterator[Tensor]]  # the rows of a tensor, in any number of blocks
@@ -215,9 +217,9 @@ class Export:
         renamed = [HubTensor(name, tensor.shape) for name, tensor in hub.items()]
         return renamed, lambda tensor: blocks(hub[tensor.name])
 
-    def write_text_files(self, folder: Path, hub: Path) -> None:
-        """config.json, tokenizer, settings of the training and, with the tower, its image processor; `hub` is the
-        checkpoint's llava/ folder."""
+    def write_text_files(self, folder: Path, hub: Path) -> list[str]:
+        """Config, tokenizer, settings of the training and, with the tower, its image processor; `hub` is the
+        checkpoint's llava/ folder.  Returns notes for the user."""
         source = self.texts or hub
         for name in _TEXT_FILES[1:]:
             if (source / name).is_file():
@@ -228,10 +230,16 @@ class Export:
             LlavaFolder(folder).write_training_settings(self.trained_with)
         saved = LlavaFolder(hub).original / CONFIG
         if saved.is_file() and hub_files.read_json(saved) == self.config:
-            shutil.copyfile(saved, folder / "config.json")  # byte for byte
-            return
-        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+            shutil.copyfile(saved, folder / CONFIG)  # byte for byte
+        else:
+            text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+        if self.texts is None:
+            tokenizer = write_tokenizer(folder, hub)
+            write_sentencepiece_config(folder, tokenizer)
+        else:
+            tokenizer = load_tokenizer(hub)
+        return write_chat_files(folder, hub, tokenizer, self.trained_with, bos=False)
 
 
 def plan_export(
@@ -294,17 +302,13 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
 def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str, tower_name: str) -> dict[str, Any]:
     """config.json of the original code for a checkpoint that came from elsewhere."""
     model_type, name = geometry.language.family.original
-    text = dict(config["text_config"])
-    rope = dict(text.pop("rope_parameters", None) or {})
-    base = rope.pop("rope_theta", text.get("rope_theta", 10000.0))
-    for field in ("dtype", "transformers_version"):
+    text = hub_files.with_older_rope(config["text_config"])
+    for field in ("rope_parameters", "dtype", "transformers_version"):
         text.pop(field, None)
     return text | {
         "architectures": [name],
         "model_type": model_type,
         "torch_dtype": dtype,
-        "rope_theta": base,
-        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
         "use_mm_proj": True,
         "mm_vision_tower": tower_name,
         "mm_hidden_size": geometry.tower.hidden,

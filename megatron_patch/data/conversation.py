@@ -8,11 +8,11 @@ is where the original masks whole samples by mistake.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.templates import IMAGE_MARK, TEMPLATES, Template, find_template
+from megatron_patch.data.templates import IMAGE_MARK, TEMPLATES, find_template, write_out
 from megatron_patch.errors import UserError
 
 __all__ = ["IMAGE_MARK", "TEMPLATES", "ConversationEncoder", "EncodedConversation", "Exchange"]
@@ -66,7 +66,7 @@ class ConversationEncoder:
         image_conv_front: bool = False,
         image_start_end: bool = False,
     ) -> None:
-        texts = _write_out(find_template(template), tokenizer)
+        texts = write_out(find_template(template), tokenizer.bos_token, tokenizer.eos_token)
         where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(
@@ -201,42 +201,6 @@ class ConversationEncoder:
                 f"wanted a special token; {remedy}"
             )
         return alone[0]
-
-
-@dataclass(frozen=True)
-class _Words:
-    """A template with the tokenizer's tokens written out, its question and answer cut at their placeholder."""
-
-    question: tuple[str, str]
-    images_only: bool
-    answer: tuple[str, str]
-    ending: str
-    system: str
-    system_turn: str
-    system_in_question: bool
-    opening: str
-    picture_turn: str
-    closing: str
-    between: str
-    most_exchanges: int
-
-
-def _write_out(template: Template, tokenizer: Any) -> _Words:
-    """The template's texts for one tokenizer."""
-    texts = {field.name: getattr(template, field.name) for field in fields(template)}
-    for placeholder, token in (("{bos}", tokenizer.bos_token or ""), ("{eos}", tokenizer.eos_token or "</s>")):
-        texts = {name: _replace(text, placeholder, token) for name, text in texts.items()}
-    texts = {name: _replace(text, "{ending}", texts["ending"]) for name, text in texts.items()}
-    images_only = "{pictures}" in template.question
-    for name, placeholder in (("question", "{pictures}" if images_only else "{question}"), ("answer", "{answer}")):
-        before, _, after = texts[name].partition(placeholder)
-        texts[name] = (before, after)
-    return _Words(images_only=images_only, **texts)
-
-
-def _replace(value: Any, placeholder: str, token: str) -> Any:
-    """Fields that are texts, with a placeholder written out; numbers as they are."""
-    return value.replace(placeholder, token) if isinstance(value, str) else value
 
 
 def _without_marks(exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:

@@ -13,6 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -135,3 +136,39 @@ def find_template(name_or_file: str) -> Template:
         f"conversation template is {name_or_file!r}; wanted one of {', '.join(TEMPLATES)}, "
         f"or a file of one's own ({', '.join(SUFFIXES)})"
     )
+
+
+@dataclass(frozen=True)
+class WrittenTemplate:
+    """A template with the tokenizer's tokens written out, its question and answer cut at their placeholder."""
+
+    question: tuple[str, str]
+    images_only: bool
+    answer: tuple[str, str]
+    ending: str
+    system: str
+    system_turn: str
+    system_in_question: bool
+    opening: str
+    picture_turn: str
+    closing: str
+    between: str
+    most_exchanges: int
+
+
+def write_out(template: Template, bos: str | None, eos: str | None) -> WrittenTemplate:
+    """The template's texts for one tokenizer, given its BOS and EOS tokens (None: it has none)."""
+    texts = {field.name: getattr(template, field.name) for field in dataclasses.fields(template)}
+    for placeholder, token in (("{bos}", bos or ""), ("{eos}", eos or "</s>")):
+        texts = {name: _replace(text, placeholder, token) for name, text in texts.items()}
+    texts = {name: _replace(text, "{ending}", texts["ending"]) for name, text in texts.items()}
+    images_only = "{pictures}" in template.question
+    for name, placeholder in (("question", "{pictures}" if images_only else "{question}"), ("answer", "{answer}")):
+        before, _, after = texts[name].partition(placeholder)
+        texts[name] = (before, after)
+    return WrittenTemplate(images_only=images_only, **texts)
+
+
+def _replace(value: Any, placeholder: str, token: str) -> Any:
+    """Fields that are texts, with a placeholder written out; numbers as they are."""
+    return value.replace(placeholder, token) if isinstance(value, str) else value

@@ -67,6 +67,17 @@ def test_transformers_finds_the_next_loss_and_tensorboard_has_it(workspace: Work
         precision="fp32",
         hf_checkpoint=workspace.dataset.parents[1] / "hf",
     )
+    card = (tmp_path / "exported/README.md").read_text()
+    for row in (
+        "| stage | `2: instructions` |",
+        f"| exported at iteration | `{ITERATIONS}` |",
+        "| conversation template | `mistral` |",
+        f"| records or rows per step | `{GLOBAL_BATCH_SIZE}` |",
+        f"| loss of the last iteration | `{before[ITERATIONS]:.4f}` |",
+        f"| records kept | `{ITERATIONS * GLOBAL_BATCH_SIZE}` |",
+        f"| dataset | `{'/'.join(workspace.dataset.parts[-2:])}` |",
+    ):
+        assert row in card, card
     expected = next_loss_by_transformers(tmp_path / "exported", workspace)
     found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS + 1, **words))[ITERATIONS + 1]
     assert expected < 0.9 * before[1], "a model that learnt nothing proves nothing"
