@@ -1,0 +1,86 @@
+"""Pictures of an evaluation: a plot of the results, a contact sheet of some questions."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_patch.evaluation.metrics import Table
+
+LONGEST_TITLE = 60  # characters of a question
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One field of the contact sheet; right: green or red, None: not known."""
+
+    image: Path | bytes | None
+    question: str
+    answer: str
+    truth: str
+    right: bool | None
+
+
+def draw_results(file: Path, title: str, table: Table) -> None:
+    """A panel per figure, a bar per task."""
+    pyplot = _pyplot()
+    names = list(dict.fromkeys(name for row in table.values() for name in row if name != "questions"))
+    height = 1.2 + 0.3 * len(table)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), height), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
+        rows = [(task, row[name]) for task, row in table.items() if name in row]
+        bars = axis.barh([task for task, _ in rows], [value for _, value in rows])
+        axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_title(f"{title}: {name}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def draw_sheet(file: Path, samples: Sequence[Sample], most: int = 40) -> None:
+    """Contact sheet of evenly chosen samples: image, question, answer (green or red), truth where it differs."""
+    pyplot = _pyplot()
+    chosen = np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)
+    columns = min(8, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2 * columns, 2.35 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, chosen, strict=False):
+        sample = samples[index]
+        if sample.image is not None:
+            source = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
+            axis.imshow(Image.open(source).convert("RGB"))
+        axis.set_title(_shortened(sample.question), fontsize=8, parse_math=False)
+        caption = sample.answer if sample.right else f"{sample.answer or '(nothing)'}  (truth: {sample.truth})"
+        axis.text(
+            *(0.5, -0.03, _shortened(caption)),
+            color={True: "green", False: "red", None: "black"}[sample.right],
+            fontsize=10,
+            ha="center",
+            va="top",
+            transform=axis.transAxes,
+            parse_math=False,
+        )
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def _shortened(text: str) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 1]}…"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
