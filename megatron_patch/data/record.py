@@ -47,12 +47,17 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
         if IMAGE_MARK in answer:
             raise RecordError("image marks", f"answer {len(exchanges) + 1} holds {IMAGE_MARK}")
         if images == 1 and IMAGE_MARK in question:
-            question = f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+            question = image_in_front(question)
         exchanges.append(Exchange(question, answer))
     marks = sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
     if marks != images:
         raise RecordError("image marks", f"{marks} {IMAGE_MARK} marks, {images} images")
     return tuple(exchanges)
+
+
+def image_in_front(question: str) -> str:
+    """A question about one image, with a single mark before its text, as LLaVA's training code puts it."""
+    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
 
 
 def _read_turn(turn: Any) -> tuple[str, str]:

@@ -1,0 +1,70 @@
+"""open_engine: the engine that fits a folder."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_patch import device
+from megatron_patch.checkpoint_files import TRACKER
+from megatron_patch.errors import UserError
+from megatron_patch.inference.interface import Engine
+from megatron_patch.llava_folder import CONFIG
+
+KINDS = ("auto", "transformers", "megatron")
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_engine(
+    folder: Path,
+    kind: Literal["auto", "transformers", "megatron"] = "auto",
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    template: str | None = None,
+    tensor: int = 1,
+    pipeline: int = 1,
+) -> Engine:
+    """The engine of an exported Hugging Face folder or of a Megatron checkpoint, converted or trained.
+
+    Of a Megatron checkpoint in several processes (torchrun, one per tensor x pipeline) only rank 0 gets an engine: in
+    the others the call works for it until it is closed, and then ends the process.
+
+    Args:
+        kind: auto: as the folder is.
+        dtype: in which it computes; auto: fp32 on a CPU, else as the weights are stored.
+        template: a conversation template's name or file, in place of the one that the model was trained with.
+        tensor, pipeline: parallel sizes.
+    Raises:
+        UserError: the folder holds no such model, or it cannot be cut so.
+    """
+    found = folder_kind(folder) if kind == "auto" else kind
+    if found not in KINDS[1:]:
+        raise UserError(f"engine {kind!r}: wanted one of {', '.join(KINDS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
+    chosen = DTYPES[dtype]
+    if dtype == "auto" and device.backend().NAME == "cpu":
+        chosen = torch.float32
+    if found == "transformers":
+        if tensor * pipeline > 1:
+            raise UserError(
+                f"{folder} is answered by transformers in one process, got tensor parallel {tensor} x pipeline "
+                f"parallel {pipeline}; leave them out, or use a Megatron checkpoint"
+            )
+        from megatron_patch.inference.transformers_engine import TransformersEngine
+
+        return TransformersEngine(folder, chosen, template)
+    raise UserError("the engine megatron is not there yet")
+
+
+def folder_kind(folder: Path) -> str:
+    """`transformers` for an exported Hugging Face folder, `megatron` for a checkpoint.  Raises UserError: neither."""
+    if (folder / TRACKER).is_file():
+        return "megatron"
+    if (folder / CONFIG).is_file():
+        return "transformers"
+    inside = folder / "checkpoint"
+    hint = f"; did you mean {inside}?" if (inside / TRACKER).is_file() else ""
+    raise UserError(
+        f"{folder} is no model: wanted an exported Hugging Face folder (with {CONFIG}) or a Megatron checkpoint (with "
+        f"{TRACKER}){hint}"
+    )
