@@ -38,6 +38,7 @@ ROOMS = {
     "data.loading": {"data"},
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
     "inference": {"arguments", "model", *LOADING, "device", "patches", "training.load_model"},
+    "evaluation": {"inference", "data"},
     **{name: set() for name in FREE},
 }
 # Foreign packages that a room must do without. Conversion imports in a second, the data room's core needs no model.
@@ -129,6 +130,8 @@ def test_imports_point_one_way(path):
         ("data.loading", "megatron_patch.model.llava"),
         ("launch", "megatron_patch.training.config"),
         ("checkpoint_files", "megatron_patch.conversion.table"),
+        ("evaluation", "megatron_patch.training.config"),
+        ("inference", "megatron_patch.evaluation.run"),
     ],
 )
 def test_a_wrong_arrow_is_seen(room, name):

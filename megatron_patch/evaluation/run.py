@@ -84,7 +84,11 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
 
 
 def ask(engine: Engine, batches: Sequence[Sequence[Question]], file: Path, sampling: Sampling) -> None:
-    """Answer what the file does not hold yet, batch by batch.  Raises UserError: it holds other answers, or is in use."""
+    """Answer what the file does not hold yet, batch by batch.
+
+    Raises:
+        UserError: it holds other answers, or another process writes it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as opened:
         _lock(opened, file)
@@ -117,6 +121,11 @@ def request_of(question: Question) -> Request:
     return Request(question.id, (Exchange(question.prompt, None),), question.images)
 
 
+def is_complete(file: Path, batches: Sequence[Sequence[Question]]) -> bool:
+    """Does the file hold as many answers as there are questions?"""
+    return file.is_file() and len(list(_whole_lines(file.read_bytes()))) == sum(map(len, batches))
+
+
 def read_answers(file: Path, batches: Sequence[Sequence[Question]]) -> list[dict[str, Any]]:
     """All answers of these batches.  Raises UserError: some are missing, or they answer other questions."""
     wanted = sum(map(len, batches))
@@ -130,7 +139,11 @@ def read_answers(file: Path, batches: Sequence[Sequence[Question]]) -> list[dict
 
 
 def merge(output: Path, questions: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
-    """The answers of all parts in the order of the questions, written as one file.  Raises UserError: some are missing."""
+    """The answers of all parts in the order of the questions, written as one file.
+
+    Raises:
+        UserError: some are missing, or they answer other questions.
+    """
     found = sorted((output / PARTS).glob("*-of-*.jsonl"))
     counts = {path.stem.rpartition("-")[2] for path in found}
     if len(counts) != 1:
