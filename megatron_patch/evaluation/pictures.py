@@ -1,9 +1,11 @@
 """Pictures of an evaluation: a plot of the results, a contact sheet of some questions."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -77,10 +79,11 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 1]}…"
 
 
-def _pyplot():
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a model may write any character
     from matplotlib import pyplot
 
     return pyplot
