@@ -37,7 +37,7 @@ ROOMS = {
     "data.preparation": {"data"},
     "data.loading": {"data"},
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
-    "inference": {"arguments", "model", *LOADING, "device", "patches", "training.load_model"},
+    "inference": {"arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"},
     **{name: set() for name in FREE},
 }
 # Foreign packages that a room must do without. Conversion imports in a second, the data room's core needs no model.
