@@ -37,7 +37,7 @@ ROOMS = {
     "data.preparation": {"data"},
     "data.loading": {"data"},
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
-    "inference": {"arguments", "model", *LOADING, "device", "patches", "training.load_model"},
+    "inference": {"arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"},
     "evaluation": {"inference", "data"},
     **{name: set() for name in FREE},
 }

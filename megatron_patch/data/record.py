@@ -30,7 +30,7 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
     """
     if not isinstance(conversations, list) or not conversations:
         raise RecordError("malformed", "conversations is not a list of turns")
-    turns = [_read_turn(turn) for turn in conversations]
+    turns = [read_turn(turn) for turn in conversations]
     if turns[0][0] != "human":
         turns = turns[1:]
     if not turns:
@@ -60,7 +60,7 @@ def image_in_front(question: str) -> str:
     return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
 
 
-def _read_turn(turn: Any) -> tuple[str, str]:
+def read_turn(turn: Any) -> tuple[str, str]:
     """(role, text) of one turn."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise RecordError("malformed", "a turn is not {from, value}")
