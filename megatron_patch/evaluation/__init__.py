@@ -5,5 +5,5 @@ source.py       the files of a benchmark, read with errors that name file and re
 benchmarks/     one file per benchmark: its format -> questions; the name of its metric
 metrics/        answers -> numbers, pure functions; the table of metrics
 run.py          questions -> answers on disk, to be resumed and shared out -> results
-pictures.py     the plot of the results, the contact sheet of some questions
+report.py       results for people: table, plot, contact sheet of some questions
 """

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation.metrics import Metric, Scores, Table
 from megatron_patch.evaluation.question import Question
-from megatron_patch.inference import Engine, Request, RequestError, Sampling
+from megatron_patch.inference import Engine, Prompt, Request, RequestError, Sampling
 
 RUN, ANSWERS, SCORED, RESULTS, PARTS = "run.json", "answers.jsonl", "scored.jsonl", "results.json", "parts"
 FAILED = "error"  # the finish_reason of a question that could not be asked; its answer is empty
@@ -94,25 +95,47 @@ def ask(engine: Engine, batches: Sequence[Sequence[Question]], file: Path, sampl
         _lock(opened, file)
         done = _keep_whole_batches(opened, batches, file)
         asked, total = sum(map(len, batches[:done])), sum(map(len, batches))
-        with tqdm(total=total, initial=asked, unit=" questions", desc="asking", mininterval=0.5) as bar:
-            for batch in batches[done:]:
-                opened.write(_json_lines(_answer(engine, batch, sampling)).encode())
+        with (
+            tqdm(total=total, initial=asked, unit=" questions", desc="asking", dynamic_ncols=True) as bar,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            coming: Future | None = None
+            for number in range(done, len(batches)):
+                coming = coming or pool.submit(_prepare, engine, batches[number])
+                prepared, coming = coming.result(), None
+                if number + 1 < len(batches):  # its images are decoded while the model answers
+                    coming = pool.submit(_prepare, engine, batches[number + 1])
+                lines = _answer(engine, batches[number], prepared, sampling)
+                opened.write(_json_lines(lines).encode("utf-8", "backslashreplace"))
                 opened.flush()
-                bar.update(len(batch))
+                bar.update(len(lines))
 
 
-def _answer(engine: Engine, batch: Sequence[Question], sampling: Sampling) -> list[dict[str, Any]]:
-    """One line per question.  One that cannot be asked is a line that says why, and the others are asked."""
-    lines = [{"id": question.id, "prompt": question.prompt} for question in batch]
-    prompts, places = [], []
-    for place, question in enumerate(batch):
+def _prepare(engine: Engine, batch: Sequence[Question]) -> list[Prompt | RequestError]:
+    """Each question as the model sees it, or why it cannot be asked."""
+    prepared: list[Prompt | RequestError] = []
+    for question in batch:
         try:
-            prompts.append(engine.prepare(request_of(question)))
-            places.append(place)
+            prepared.append(engine.prepare(request_of(question)))
         except RequestError as error:
-            lines[place] |= {"answer": "", "finish_reason": FAILED, "error": str(error)}
-    for place, answer in zip(places, engine.answer(prompts, sampling) if prompts else [], strict=True):
-        lines[place] |= {"answer": answer.text, "finish_reason": answer.finish_reason}
+            prepared.append(error)
+    return prepared
+
+
+def _answer(
+    engine: Engine, batch: Sequence[Question], prepared: Sequence[Prompt | RequestError], sampling: Sampling
+) -> list[dict[str, Any]]:
+    """One line per question.  One that cannot be asked is a line that says why, and the others are asked."""
+    prompts = [prompt for prompt in prepared if isinstance(prompt, Prompt)]
+    answers = iter(engine.answer(prompts, sampling))
+    lines = []
+    for question, prompt in zip(batch, prepared, strict=True):
+        if isinstance(prompt, Prompt):
+            answer = next(answers)
+            told = {"answer": answer.text, "finish_reason": answer.finish_reason}
+        else:
+            told = {"answer": "", "finish_reason": FAILED, "error": str(prompt)}
+        lines.append({"id": question.id, "prompt": question.prompt} | told)
     return lines
 
 

@@ -1,15 +1,16 @@
-"""Pictures of an evaluation: a plot of the results, a contact sheet of some questions."""
+"""Results for people: a table, a plot, a contact sheet of some questions."""
 
-import io
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image
 
+from megatron_patch.data.image import open_image
+from megatron_patch.data.rejection import RecordError
 from megatron_patch.evaluation.metrics import Table
 
 LONGEST_TITLE = 60  # characters of a question
@@ -24,6 +25,20 @@ class Sample:
     answer: str
     truth: str
     right: bool | None
+
+
+def table_text(table: Table) -> str:
+    """The table in columns; a figure that a row lacks is left empty."""
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    rows = [["task", *names]]
+    for task, row in table.items():
+        cells = [f"{row[name]:.{0 if name == 'questions' else 1}f}" if name in row else "" for name in names]
+        rows.append([task, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([task.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        for task, *cells in rows
+    )
 
 
 def draw_results(file: Path, title: str, table: Table) -> None:
@@ -56,8 +71,9 @@ def draw_sheet(file: Path, samples: Sequence[Sample], most: int = 40) -> None:
     for axis, index in zip(axes.flat, chosen, strict=False):
         sample = samples[index]
         if sample.image is not None:
-            source = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
-            axis.imshow(Image.open(source).convert("RGB"))
+            data = sample.image if isinstance(sample.image, bytes) else sample.image.read_bytes()
+            with suppress(RecordError):  # one that the model could not see either
+                axis.imshow(open_image(data))
         axis.set_title(_shortened(sample.question), fontsize=8, parse_math=False)
         caption = sample.answer if sample.right else f"{sample.answer or '(nothing)'}  (truth: {sample.truth})"
         axis.text(
