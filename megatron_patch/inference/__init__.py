@@ -4,6 +4,9 @@ interface.py            Request, Sampling, Answer and what an Engine does
 prompt.py               requests -> the tokens and pixels that training would have made of them
 generation.py           tokens chosen one after the other, in batches and streams: what the engines share
 transformers_engine.py  an exported Hugging Face folder, by transformers
+megatron_engine.py      a Megatron checkpoint, in one process or many
+prompt_file.py          lines of a file -> requests
+run.py                  all prompts of a file, answered into a file, resumable
 engine.py               open_engine: the engine that fits a folder
 
     with open_engine(Path("llava-7b-hf")) as engine:

@@ -1,17 +1,32 @@
 """open_engine: the engine that fits a folder."""
 
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_patch import device
-from megatron_patch.checkpoint_files import TRACKER
+from megatron_patch.checkpoint_files import (
+    NOT_WEIGHTS,
+    TRACKER,
+    checkpoint_format,
+    newest_iteration,
+    rank_folders,
+    read_metadata,
+    read_rank_file,
+)
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Engine
 from megatron_patch.llava_folder import CONFIG
 
 KINDS = ("auto", "transformers", "megatron")
+EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,7 +68,39 @@ def open_engine(
         from megatron_patch.inference.transformers_engine import TransformersEngine
 
         return TransformersEngine(folder, chosen, template)
-    raise UserError("the engine megatron is not there yet")
+    with quiet():
+        from megatron_patch.inference.megatron_engine import MegatronEngine
+
+        engine = MegatronEngine(folder, chosen or stored_dtype(folder), template, tensor, pipeline)
+    if not engine.leads:
+        engine.follow()
+        sys.exit(0)
+    return engine
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What Megatron says while it is imported and built is for its developers: not on standard output, no warnings."""
+    before = logging.root.manager.disable
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """Of the weights of a Megatron checkpoint's newest iteration.  Raises UserError."""
+    iteration = newest_iteration(checkpoint)
+    if checkpoint_format(iteration) == "torch":
+        places = read_rank_file(next(iter(rank_folders(iteration).values())))
+        return next(iter(places.values())).dtype
+    for key, entry in read_metadata(iteration).state_dict_metadata.items():
+        if key.endswith(EMBEDDING) and not key.startswith(NOT_WEIGHTS):
+            return entry.properties.dtype
+    raise UserError(f"{iteration} holds no {EMBEDDING}; is it a LLaVA?")
 
 
 def folder_kind(folder: Path) -> str:
