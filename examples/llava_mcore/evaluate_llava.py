@@ -2,7 +2,7 @@
 
     bash evaluate_llava.sh --model DIR --benchmark textvqa --data TextVQA --output results/textvqa
 
-OUTPUT gets answers.jsonl, scored.jsonl, results.json, results.png (plot) and questions.png (contact sheet). The same
+OUTPUT gets answers.jsonl, scored.jsonl, results.json, results.png (plot) and answers.png (contact sheet). The same
 command again goes on where it stopped; when everything is answered it only scores, so --metric may change. --part 1/4
 answers the first of four parts, which may run side by side on any GPUs or machines; --merge makes the results of them.
 The files are the same to the byte, whether a run was interrupted, shared out or neither.
@@ -11,9 +11,9 @@ Exit code: 0 when all is answered; 2 when the call or the data is wrong, and the
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,8 +29,8 @@ from examples.llava_mcore.engine_options import (
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation import run
 from megatron_patch.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_questions
-from megatron_patch.evaluation.metrics import METRICS, Scores, find_metric
-from megatron_patch.evaluation.question import Question, rotations
+from megatron_patch.evaluation.metrics import METRICS, Scores, Table, find_metric
+from megatron_patch.evaluation.question import Question, rotations, with_other_images
 from megatron_patch.evaluation.report import Sample, draw_results, draw_sheet, table_text
 from megatron_patch.evaluation.source import Source
 from megatron_patch.inference.engine import folder_kind
@@ -57,6 +57,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=8, metavar="N", help="questions at once; default: 8")
     add("--limit", type=positive, metavar="N", help="only the first N questions")
     add("--circular", action="store_true", help="ask with the choices in every rotation: MMBench's CircularEval")
+    add("--swap-images", action="store_true", help="ask each about another one's image: right answers are chance then")
     add("--metric", metavar="NAME", help=f"in place of the benchmark's own: {', '.join(METRICS)}")
     add_sampling_options(parser)
     add_engine_options(parser)
@@ -72,19 +73,28 @@ def part(text: str) -> run.Part:
     return found
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Everything that can be wrong is looked at before anything is created."""
+@dataclass(frozen=True)
+class Outcome:
+    """What is told at the end; table: of a part there is none."""
+
+    table: Table | None
+    remarks: list[str]
+    file: Path
+
+
+def evaluate(arguments: argparse.Namespace) -> Outcome:
+    """Everything that can be wrong is looked at before anything is created.
+
+    Raises:
+        UserError: arguments or data are wrong, or the output belongs to another run.
+    """
     benchmark = find_benchmark(arguments.benchmark)
     metric = arguments.metric or benchmark.metric
     judge = find_metric(metric)
     folder_kind(arguments.model)
     source = Source(arguments.data, arguments.images)
-    questions = read_questions(benchmark, source)[: arguments.limit]
-    if arguments.circular:
-        questions = [turned for question in questions for turned in rotations(question)]
-        if not any(question.choices for question in questions):
-            raise UserError(f"--circular rotates the choices of questions, and {benchmark.name} has none; leave it out")
-    options = ("engine", "dtype", "template", "batch_size", "limit", "circular")
+    questions = _asked(read_questions(benchmark, source), arguments)
+    options = ("engine", "dtype", "template", "batch_size", "limit", "circular", "swap_images")
     settings = run.settings_of(
         sampling_of(arguments),
         benchmark=benchmark.name,
@@ -93,29 +103,39 @@ def evaluate(arguments: argparse.Namespace) -> None:
         weights=run.weights_of(arguments.model),
         **{name: getattr(arguments, name) for name in options},
     )
-    run.check_folder(arguments.output, settings)
+    output = arguments.output
+    run.check_folder(output, settings)
     batches = run.batches_of(questions, arguments.batch_size)
     if arguments.merge:
-        answers = run.merge(arguments.output, questions, arguments.batch_size)
+        answers = run.merge(output, questions, arguments.batch_size)
     else:
-        mine, file = arguments.part.of(batches), arguments.output / arguments.part.file
+        mine, file = arguments.part.of(batches), output / arguments.part.file
         if not run.is_complete(file, mine):
             with engine_of(arguments) as engine:  # of several ranks only the first one comes here
-                run.begin(arguments.output, settings)
+                run.begin(output, settings)
                 run.ask(engine, mine, file, sampling_of(arguments))
-        if os.environ.get("RANK", "0") != "0":
-            return
         answers = run.read_answers(file, mine)
         if arguments.part.count > 1:
-            print(f"{file}: {len(answers)} answers; --merge makes the results when all parts are there")
-            return
-    table, scores = run.score(arguments.output, settings, questions, answers, (metric, judge), dict(source.left_out))
-    draw_results(arguments.output / "results.png", benchmark.name, table)
-    draw_sheet(arguments.output / "questions.png", _samples(questions, [line["answer"] for line in answers], scores))
-    print(table_text(table))
-    for remark in _remarks(answers, source):
-        print(remark)
-    print(arguments.output / run.RESULTS)
+            remark = f"{len(answers)} answers; --merge makes the results when all parts are there"
+            return Outcome(None, [remark], file)
+    table, scores = run.score(output, settings, questions, answers, (metric, judge), dict(source.left_out))
+    draw_results(output / "results.png", benchmark.name, table)
+    draw_sheet(output / "answers.png", _samples(questions, [line["answer"] for line in answers], scores))
+    return Outcome(table, _remarks(answers, source), output / run.RESULTS)
+
+
+def _asked(questions: list[Question], arguments: argparse.Namespace) -> list[Question]:
+    """Those of the questions that are asked, as they are asked.  Raises UserError."""
+    if arguments.swap_images:
+        questions = with_other_images(questions)
+    questions = questions[: arguments.limit]
+    if arguments.circular:
+        questions = [turned for question in questions for turned in rotations(question)]
+        if not any(question.choices for question in questions):
+            raise UserError(
+                f"--circular rotates the choices of questions, {arguments.benchmark} has none; leave it out"
+            )
+    return questions
 
 
 def _samples(questions: Sequence[Question], answers: Sequence[str], scores: Scores) -> list[Sample]:
@@ -146,5 +166,12 @@ def _described(name: str) -> str:
     return f"{name} ({benchmark.metric})\n  " + benchmark.format.strip().replace("\n", "\n  ")
 
 
+def main() -> None:
+    outcome = evaluate(parse_arguments())
+    if outcome.table is not None:
+        print(table_text(outcome.table))
+    print(*outcome.remarks, outcome.file, sep="\n")
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: evaluate(parse_arguments())))
+    sys.exit(exit_code(main))

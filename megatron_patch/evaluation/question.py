@@ -2,8 +2,13 @@
 
 import dataclasses
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from megatron_patch.errors import UserError
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
@@ -55,4 +60,20 @@ def rotations(question: Question) -> list[Question]:
             group=question.id,
         )
         for turn in range(count)
+    ]
+
+
+def with_other_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+    """The questions about other images: a random cycle through all images, so that each is another one.
+
+    Raises:
+        UserError: there are not two images.
+    """
+    images = sorted({image for question in questions for image in question.images})
+    if len(images) < 2:
+        raise UserError("swapping images needs at least two of them")
+    order = [images[place] for place in np.random.default_rng(seed).permutation(len(images))]
+    other = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [
+        dataclasses.replace(question, images=tuple(other[image] for image in question.images)) for question in questions
     ]

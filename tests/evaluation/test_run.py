@@ -18,6 +18,7 @@ from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation import run
 from megatron_patch.evaluation.benchmarks import find_benchmark, read_questions
+from megatron_patch.evaluation.question import Question, with_other_images
 from megatron_patch.evaluation.report import table_text
 from megatron_patch.evaluation.source import Source
 from megatron_patch.inference import Request, Sampling, open_engine
@@ -88,7 +89,7 @@ def test_answers_are_the_engines_and_every_question_has_one(model, data, whole):
 
 
 def test_pictures_are_there(whole):
-    for name, least in (("results.png", 300), ("questions.png", 1000)):
+    for name, least in (("results.png", 300), ("answers.png", 1000)):
         with Image.open(whole / name) as image:
             image.load()
             assert image.width > least
@@ -120,10 +121,11 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(model, data, whol
     assert batches_seen == [ids(lines[start : start + BATCH]) for start in range(3 * BATCH, 60, BATCH)]
 
 
-def test_parts_and_their_merge_are_the_whole(model, data, whole, tmp_path, batches_seen, capsys):
+def test_parts_and_their_merge_are_the_whole(model, data, whole, tmp_path, batches_seen):
     out = tmp_path / "out"
-    evaluate(model, data, out, "--part", "2/2")
-    assert "30 answers" not in capsys.readouterr().out and not (out / "results.json").exists()
+    outcome = evaluate_llava.evaluate(evaluate_llava.parse_arguments(words(model, data, out, "--part", "2/2")))
+    assert outcome.table is None and outcome.remarks[0].startswith("28 answers; --merge")
+    assert not (out / "results.json").exists()
     with pytest.raises(UserError, match=r"parts/1-of-2.jsonl: no such file; ask its questions first"):
         evaluate(model, data, out, "--merge")
     evaluate(model, data, out, "--part", "1/2")
@@ -148,14 +150,14 @@ def test_another_metric_only_scores(model, data, tmp_path, batches_seen):
     assert results["metric"] == "anls" and results["questions"] == 9
 
 
-def test_an_image_that_cannot_be_read_counts_as_wrong_and_is_said(model, tmp_path, capsys):
+def test_an_image_that_cannot_be_read_counts_as_wrong_and_is_said(model, tmp_path):
     data = write_questions(tmp_path / "data", 2, 2)
     (data / "images/0.png").write_bytes(IMAGE[:40])
-    evaluate(model, data, tmp_path / "out")
+    outcome = evaluate_llava.evaluate(evaluate_llava.parse_arguments(words(model, data, tmp_path / "out")))
     lines = [json.loads(line) for line in (tmp_path / "out/scored.jsonl").read_text().splitlines()]
     assert [line["finish_reason"] == "error" for line in lines] == [True, True, False, False]
     assert lines[0]["score"] == 0 and lines[0]["error"].startswith("r0/0: image ")
-    assert "2 questions could not be asked and count as wrong; the first: r0/0: image " in capsys.readouterr().out
+    assert outcome.remarks[0].startswith("2 questions could not be asked and count as wrong; the first: r0/0: image ")
     assert json.loads((tmp_path / "out/results.json").read_text())["failed"] == 2
 
 
@@ -164,7 +166,7 @@ def test_choices_are_asked_in_every_rotation(model, tmp_path, batches_seen):
     evaluate(model, tmp_path, tmp_path / "out", "--benchmark", "ai2d", "--circular")
     assert batches_seen == [["0#0", "0#1", "1#0", "1#1"]]
     assert "circular_accuracy" in json.loads((tmp_path / "out/results.json").read_text())["scores"]["all"]
-    with pytest.raises(UserError, match="--circular rotates the choices of questions, and docvqa has none"):
+    with pytest.raises(UserError, match="--circular rotates choices, and docvqa has none"):
         MAKERS["docvqa"](tmp_path / "docvqa")
         evaluate(model, tmp_path / "docvqa", tmp_path / "other", "--benchmark", "docvqa", "--circular")
     assert not (tmp_path / "other").exists()
@@ -177,6 +179,33 @@ def test_benchmarks_with_and_without_images_run_to_the_end(model, name, tmp_path
     results = json.loads((out / "results.json").read_text())
     assert results["questions"] == len(expected) and results["failed"] == 0
     assert list(results["scores"]) == ["all", *dict.fromkeys(task for *_, task in expected)]
+
+
+def test_images_are_swapped_for_the_control(model, data, whole, tmp_path):
+    evaluate(model, data, tmp_path / "out", "--swap-images")
+    own, other = (
+        [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+        for out in (whole, tmp_path / "out")
+    )
+    assert [line["id"] for line in own] == [line["id"] for line in other]
+    assert sum(one["answer"] != another["answer"] for one, another in zip(own, other, strict=True)) > 10
+    with pytest.raises(UserError, match="began differently \\(swap_images was True, is now False\\)"):
+        evaluate(model, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_swapping_leaves_no_image_in_its_place(count):
+    questions = [Question(str(n), "?", ("yes",), (Path(f"{n % count}.png"),)) for n in range(2 * count)]
+    swapped = with_other_images(questions)
+    pairs = {(one.images[0], other.images[0]) for one, other in zip(questions, swapped, strict=True)}
+    assert len(pairs) == count == len({own for own, _ in pairs}) == len({other for _, other in pairs})
+    assert all(own != other for own, other in pairs)
+    assert [one.id for one in swapped] == [one.id for one in questions]
+
+
+def test_swapping_one_image_is_refused():
+    with pytest.raises(UserError, match="at least two"):
+        with_other_images([Question("1", "?", ("yes",), (b"one",)), Question("2", "?", ("no",), (b"one",))])
 
 
 # ---------------------------------------------------------------- refusals
