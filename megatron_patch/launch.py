@@ -107,7 +107,8 @@ def _report(rank: int, failure: Any, logs: _Logs) -> None:
     refused = any(line.startswith("error: ") for line in tail)
     if tail and not refused and failure.exitcode > 0:
         print(f"--- the last lines of rank {rank}", *tail, "---", sep="\n", file=sys.stderr)
-    print(f"rank {rank} {died}, and the run with it; its log: {logs.of(failure)}", file=sys.stderr, flush=True)
+    log = f"; its log: {logs.of(failure)}" if logs.of(failure).is_file() else ""
+    print(f"rank {rank} {died}, and the run with it{log}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> None:

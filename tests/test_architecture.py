@@ -37,6 +37,7 @@ ROOMS = {
     "data.preparation": {"data"},
     "data.loading": {"data"},
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
+    "training.load_model": {"training", "model", "device"},  # a room to inference, which needs no more of training
     "inference": {"arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"},
     "evaluation": {"inference", "data"},
     **{name: set() for name in FREE},
@@ -128,6 +129,8 @@ def test_imports_point_one_way(path):
         ("training", "megatron_patch.conversion"),
         ("model", "megatron_patch.data.image"),
         ("data.loading", "megatron_patch.model.llava"),
+        ("inference", "megatron_patch.training.pretrain"),
+        ("training", "megatron_patch.inference.engine"),
         ("launch", "megatron_patch.training.config"),
         ("checkpoint_files", "megatron_patch.conversion.table"),
         ("evaluation", "megatron_patch.training.config"),

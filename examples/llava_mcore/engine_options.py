@@ -67,6 +67,8 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     tensor, pipeline = arguments.tensor_parallel, arguments.pipeline_parallel
     if tensor * pipeline > 1 and "LOCAL_RANK" not in os.environ:
         _become_torchrun(tensor * pipeline)
+    if "LOCAL_RANK" in os.environ:
+        device.end_with_parent()
     return open_engine(arguments.model, arguments.engine, arguments.dtype, arguments.template, tensor, pipeline)
 
 
