@@ -68,7 +68,8 @@ def check_folder(output: Path, settings: dict[str, Any]) -> None:
     """Raises UserError unless the folder is new, or holds a run with these settings."""
     file = output / RUN
     if not file.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        # another part may be writing run.json just now
+        if output.exists() and not (output.is_dir() and all(path.name.startswith(RUN) for path in output.iterdir())):
             raise UserError(f"{output}: exists and is not the folder of an evaluation; name another one")
         return
     before, now = json.loads(file.read_text()), json.loads(json.dumps(settings))

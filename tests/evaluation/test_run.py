@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from examples.llava_mcore import evaluate_llava
+from megatron_patch.conversion import convert_to_megatron
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation import run
@@ -357,3 +358,15 @@ def test_500_questions_killed_and_shared_out_end_in_the_same_bytes(model, tmp_pa
             assert done.returncode == 0, done.stderr
         assert contents(output) == contents(tmp_path / "whole")
     assert len((tmp_path / "whole/answers.jsonl").read_text().splitlines()) == 500
+
+
+@pytest.mark.slow
+def test_two_ranks_end_in_the_same_bytes(model, data, whole, tmp_path):
+    """A Megatron checkpoint in one process and in two, tensor-parallel; its answers are those of the exported folder."""
+    checkpoint = tmp_path / "checkpoint"
+    convert_to_megatron(model, None, checkpoint, precision="fp32", model_size="tiny")
+    for output, more in ((tmp_path / "one", ()), (tmp_path / "two", ("--tensor-parallel", "2"))):
+        done = launch(checkpoint, data, output, *more)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (tmp_path / "one/answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
