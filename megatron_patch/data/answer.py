@@ -36,5 +36,9 @@ class AnswerReader:
         """The beginning of text() that further tokens cannot change."""
         return self.text(ids).rstrip(BROKEN).rstrip()
 
+    def token(self, token_id: int) -> str:
+        """One token as the tokenizer spells it, special ones too."""
+        return self._tokenizer.decode([token_id])
+
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

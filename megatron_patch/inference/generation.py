@@ -78,6 +78,21 @@ class BatchEngine:
             yield answer.text[len(told) :]
         return answer
 
+    def probabilities(self, prompt: Prompt, answer: Sequence[int]) -> Tensor:
+        """[V]: of each token behind the prompt and these tokens of an answer."""
+        session = self._start([prompt], len(answer) + 1)
+        try:
+            logits = session.logits
+            for token in answer:
+                logits = session.step([token])
+            return torch.softmax(logits[0].to(SAMPLED_FROM), -1).cpu()
+        finally:
+            session.close()
+
+    def token(self, token_id: int) -> str:
+        """A token as its tokenizer spells it."""
+        return self._encoder.reader.token(token_id)
+
     def close(self) -> None:
         """As Engine says."""
 

@@ -8,6 +8,7 @@ import atexit
 import datetime
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from megatron_patch.model.key_value_cache import KeyValueCache  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
 from megatron_patch.training.load_model import build_model, load_weights  # noqa: E402
 
+# Megatron 0.19 calls it for every gather of logits.
+warnings.filterwarnings("ignore", r".*all_gather_into_tensor", FutureWarning)
 LEADER = 0
 IDLE = datetime.timedelta(days=3650)  # the others wait for the next request as long as it takes
 STOP = -1  # in place of a batch's next tokens: it is complete
