@@ -1548,7 +1548,7 @@ EVALUATION = [
         ),
         ("settings are not compared", "    if names:", "    if False:"),
         ("new weights are not seen", "path.stat().st_mtime_ns) for", "0) for"),
-        ("a foreign folder is filled", "(output.is_dir() and all(", "(output.is_dir() and any("),
+        ("a foreign folder is filled", "(output.is_dir() and all(", "(output.is_dir() or all("),
         ("two processes write one file", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN"),
     ),
     *of(

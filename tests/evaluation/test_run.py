@@ -362,7 +362,7 @@ def test_500_questions_killed_and_shared_out_end_in_the_same_bytes(model, tmp_pa
 
 @pytest.mark.slow
 def test_two_ranks_end_in_the_same_bytes(model, data, whole, tmp_path):
-    """A Megatron checkpoint in one process and in two, tensor-parallel; its answers are those of the exported folder."""
+    """A Megatron checkpoint in one process and in two (TP2); its answers are those of the exported folder."""
     checkpoint = tmp_path / "checkpoint"
     convert_to_megatron(model, None, checkpoint, precision="fp32", model_size="tiny")
     for output, more in ((tmp_path / "one", ()), (tmp_path / "two", ("--tensor-parallel", "2"))):
