@@ -132,9 +132,7 @@ def _asked(questions: list[Question], arguments: argparse.Namespace) -> list[Que
     if arguments.circular:
         questions = [turned for question in questions for turned in rotations(question)]
         if not any(question.choices for question in questions):
-            raise UserError(
-                f"--circular rotates the choices of questions, {arguments.benchmark} has none; leave it out"
-            )
+            raise UserError(f"--circular rotates choices, and {arguments.benchmark} has none; leave it out")
     return questions
 
 
