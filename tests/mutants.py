@@ -57,6 +57,10 @@ OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
 OF_COMMANDS = "tests/launchers/test_commands.py"
 OF_CONFIG = "tests/training/test_config.py"
+INFERENCE, OF_INFERENCE = "megatron_patch/inference", "tests/inference"
+OF_RUN, OF_SERVER = f"{OF_INFERENCE}/test_run.py", f"{OF_INFERENCE}/test_server.py"
+OF_REQUESTS = f"{OF_INFERENCE}/test_prompt.py"
+CACHED = f"{OF_INFERENCE}/test_megatron_engine.py::test_one_process"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_ENGINE = "tests/transformer_engine/test_training.py"
 OF_IMAGE = "tests/data/test_image.py"
@@ -955,6 +959,104 @@ RUNS = [
             "np.asarray(asked.ids), pixels[:images]",
             "np.asarray(asked.ids), pixels[: images - 1]",
         ),
+    ),
+    *of(
+        f"{INFERENCE}/prompt.py",
+        OF_REQUESTS,
+        ("a prompt may be longer than the positions", ">= self.max_tokens:", ">= 9 * self.max_tokens:"),
+        ("an empty prompt is asked", "if self._takes_questions and not", "if not self._takes_questions and not"),
+        ("more images than marks are asked", "if marks != images:", "if marks > images:"),
+        (
+            "prompts forget how images were fitted",
+            "image_aspect_ratio=settings.image_aspect_ratio",
+            'image_aspect_ratio="crop"',
+        ),
+        (
+            "prompts turn images that training did not",
+            "apply_exif_orientation=settings.exif_orientation",
+            "apply_exif_orientation=True",
+        ),
+        ("prompts forget the tiles", "tile_columns=settings.image_tiles[0]", "tile_columns=1"),
+        ("unmarked images are not put in front", "if marks == 0 and images:", "if marks < 0 and images:"),
+    ),
+    *of(
+        f"{INFERENCE}/generation.py",
+        f"{OF_INFERENCE}/test_generation.py",
+        ("top_p is not followed", "if sampling.top_p < 1:", "if sampling.top_p < 0:"),
+        ("temperature is not followed", "/ sampling.temperature, -1", "/ 1, -1"),
+        ("all requests draw the same numbers", '{sampling.seed}/{prompt.id}"', '{sampling.seed}"'),
+        ("the seed is not followed", 'Random(f"{sampling.seed}/', 'Random(f"/'),
+        (
+            "answers go beyond the positions",
+            "min(sampling.max_new_tokens, self.max_tokens - len(prompt.tokens))",
+            "sampling.max_new_tokens",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/answer.py",
+        f"{OF_INFERENCE}/test_generation.py",
+        ("half a character is streamed", "rstrip(BROKEN).rstrip()", "rstrip()"),
+        ("a caption goes on behind its line", 'return self._ends_at_newline and "', 'return False and "'),
+    ),
+    *of(
+        "megatron_patch/model/key_value_cache.py",
+        CACHED,
+        ("padding is looked at", "self._is_padded = not bool(real.all())", "self._is_padded = False"),
+        ("padded prompts see what follows", "(self._mask & (then <= now))", "(self._mask & (then <= end))"),
+        ("every token takes the place of the last", "self._length += count", "self._length += 0"),
+        (
+            "tokens stand at the first position",
+            "self._positions[:, self._length : end].T",
+            "0 * self._positions[:, :count].T",
+        ),
+    ),
+    *of(
+        LLAVA,
+        CACHED,
+        ("the first token is continued", "hidden_states[-1:]", "hidden_states[:1]"),
+    ),
+    *of(
+        f"{INFERENCE}/run.py",
+        OF_RUN,
+        ("half a line stays", "file.truncate(end)", "file.truncate()"),
+        ("a job goes on with other settings", "    if different:", "    if not different and not now:"),
+        ("answers are overwritten", "if job.output.exists():", "if job.output.is_dir():"),
+        (
+            "a job begins anew",
+            "read_lines(job.prompts, job.image_root, done)",
+            "read_lines(job.prompts, job.image_root)",
+        ),
+    ),
+    *of(
+        f"{INFERENCE}/prompt_file.py",
+        OF_RUN,
+        ("a line may hold two prompts", "if len(found) > 1:", "if len(found) > 2:"),
+        ("a conversation may end with its answer", "if len(turns) % 2 == 0:", "if not turns:"),
+    ),
+    *of(
+        f"{INFERENCE}/server.py",
+        OF_SERVER,
+        ("requests of any size are read", "if int(length) > self.server.most_bytes:", "if int(length) < 0:"),
+        ("pages of other sites may ask", '!= "application/json":', '== "application/xml":'),
+        ("an answer goes on for nobody", "pieces.close()", "pieces"),
+        ("another model's requests are answered", "not in (None, self.model):", "in ():"),
+        ("what is not known is passed over", "if body.get(name) not in idle:", "if body.get(name) in ():"),
+        (
+            "images are looked for elsewhere",
+            'if not (comma and head.startswith("data:")',
+            'if not (comma and head.startswith("")',
+        ),
+    ),
+    *of(
+        f"{INFERENCE}/chat.py",
+        f"{OF_INFERENCE}/test_chat.py",
+        ("a chat forgets its answers", "            if said:", "            if not said:"),
+        ("a chat forgets its images", "[*self._images, *self._waiting]", "[*self._waiting]"),
+    ),
+    *of(
+        f"{INFERENCE}/compare.py",
+        f"{OF_INFERENCE}/test_compare.py",
+        ("probabilities are those of the other's token", "told[place][::-1]", "told[place]"),
     ),
     *of(
         LAUNCHER,

@@ -44,7 +44,7 @@ class TransformersEngine(BatchEngine):
             self._model, report = LlavaForConditionalGeneration.from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever transformers makes of strange files
             raise UserError(f"{path} cannot be loaded by transformers: {error}") from error
         if report["missing_keys"]:
             raise UserError(f"{path} lacks weights of a LLaVA: {', '.join(sorted(report['missing_keys'])[:4])}")

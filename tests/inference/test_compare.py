@@ -1,4 +1,4 @@
-"""compare_answers.py: equal models are equal, a changed one is found at its first token, with probabilities that hold."""
+"""compare_answers.py: equal models are equal, a changed one is found at its first token, with its probabilities."""
 
 import json
 import os

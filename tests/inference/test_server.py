@@ -131,6 +131,7 @@ def test_page_models_and_health(server: LlavaServer):
 HELLO = [{"role": "user", "content": "hello"}]
 URL = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/cat.png"}}]}
 BAD_IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+TEXT = {"type": "text", "text": "What is this?"}
 NO_BASE64 = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
 
 
@@ -151,8 +152,8 @@ NO_BASE64 = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"
         ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "1 <image> marks, 0 images"),
         ({"messages": [{"role": "user", "content": "long " * 600}]}, 400, "wanted fewer than 512"),
         ({"messages": [URL]}, 400, "not fetched from elsewhere"),
-        ({"messages": [{"role": "user", "content": [BAD_IMAGE]}]}, 400, "not an image"),
-        ({"messages": [{"role": "user", "content": [NO_BASE64]}]}, 400, "no base64"),
+        ({"messages": [{"role": "user", "content": [BAD_IMAGE, TEXT]}]}, 400, "not an image"),
+        ({"messages": [{"role": "user", "content": [NO_BASE64, TEXT]}]}, 400, "no base64"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "a part is neither"),
         ({"messages": HELLO, "model": "gpt"}, 404, "model 'gpt' is not here; wanted 'tiny'"),
         ({"messages": HELLO, "n": 2}, 400, "n is not supported"),
