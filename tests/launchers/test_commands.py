@@ -287,7 +287,7 @@ def test_images_are_the_checkpoints_unless_an_option_says_otherwise(inputs: Inpu
 
 
 @pytest.mark.parametrize("shell", ["bash", DASH])
-@pytest.mark.parametrize("name", ["run_inference_llava", "chat_llava", "serve_llava"])
+@pytest.mark.parametrize("name", ["run_inference_llava", "chat_llava", "serve_llava", "evaluate_llava"])
 def test_commands_that_use_a_model_hand_their_words_over(tmp_path: Path, name: str, shell: str):
     """Python checks them; what is no interpreter is refused before."""
     script, words = ROOT / f"examples/llava_mcore/{name}.sh", ["a model", "--prompt", "What is 'this'?\n<image>"]
