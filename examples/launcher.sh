@@ -310,6 +310,16 @@ start() {
     exec "${command[@]}"
 }
 
+# hand_over SCRIPT WORD...: becomes a program of llava_mcore/ that checks its words itself.
+hand_over() {
+    read_options "$COMMON_OPTIONS"
+    choose_python
+    stop_if_wrong
+    environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}")
+    command=("${arg[PYTHON]}" -u "$repository/examples/llava_mcore/$1" "${@:2}")
+    start
+}
+
 COMMON_OPTIONS="PYTHON|(.venv or python3)|a program|the Python interpreter that runs everything
 DRY_RUN|0|one of 0 1|1: print the command, one argument per line, and write nothing"
 

@@ -59,9 +59,15 @@ OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
 OF_COMMANDS = "tests/launchers/test_commands.py"
 OF_CONFIG = "tests/training/test_config.py"
+INFERENCE, OF_INFERENCE = "megatron_patch/inference", "tests/inference"
+OF_RUN, OF_SERVER = f"{OF_INFERENCE}/test_run.py", f"{OF_INFERENCE}/test_server.py"
+OF_REQUESTS = f"{OF_INFERENCE}/test_prompt.py"
+CACHED = f"{OF_INFERENCE}/test_megatron_engine.py::test_one_process"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_ENGINE = "tests/transformer_engine/test_training.py"
 OF_IMAGE = "tests/data/test_image.py"
+OF_METRICS, OF_READERS = "tests/evaluation/test_metrics.py", "tests/evaluation/test_benchmarks.py"
+OF_EVALUATION = "tests/evaluation/test_run.py"
 WORDS = "tests/launchers/test_megatron_arguments.py"
 CACHED = "tests/training/test_feature_cache.py"
 FEATURES, OF_FEATURES = "megatron_patch/data/loading/feature_cache.py", "megatron_patch/training/feature_cache.py"
@@ -1028,6 +1034,104 @@ RUNS = [
         ),
     ),
     *of(
+        f"{INFERENCE}/prompt.py",
+        OF_REQUESTS,
+        ("a prompt may be longer than the positions", ">= self.max_tokens:", ">= 9 * self.max_tokens:"),
+        ("an empty prompt is asked", "if self._takes_questions and not", "if not self._takes_questions and not"),
+        ("more images than marks are asked", "if marks != images:", "if marks > images:"),
+        (
+            "prompts forget how images were fitted",
+            "image_aspect_ratio=settings.image_aspect_ratio",
+            'image_aspect_ratio="crop"',
+        ),
+        (
+            "prompts turn images that training did not",
+            "apply_exif_orientation=settings.exif_orientation",
+            "apply_exif_orientation=True",
+        ),
+        ("prompts forget the tiles", "tile_columns=settings.image_tiles[0]", "tile_columns=1"),
+        ("unmarked images are not put in front", "if marks == 0 and images:", "if marks < 0 and images:"),
+    ),
+    *of(
+        f"{INFERENCE}/generation.py",
+        f"{OF_INFERENCE}/test_generation.py",
+        ("top_p is not followed", "if sampling.top_p < 1:", "if sampling.top_p < 0:"),
+        ("temperature is not followed", "/ sampling.temperature, -1", "/ 1, -1"),
+        ("all requests draw the same numbers", '{sampling.seed}/{prompt.id}"', '{sampling.seed}"'),
+        ("the seed is not followed", 'Random(f"{sampling.seed}/', 'Random(f"/'),
+        (
+            "answers go beyond the positions",
+            "min(sampling.max_new_tokens, self.max_tokens - len(prompt.tokens))",
+            "sampling.max_new_tokens",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/answer.py",
+        f"{OF_INFERENCE}/test_generation.py",
+        ("half a character is streamed", "rstrip(BROKEN).rstrip()", "rstrip()"),
+        ("a caption goes on behind its line", 'return self._ends_at_newline and "', 'return False and "'),
+    ),
+    *of(
+        "megatron_patch/model/key_value_cache.py",
+        CACHED,
+        ("padding is looked at", "self._is_padded = not bool(real.all())", "self._is_padded = False"),
+        ("padded prompts see what follows", "(self._mask & (then <= now))", "(self._mask & (then <= end))"),
+        ("every token takes the place of the last", "self._length += count", "self._length += 0"),
+        (
+            "tokens stand at the first position",
+            "self._positions[:, self._length : end].T",
+            "0 * self._positions[:, :count].T",
+        ),
+    ),
+    *of(
+        LLAVA,
+        CACHED,
+        ("the first token is continued", "hidden_states[-1:]", "hidden_states[:1]"),
+    ),
+    *of(
+        f"{INFERENCE}/run.py",
+        OF_RUN,
+        ("half a line stays", "file.truncate(end)", "file.truncate()"),
+        ("a job goes on with other settings", "    if different:", "    if not different and not now:"),
+        ("answers are overwritten", "if job.output.exists():", "if job.output.is_dir():"),
+        (
+            "a job begins anew",
+            "read_lines(job.prompts, job.image_root, done)",
+            "read_lines(job.prompts, job.image_root)",
+        ),
+    ),
+    *of(
+        f"{INFERENCE}/prompt_file.py",
+        OF_RUN,
+        ("a line may hold two prompts", "if len(found) > 1:", "if len(found) > 2:"),
+        ("a conversation may end with its answer", "if len(turns) % 2 == 0:", "if not turns:"),
+    ),
+    *of(
+        f"{INFERENCE}/server.py",
+        OF_SERVER,
+        ("requests of any size are read", "if int(length) > self.server.most_bytes:", "if int(length) < 0:"),
+        ("pages of other sites may ask", '!= "application/json":', '== "application/xml":'),
+        ("an answer goes on for nobody", "pieces.close()", "pieces"),
+        ("another model's requests are answered", "not in (None, self.model):", "in ():"),
+        ("what is not known is passed over", "if body.get(name) not in idle:", "if body.get(name) in ():"),
+        (
+            "images are looked for elsewhere",
+            'if not (comma and head.startswith("data:")',
+            'if not (comma and head.startswith("")',
+        ),
+    ),
+    *of(
+        f"{INFERENCE}/chat.py",
+        f"{OF_INFERENCE}/test_chat.py",
+        ("a chat forgets its answers", "            if said:", "            if not said:"),
+        ("a chat forgets its images", "[*self._images, *self._waiting]", "[*self._waiting]"),
+    ),
+    *of(
+        f"{INFERENCE}/compare.py",
+        f"{OF_INFERENCE}/test_compare.py",
+        ("probabilities are those of the other's token", "told[place][::-1]", "told[place]"),
+    ),
+    *of(
         LAUNCHER,
         FIRST_STEP,
         ("the launcher keeps WEIGHT_DECAY", '--weight-decay "${arg[WEIGHT_DECAY]}"', "--weight-decay 0"),
@@ -1515,7 +1619,185 @@ FEATURE_CACHE = [
     ),
 ]
 
+EVALUATION = [
+    *of(
+        "megatron_patch/evaluation/metrics/vqa_accuracy.py",
+        f"{OF_METRICS}::test_the_vqa_normaliser",
+        ("articles stay", "if word not in ARTICLES", "if True"),
+        ("a mark beside a space parts words", 'f"{mark} " in answer or f" {mark}" in answer', "False"),
+        ("the period of a number goes", r'"\.(?!\d)"', r'"\."'),
+        ("numbers stay words", "NUMBERS.get(word, word)", "word"),
+        ("contractions stay", "CONTRACTIONS.get(word, word)", "word"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/vqa_accuracy.py",
+        f"{OF_METRICS}::test_vqa_accuracy_leaves_one_person_out",
+        ("nobody is left out", "(sum(same) - one) / 3", "sum(same) / 3"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/text.py",
+        (f"{OF_METRICS}::test_anls_reference_values", f"{OF_METRICS}::test_relaxed_accuracy"),
+        ("half of the characters are enough", "if distance < ANLS_THRESHOLD", "if distance <= ANLS_THRESHOLD"),
+        ("case counts for ANLS", "answer.lower().split()", "answer.split()"),
+        ("the bound is outside", "<= TOLERANCE * abs(wanted)", "< TOLERANCE * abs(wanted)"),
+        ("a percentage is its number", "Fraction(text) / (100 if percent else 1)", "Fraction(text)"),
+        ("a comma ends a number", '.replace(",", "")', ""),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/text.py",
+        f"{OF_METRICS}::test_exact_match_is_to_the_letter_and_word_match_is_not",
+        ("a final period counts", '.rstrip(".")', ""),
+        ("space around an answer counts", "answer.strip() in {", "answer in {"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/choice.py",
+        f"{OF_METRICS}::test_the_letter_that_an_answer_means",
+        ("the article is a letter", "(?![AI] [a-z])", ""),
+        (
+            "two letters are the first",
+            "return found.pop() if len(found) == 1 else None",
+            "return min(found, default=None)",
+        ),
+        ("a choice within another is meant too", "if len(found) == 1), None)", "if found), None)"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/yes_no.py",
+        f"{OF_METRICS}::test_what_pope_takes_an_answer_for",
+        ("`not` is yes", '{"no", "not"}', '{"no"}'),
+        ("an empty answer is yes", 'return ""', 'return "yes"'),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/yes_no.py",
+        (
+            f"{OF_METRICS}::test_mme_figures_are_the_published_ones",
+            f"{OF_METRICS}::test_pope_figures_are_those_of_scikit_learn",
+        ),
+        ("one right question makes an image right", "sum(map(all, by_image", "sum(map(any, by_image"),
+        ("recall is precision", "_ratio(hits, true_yes)", "_ratio(hits, said_yes)"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/__init__.py",
+        f"{OF_METRICS}::test_circular_accuracy_wants_every_rotation",
+        ("one rotation is enough", "min(each) == 1", "max(each) == 1"),
+    ),
+    *of(
+        "megatron_patch/evaluation/metrics/captions.py",
+        (
+            f"{OF_METRICS}::test_a_caption_metric_without_its_library_is_refused",
+            f"{OF_METRICS}::test_cider_without_java_is_refused",
+        ),
+        ("a metric begins without its library", "if metric in PACKAGES and", "if False and"),
+        ("CIDEr begins without Java", 'if metric == "cider" and', "if False and"),
+    ),
+    *of(
+        "megatron_patch/evaluation/question.py",
+        (
+            f"{OF_METRICS}::test_rotations_keep_what_is_right",
+            f"{OF_EVALUATION}::test_swapping_leaves_no_image_in_its_place",
+        ),
+        ("the right letter stays where it was", "LETTERS[(right - turn) % count]", "LETTERS[right]"),
+        ("images stay in their place", "order[1:] + order[:1]", "order"),
+    ),
+    *of(
+        "megatron_patch/evaluation/question.py",
+        f"{OF_EVALUATION}::test_swapping_one_image_is_refused",
+        ("one image is swapped for itself", "if len(images) < 2:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/source.py",
+        (
+            f"{OF_READERS}::test_a_missing_image_is_named_with_its_record",
+            f"{OF_READERS}::test_a_missing_key_is_named_with_file_and_record",
+        ),
+        ("an image that is not there is asked about", "if (place / name).is_file():", "if True:"),
+        ("a value of another kind passes", "if not isinstance(value, kinds):", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/source.py",
+        f"{OF_READERS}::test_images_may_lie_elsewhere",
+        ("--images goes nowhere", "[self._images] if self._images is not None else", "[] if False else"),
+    ),
+    *of(
+        "megatron_patch/evaluation/source.py",
+        f"{OF_READERS}::test_the_file_itself_is_data_too_and_two_files_are_not",
+        ("one of two files is taken", "if len(found) > 1:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/benchmarks/__init__.py",
+        (f"{OF_READERS}::test_an_id_stands_once", f"{OF_READERS}::test_videos_of_seed_are_left_out_and_counted"),
+        ("two questions share an id", "if times > 1:", "if False:"),
+        ("a benchmark without questions runs", "if not questions:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/benchmarks/mmbench.py",
+        f"{OF_READERS}::test_rotations_in_a_file_of_mmbench_belong_together",
+        ("rotations are questions of their own", 'if rotated else ""', 'if False else ""'),
+    ),
+    *of(
+        "megatron_patch/evaluation/run.py",
+        f"{OF_EVALUATION}::test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes",
+        ("half a batch is kept", "if kept + len(batch) > len(lines):", "if kept >= len(lines):"),
+        ("what a kill left stays", "opened.truncate(lines[kept - 1][1] if kept else 0)", "None"),
+    ),
+    *of(
+        "megatron_patch/evaluation/run.py",
+        f"{OF_EVALUATION}::test_parts_and_their_merge_are_the_whole",
+        (
+            "parts are merged in their own order",
+            "range(number - 1, len(batches), count), mine",
+            "range(len(mine)), mine",
+        ),
+        ("a part that is cut off is merged", "if len(lines) != wanted:", "if False:"),
+        ("parts of two numbers are merged", "if len(counts) != 1:", "if not counts:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/run.py",
+        f"{OF_EVALUATION}::test_answers_to_other_questions_are_refused",
+        ("answers to other questions are kept", 'if (line.get("id"), line.get("prompt")) !=', "if False and () !="),
+        ("more answers than questions", "if len(lines) > len(questions):", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/run.py",
+        (
+            f"{OF_EVALUATION}::test_other_settings_in_the_same_folder_are_refused",
+            f"{OF_EVALUATION}::test_new_weights_in_the_same_folder_are_refused",
+            f"{OF_EVALUATION}::test_a_foreign_folder_is_left_alone",
+            f"{OF_EVALUATION}::test_a_part_that_another_process_writes_is_refused",
+        ),
+        ("settings are not compared", "    if names:", "    if False:"),
+        ("new weights are not seen", "path.stat().st_mtime_ns) for", "0) for"),
+        ("a foreign folder is filled", "(output.is_dir() and all(", "(output.is_dir() or all("),
+        ("two processes write one file", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN"),
+    ),
+    *of(
+        "megatron_patch/evaluation/run.py",
+        f"{OF_EVALUATION}::test_another_metric_only_scores",
+        ("answered questions are asked again", "return file.is_file() and len(", "return False and len("),
+    ),
+    *of(
+        "examples/llava_mcore/evaluate_llava.py",
+        (
+            f"{OF_EVALUATION}::test_choices_are_asked_in_every_rotation",
+            f"{OF_EVALUATION}::test_images_are_swapped_for_the_control",
+            f"{OF_EVALUATION}::test_a_part_that_is_none_is_refused",
+        ),
+        ("--circular goes nowhere", "    if arguments.circular:", "    if False:"),
+        (
+            "choices are rotated that are none",
+            "if not any(question.choices for",
+            "if False and any(question.choices for",
+        ),
+        ("--swap-images goes nowhere", "    if arguments.swap_images:", "    if False:"),
+        ("any part goes", "if not 1 <= found.number <= found.count:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/evaluation/report.py",
+        f"{OF_EVALUATION}::test_an_image_that_cannot_be_read_counts_as_wrong_and_is_said",
+        ("a bad image ends the contact sheet", "with suppress(RecordError):", "with suppress():"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION),
 ]

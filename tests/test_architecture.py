@@ -37,6 +37,9 @@ ROOMS = {
     "data.preparation": {"data"},
     "data.loading": {"data"},
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
+    "training.load_model": {"training", "model", "device"},  # a room to inference, which needs no more of training
+    "inference": {"arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"},
+    "evaluation": {"inference", "data"},
     **{name: set() for name in FREE},
 }
 # Foreign packages that a room must do without. Conversion imports in a second, the data room's core needs no model.
@@ -126,8 +129,12 @@ def test_imports_point_one_way(path):
         ("training", "megatron_patch.conversion"),
         ("model", "megatron_patch.data.image"),
         ("data.loading", "megatron_patch.model.llava"),
+        ("inference", "megatron_patch.training.pretrain"),
+        ("training", "megatron_patch.inference.engine"),
         ("launch", "megatron_patch.training.config"),
         ("checkpoint_files", "megatron_patch.conversion.table"),
+        ("evaluation", "megatron_patch.training.config"),
+        ("inference", "megatron_patch.evaluation.run"),
     ],
 )
 def test_a_wrong_arrow_is_seen(room, name):

@@ -30,7 +30,7 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
     """
     if not isinstance(conversations, list) or not conversations:
         raise RecordError("malformed", "conversations is not a list of turns")
-    turns = [_read_turn(turn) for turn in conversations]
+    turns = [read_turn(turn) for turn in conversations]
     if turns[0][0] != "human":
         turns = turns[1:]
     if not turns:
@@ -47,7 +47,7 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
         if IMAGE_MARK in answer:
             raise RecordError("image marks", f"answer {len(exchanges) + 1} holds {IMAGE_MARK}")
         if images == 1 and IMAGE_MARK in question:
-            question = f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+            question = image_in_front(question)
         exchanges.append(Exchange(question, answer))
     marks = sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
     if marks != images:
@@ -55,7 +55,12 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
     return tuple(exchanges)
 
 
-def _read_turn(turn: Any) -> tuple[str, str]:
+def image_in_front(question: str) -> str:
+    """A question about one image, with a single mark before its text, as LLaVA's training code puts it."""
+    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+
+
+def read_turn(turn: Any) -> tuple[str, str]:
     """(role, text) of one turn."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise RecordError("malformed", "a turn is not {from, value}")

@@ -17,6 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_patch.model.key_value_cache import KeyValueCache
+
 SHORT_RECORD = 512  # tokens; with four records of 725 tokens both ways of _packed() take the same time, on a CPU
 
 
@@ -71,7 +73,9 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        del layer_number, attention_type, cp_comm_type
+        del attention_type, cp_comm_type
+        self.layer_number = layer_number
+        self.cache: KeyValueCache | None = None  # while answers are generated
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.attn_mask_type = attn_mask_type
@@ -96,6 +100,8 @@ class ScaledDotProductAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("ScaledDotProductAttention takes no attention_bias")
+        if self.cache is not None:
+            return self.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is not None:
             if mask_type != AttnMaskType.causal or attention_mask is not None:

@@ -27,6 +27,7 @@ from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
+from megatron_patch.model.key_value_cache import KeyValueCache
 from megatron_patch.model.layer_specs import (
     decoder_block,
     norm_builder,
@@ -332,6 +333,35 @@ class LlavaModel(MegatronModule):
             output_processor=self._loss_or_logits,
         )
 
+    def next_logits(self, tokens: Tensor, pixels: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """More tokens of a batch whose earlier ones are in the cache; the local layers only, without gradients.
+
+        Args:
+            tokens: int64 [B, S]: the prompts at first, then one token of each row; read by the first stage only.
+            pixels: uint8 [N, 3, side, side] of the prompts; first stage only.
+
+        Returns:
+            Before the last stage: hidden states [S, B, H].  On the last stage: logits [B, V] behind the last token.
+        """
+        decoder, count = self.language_model.decoder, tokens.shape[1]
+        angles = self.language_model.rotary_pos_emb(cache.most_tokens)[:, 0]  # [L, 1, d]
+        for layer in decoder.layers:
+            layer.self_attention.core_attention.cache = cache
+        try:
+            hidden_states = decoder(
+                hidden_states=self._embed(tokens, pixels, None, None) if self.pre_process else None,
+                attention_mask=None,
+                rotary_pos_emb=angles[cache.begin(count)],  # [S, B, 1, d]
+            )
+        finally:
+            for layer in decoder.layers:
+                layer.self_attention.core_attention.cache = None
+        cache.end(count)
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self._loss_or_logits(hidden_states[-1:], self.language_model.output_layer, weight, None)[:, 0]
+
     def _packed_seq_params(self, cu_seqlens: Tensor) -> PackedSeqParams:
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return PackedSeqParams(
@@ -350,14 +380,16 @@ class LlavaModel(MegatronModule):
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
         given = pixels if features is None else features
         text_alone = given is None or given.shape[0] == 0
-        # [N, P, H]; of text alone [1, P, H]
-        images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
-        if text_alone:
-            # Text alone: the projector still takes part, with weight 0, so that every rank reduces its gradient.
-            embedded = text + 0.0 * images.sum().to(text.dtype)
-        else:
-            is_image = (tokens == self.geometry.image_token_id).unsqueeze(-1)
-            embedded = text.masked_scatter(is_image, images.to(text.dtype))
+        embedded = text
+        if not text_alone or torch.is_grad_enabled():
+            # [N, P, H]; of text alone [1, P, H]
+            images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
+            if text_alone:
+                # The projector still takes part, with weight 0, so that every rank reduces its gradient.
+                embedded = text + 0.0 * images.sum().to(text.dtype)
+            else:
+                is_image = (tokens == self.geometry.image_token_id).unsqueeze(-1)
+                embedded = text.masked_scatter(is_image, images.to(text.dtype))
         embedded = self._on_this_context_rank(embedded, cu_seqlens).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
@@ -386,7 +418,12 @@ class LlavaModel(MegatronModule):
         return states.index_select(1, mine)
 
     def _loss_or_logits(
-        self, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor, labels: Tensor, **_: object
+        self,
+        hidden_states: Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: Tensor | None,
+        labels: Tensor | None,
+        **_: object,
     ) -> Tensor:
         """hidden_states [S, B, H] -> [2] (sum of losses, number of labels) with labels [B, S], else logits [B, S, V].
 

@@ -1,10 +1,12 @@
 """The model of a checkpoint, or its tower, outside the training loop: Megatron's parser, no globals."""
 
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from megatron.core import mpu
+from megatron.core import dist_checkpointing, mpu
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,17 +14,34 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
+from megatron_patch.checkpoint_files import (
+    RANK_FILE,
+    PlacedTensor,
+    checkpoint_format,
+    newest_iteration,
+    rank_folder_name,
+    read_rank_file,
+)
 from megatron_patch.geometry import VOCABULARY_STEP, LlavaGeometry
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.model.llava import LlavaModel, build_tower, own_name, tower_config, weight_shapes
 from megatron_patch.training.config import decoder_arguments
+from megatron_patch.training.strict_load import check_checkpoint
 from megatron_patch.weight_names import check_nothing_differs, differences
+
+SIXTEEN_BITS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
 
 
 def build_model(
-    checkpoint: Path, length: int, tensor: int, pipeline: int, context: int = 1, sequence_parallel: bool = False
+    checkpoint: Path,
+    length: int,
+    tensor: int,
+    pipeline: int,
+    context: int = 1,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> LlavaModel:
-    """This rank's part of the checkpoint's model in fp32, without its weights.
+    """This rank's part of the checkpoint's model of local layers, without its weights: their values mean nothing.
 
     The process groups of these sizes exist already.  Overwrites sys.argv, from which Megatron's parser reads.
 
@@ -30,6 +49,7 @@ def build_model(
         checkpoint: folder with `llava/`.
         length: tokens of the longest record.
         tensor, pipeline, context: parallel sizes.
+        dtype: of the weights.
     """
     folder = LlavaFolder.of(checkpoint)
     geometry = folder.geometry()
@@ -39,7 +59,10 @@ def build_model(
         *("--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)),
         *("--context-parallel-size", str(context)),
         *(["--sequence-parallel"] if sequence_parallel else []),
+        *SIXTEEN_BITS[dtype],
+        *device.megatron_arguments(sixteen_bits=False),
     )
+    config.perform_initialization = False  # of 7B it takes a minute
     images = folder.image_processing(geometry.tower.side_px)
     step = VOCABULARY_STEP * tensor
     model = LlavaModel(
@@ -51,7 +74,34 @@ def build_model(
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
     )
-    return model.to(device.current_device())
+    return model.to(device=device.current_device(), dtype=dtype)
+
+
+def load_weights(model: LlavaModel, checkpoint: Path) -> None:
+    """Read the newest iteration of the checkpoint into the model that build_model() made of it.
+
+    Raises:
+        UserError: on every rank alike: weights are missing, unknown or of another shape.
+    """
+    check_checkpoint([model], checkpoint)
+    iteration = newest_iteration(checkpoint)
+    if checkpoint_format(iteration) == "torch":
+        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+        path = iteration / rank_folder_name(*ranks, mpu.get_pipeline_model_parallel_world_size() > 1) / RANK_FILE
+        state = {name: _mapped(path, place) for name, place in read_rank_file(path).items()}
+    else:
+        metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
+        metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+        wanted = model.sharded_state_dict(metadata=metadata)
+        state = dist_checkpointing.load({"model": wanted}, str(iteration))["model"]
+    model.load_state_dict(state)
+
+
+def _mapped(path: Path, place: PlacedTensor) -> torch.Tensor:
+    """A tensor in a file, read as far as it is looked at; changes to it stay in memory."""
+    count = math.prod(place.shape) * place.dtype.itemsize
+    data = np.memmap(path, np.uint8, "c", place.position, count)
+    return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
 
 
 def load_tower(geometry: LlavaGeometry, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> CLIPViTModel:
@@ -62,8 +112,7 @@ def load_tower(geometry: LlavaGeometry, weights: dict[str, torch.Tensor], dtype:
     Raises:
         UserError: weights are missing, unknown or of another shape.
     """
-    sixteen_bits = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}[dtype]
-    config = tower_config(_decoder_config(geometry, 1, *sixteen_bits), geometry.tower, "false")
+    config = tower_config(_decoder_config(geometry, 1, *SIXTEEN_BITS[dtype]), geometry.tower, "false")
     tower = build_tower(config, geometry.tower, ProcessGroupCollection.use_mpu_process_groups())
     own, given = tower.state_dict(), {}
     for name, value in weights.items():

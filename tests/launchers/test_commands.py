@@ -284,3 +284,14 @@ def test_images_are_the_checkpoints_unless_an_option_says_otherwise(inputs: Inpu
     result = start(STAGE_2, inputs.training(AC="sel"), DRY_RUN="1")
     assert result.returncode == 2 and "must be more than 1728, SEQ_LEN=576 for each of 2 tiles" in result.stderr
     dry_run(STAGE_2, inputs.training(AC="sel"), IMAGE_TILES="1x1")
+
+
+@pytest.mark.parametrize("shell", ["bash", DASH])
+@pytest.mark.parametrize("name", ["run_inference_llava", "chat_llava", "serve_llava", "evaluate_llava"])
+def test_commands_that_use_a_model_hand_their_words_over(tmp_path: Path, name: str, shell: str):
+    """Python checks them; what is no interpreter is refused before."""
+    script, words = ROOT / f"examples/llava_mcore/{name}.sh", ["a model", "--prompt", "What is 'this'?\n<image>"]
+    made = dry_run(script, words[:2], shell, cwd=tmp_path)
+    assert made[0] == "env" and made[-4:] == ["-u", f"{ROOT}/examples/llava_mcore/{name}.py", *words[:2]]
+    refused = start(script, words, shell, tmp_path, PYTHON=str(tmp_path / "none"))
+    assert refused.returncode == 2 and "PYTHON" in refused.stderr and "must be a program" in refused.stderr

@@ -51,8 +51,8 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
         "OUT": str(out),
     }
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if ".sh \\" in block]
-    assert len(blocks) == 5
-    for block, result in zip(blocks, [*results, None], strict=True):
+    assert len(blocks) == 6
+    for block, result in zip(blocks, [*results, None, None], strict=True):
         done = subprocess.run(["bash", "-c", block], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         if result is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_patch.data.answer import AnswerReader
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset
@@ -30,8 +31,9 @@ class Prompts:
 
     def __init__(self, path: str, config: DataConfig, count: int) -> None:
         """count: questions wanted; a smaller dataset gives fewer."""
-        self._tokenizer = load_tokenizer(config.tokenizer_path)
-        self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=self._tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer_path)
+        self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=tokenizer)
+        self._reader = AnswerReader(tokenizer, self._encoder.conversation.ending_id)
         self._tiles = config.tiles
         dataset = Dataset(path, "val")
         self.found: list[Question] = []
@@ -61,16 +63,9 @@ class Prompts:
         return self._encoder.conversation.pad_token_id
 
     def is_complete(self, answer: list[int]) -> bool:
-        """Has the model ended its answer (token ids)?  With a template that teaches no ending, at its first newline."""
-        ending = self._encoder.conversation.ending_id
-        if ending is not None:
-            return answer[-1:] == [ending]
-        return "\n" in self._decode(answer).lstrip()
+        """Has the model ended its answer (token ids)?"""
+        return self._reader.is_complete(answer)
 
     def text(self, answer: list[int]) -> str:
         """Token ids of an answer -> its text."""
-        decoded = self._decode(answer).strip()
-        return decoded if self._encoder.conversation.ending_id is not None else decoded.split("\n")[0]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._reader.text(answer)

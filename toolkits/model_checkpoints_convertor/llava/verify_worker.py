@@ -20,40 +20,12 @@ from megatron_patch import patches  # noqa: E402
 
 patches.apply_all(device.backend().NAME)
 
-from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
+from megatron.core import mpu, tensor_parallel  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_patch.checkpoint_files import (  # noqa: E402
-    RANK_FILE,
-    checkpoint_format,
-    newest_iteration,
-    rank_folder_name,
-    read_rank_file,
-)
-from megatron_patch.conversion.hub_weights import pread_into  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
-from megatron_patch.training.load_model import build_model  # noqa: E402
-from megatron_patch.training.strict_load import check_checkpoint  # noqa: E402
-
-
-def load(model: LlavaModel, checkpoint: Path, plan: dict) -> None:
-    """Weights of the newest iteration, by Megatron's own reader."""
-    check_checkpoint([model], checkpoint)
-    iteration = newest_iteration(checkpoint)
-    if checkpoint_format(iteration) == "torch":
-        pipeline = plan["pipeline"] > 1
-        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-        path = iteration / rank_folder_name(*ranks, pipeline) / RANK_FILE
-        with open(path, "rb", buffering=0) as file:
-            places = read_rank_file(path)
-            state = {n: pread_into(file.fileno(), p.position, p.shape, p.dtype) for n, p in places.items()}
-    else:
-        metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
-        metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
-        wanted = model.sharded_state_dict(metadata=metadata)
-        state = dist_checkpointing.load({"model": wanted}, str(iteration))["model"]
-    model.load_state_dict(state)
+from megatron_patch.training.load_model import build_model, load_weights  # noqa: E402
 
 
 def watch(model: LlavaModel, seen: dict[str, Tensor]) -> None:
@@ -96,7 +68,7 @@ def outputs(plan: dict, case: dict) -> dict[str, Tensor]:
     batch = {name: tensor.to(device.current_device()) for name, tensor in batch.items()}
     checkpoint = Path(case["checkpoint"])
     model = build_model(checkpoint, batch["tokens"].shape[1], plan["tensor"], plan["pipeline"]).eval()
-    load(model, checkpoint, plan)
+    load_weights(model, checkpoint)
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
         loss = through_stages(model, batch, batch["labels"])

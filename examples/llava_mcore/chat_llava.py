@@ -1,0 +1,101 @@
+"""Talk with a trained LLaVA in the terminal: a Megatron checkpoint, or an exported Hugging Face folder.
+
+    bash chat_llava.sh DIR [IMAGE ...] [--temperature 0.7]
+
+/image PATH   the next question is about this image too
+/reset        begin a new conversation
+/help         these words
+/quit         the end; so does Ctrl-D
+
+Ctrl-C stops an answer; what has been said of it stays.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.llava_mcore.engine_options import (
+    add_engine_options,
+    add_sampling_options,
+    engine_of,
+    exit_code,
+    sampling_of,
+)
+from megatron_patch.errors import UserError
+from megatron_patch.inference.chat import Chat
+
+COMMANDS = __doc__[__doc__.index("/image") :]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="chat_llava.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="checkpoint or exported folder")
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="of the first question")
+    add_sampling_options(parser)
+    add_engine_options(parser)
+    return parser.parse_args()
+
+
+def obey(chat: Chat, line: str) -> bool:
+    """Do what a line that begins with / says; False when it is the end."""
+    command, _, rest = line.partition(" ")
+    if command == "/quit":
+        return False
+    if command == "/reset":
+        chat.reset()
+        print("(a new conversation)")
+    elif command == "/image" and rest.strip():
+        path = Path(rest.strip()).expanduser()
+        chat.add_image(path)
+        print(f"({path.name} belongs to the next question)")
+    elif command == "/help":
+        print(COMMANDS, end="")
+    else:
+        raise UserError(f"{line!r} is no command; /help lists them")
+    return True
+
+
+def tell(chat: Chat, question: str) -> None:
+    """Print the answer as it comes."""
+    pieces = chat.ask(question)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    finally:
+        pieces.close()
+    print()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    sampling = sampling_of(arguments)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines can be edited and recalled
+    with engine_of(arguments) as engine:
+        chat = Chat(engine, sampling)
+        for image in arguments.images:
+            chat.add_image(image)
+        print(f"{arguments.model} answers by {engine.name}; /help lists the commands", file=sys.stderr)
+        while True:
+            try:
+                line = input("> ").strip()
+                if line.startswith("/") and not obey(chat, line):
+                    return
+                if line and not line.startswith("/"):
+                    tell(chat, line)
+            except EOFError:
+                print()
+                return
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

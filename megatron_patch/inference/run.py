@@ -1,0 +1,191 @@
+"""All prompts of a file, answered into a file: resumable, in order, a line for each line.
+
+While it runs the lines stand in OUTPUT.partial, and what they were made with in OUTPUT.partial.settings; OUTPUT is
+there once it is whole.  The same call again goes on behind the last whole line.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_patch.atomic_files import write_text
+from megatron_patch.errors import UserError
+from megatron_patch.inference.interface import Answer, Engine, Prompt, RequestError, Sampling
+from megatron_patch.inference.prompt_file import Line, count_lines, read_lines
+
+TOLD = 10  # lines without an answer that are named at the end
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked, and where the answers go."""
+
+    prompts: Path
+    image_root: Path
+    output: Path
+    sampling: Sampling
+    batch_size: int
+    model: dict[str, str]  # whatever else the answers depend on, compared when the job goes on
+
+    @property
+    def partial(self) -> Path:
+        """The file while it is not whole."""
+        return self.output.with_name(f"{self.output.name}.partial")
+
+    @property
+    def settings(self) -> Path:
+        """What its lines were made with."""
+        return self.output.with_name(f"{self.output.name}.partial.settings")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a job, the lines of earlier calls too."""
+
+    lines: int
+    errors: list[str]  # `line 4 (its id): why`
+
+
+def check_job(job: Job) -> None:
+    """Before the model is loaded.
+
+    Raises:
+        UserError: a file or folder is missing, OUTPUT exists, or a partial one was made with something else.
+    """
+    if job.batch_size < 1:
+        raise UserError(f"batch size is {job.batch_size}, wanted at least 1")
+    count_lines(job.prompts)
+    if not job.image_root.is_dir():
+        raise UserError(f"{job.image_root}: no such folder; wanted the one that the prompts' image names start from")
+    if job.output.exists():
+        raise UserError(f"{job.output} exists; name another file, or remove it")
+    if not job.output.absolute().parent.is_dir():
+        raise UserError(f"{job.output.absolute().parent}: no such folder; make it, or name another file")
+    if job.partial.exists():
+        _check_settings(job)
+
+
+def run(job: Job, engine: Engine) -> Summary:
+    """Answer what is not answered yet; job has passed check_job."""
+    if not job.partial.exists():
+        write_text(job.settings, json.dumps(_settings(job), indent=2) + "\n")
+    done, errors = _whole_lines(job.partial)
+    total = count_lines(job.prompts)
+    with (
+        open(job.partial, "ab") as output,
+        tqdm(total=total, initial=done, desc="prompts", unit="prompt", dynamic_ncols=True) as progress,
+    ):
+        lines = _prepared(read_lines(job.prompts, job.image_root, done), engine, 2 * job.batch_size)
+        for batch in _batches(lines, job.batch_size):
+            prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
+            answers = iter(engine.answer(prompts, job.sampling))
+            told = []
+            for line, prompt in batch:
+                done += 1
+                if isinstance(prompt, Prompt):
+                    told.append(_answered(line, next(answers)))
+                else:
+                    told.append({"id": line.id, "error": prompt})
+                    errors.append(f"line {done} ({line.id}): {prompt}")
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in told)
+            output.write(text.encode("utf-8", "backslashreplace"))
+            output.flush()
+            progress.update(len(batch))
+            progress.set_postfix(errors=len(errors), refresh=False)
+        os.fsync(output.fileno())
+    os.replace(job.partial, job.output)
+    job.settings.unlink()
+    return Summary(done, errors)
+
+
+def _answered(line: Line, answer: Answer) -> dict[str, str | int]:
+    return {
+        "id": line.id,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+    }
+
+
+def _settings(job: Job) -> dict[str, object]:
+    """What the answers depend on; the size of a batch is not among it."""
+    return {
+        "prompts_sha256": hashlib.sha256(job.prompts.read_bytes()).hexdigest(),
+        "image_root": str(job.image_root.absolute()),
+        **asdict(job.sampling),
+        **job.model,
+    }
+
+
+def _check_settings(job: Job) -> None:
+    try:
+        before = json.loads(job.settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{job.partial} exists without {job.settings.name}; remove it to begin anew") from None
+    now = _settings(job)
+    different = [
+        f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"{job.partial} was begun with other settings ({'; '.join(different)}); call it with those, name another "
+            "output, or remove it to begin anew"
+        )
+
+
+def _whole_lines(partial: Path) -> tuple[int, list[str]]:
+    """How many lines are answered, and the errors among them; what a kill left of another line is cut off."""
+    count, end, errors = 0, 0, []
+    if not partial.exists():
+        return 0, []
+    with open(partial, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, end, told = count + 1, end + len(line), json.loads(line)
+            if "error" in told:
+                errors.append(f"line {count} ({told['id']}): {told['error']}")
+        file.truncate(end)
+    return count, errors
+
+
+def _prepared(lines: Iterable[Line], engine: Engine, ahead: int) -> Iterator[tuple[Line, Prompt | str]]:
+    """Each line with its prompt, or why it has none; so many are prepared by a thread while the model answers."""
+
+    def prepare(line: Line) -> tuple[Line, Prompt | str]:
+        if line.request is None:
+            return line, str(line.error)
+        try:
+            return line, engine.prepare(line.request)
+        except RequestError as error:
+            return line, str(error).removeprefix(f"{line.id}: ")
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+        for line in lines:
+            waiting.append(pool.submit(prepare, line))
+            if len(waiting) > ahead:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def _batches(lines: Iterable[tuple[Line, Prompt | str]], size: int) -> Iterator[list[tuple[Line, Prompt | str]]]:
+    """Lines in order, so many prompts together; lines without one go along with the prompts before them."""
+    batch, prompts = [], 0
+    for line in lines:
+        is_prompt = isinstance(line[1], Prompt)
+        if prompts == size and is_prompt:
+            yield batch
+            batch, prompts = [], 0
+        batch.append(line)
+        prompts += is_prompt
+    if batch:
+        yield batch

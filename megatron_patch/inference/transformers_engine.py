@@ -1,0 +1,99 @@
+"""transformers' LlavaForConditionalGeneration answers, given the tokens and pixels of training.
+
+Not through the folder's processor: it knows no tiles, and centre-crops for models that were trained on padded images.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch import device
+from megatron_patch.errors import UserError
+from megatron_patch.inference.generation import BatchEngine, all_pixels, left_padded
+from megatron_patch.inference.interface import Prompt
+from megatron_patch.inference.prompt import PromptEncoder
+from megatron_patch.llava_folder import LlavaFolder
+
+
+class TransformersEngine(BatchEngine):
+    """An exported Hugging Face folder.
+
+    Args:
+        dtype: of the weights; None: as they are stored.
+        template: in place of the one that the model was trained with.
+    Raises:
+        UserError: the folder is none, or lacks weights.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None, template: str | None = None) -> None:
+        # Imported here: it takes seconds, also for those who use the other engine.
+        from transformers import LlavaForConditionalGeneration
+        from transformers.utils import logging
+
+        folder = LlavaFolder(path)
+        super().__init__(PromptEncoder(folder, template))
+        geometry = folder.geometry()
+        statistics = folder.image_processing(geometry.tower.side_px)
+        logging.disable_progress_bar()
+        try:
+            self._model, report = LlavaForConditionalGeneration.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            )
+        except Exception as error:  # whatever transformers makes of strange files
+            raise UserError(f"{path} cannot be loaded by transformers: {error}") from error
+        if report["missing_keys"]:
+            raise UserError(f"{path} lacks weights of a LLaVA: {', '.join(sorted(report['missing_keys'])[:4])}")
+        here = device.current_device()
+        self._model = self._model.to(here).eval()
+        self._mean, self._std = (
+            255 * torch.tensor(statistics[name], device=here).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+        )
+
+    def _start(self, prompts: Sequence[Prompt], most_new: int) -> "_Session":
+        del most_new  # its cache grows
+        here = self._model.device
+        tokens, real = left_padded(prompts, self._encoder.pad_token_id)
+        pixels = all_pixels(prompts).to(here)
+        images = {}
+        if len(pixels):
+            images["pixel_values"] = ((pixels.float() - self._mean) / self._std).to(self._model.dtype)
+        return _Session(self._model, tokens.to(here), real.to(here), images)
+
+
+class _Session:
+    """One batch; tokens int64 [B, S], real bool [B, S]."""
+
+    def __init__(self, model: Any, tokens: Tensor, real: Tensor, images: dict[str, Tensor]) -> None:
+        self._model, self._real, self._cache = model, real, None
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        self._position = positions[:, -1:]  # of the last token
+        self.logits = self._forward(tokens, positions, images)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """As Session says."""
+        self._position = self._position + 1
+        self._real = torch.cat([self._real, torch.ones_like(self._real[:, :1])], 1)
+        return self._forward(torch.tensor(tokens, device=self._real.device)[:, None], self._position, {})
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor, positions: Tensor, images: dict[str, Tensor]) -> Tensor:
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=self._real.long(),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **images,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].float()
+
+    def close(self) -> None:
+        """As Session says."""
+        self._cache = None
