@@ -8,6 +8,7 @@ takes seconds, and knows nothing of the rest.
 
 
 - What the processes write goes to the console, line by line, and to FOLDER/attempt_0/PROCESS/stdout.log and stderr.log.
+  Without a FOLDER they write to the console themselves.
 - --check: the first process of this node looks whether everything fits (must_check, check_has_passed) while the others
   import; they wait (wait_for_check) before they do anything that stays.  When it ends in place of that, so does this,
   with its exit code, and nothing has been created.
@@ -158,18 +159,21 @@ class _Process:
         }
         if check is not None:
             variables[CHECK] = check
+        # without a folder for logs the console is theirs: a chat shows an answer word by word
+        pipe = None if arguments.log_dir is None else subprocess.PIPE
         # of a torchrun around this, which has processes and a place to meet of its own
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         self._started = subprocess.Popen(
             [sys.executable, "-u", *arguments.script],
             env={**inherited, **{name: str(value) for name, value in variables.items()}},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=pipe,
+            stderr=pipe,
             start_new_session=True,  # with its workers it is a group; a terminal's signals come to this process alone
             pass_fds=() if check is None else (check,),
         )
-        output.add(self._started.stdout, output.stdout, f"{local_rank}/stdout.log")
-        output.add(self._started.stderr, output.stderr, self.log)
+        if pipe is not None:
+            output.add(self._started.stdout, output.stdout, f"{local_rank}/stdout.log")
+            output.add(self._started.stderr, output.stderr, self.log)
         self.ended_by_us = False
 
     @property

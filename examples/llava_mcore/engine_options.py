@@ -66,21 +66,21 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     """
     tensor, pipeline = arguments.tensor_parallel, arguments.pipeline_parallel
     if tensor * pipeline > 1 and "LOCAL_RANK" not in os.environ:
-        _become_torchrun(tensor * pipeline)
+        _become_launcher(tensor * pipeline)
     if "LOCAL_RANK" in os.environ:
         device.end_with_parent()
     return open_engine(arguments.model, arguments.engine, arguments.dtype, arguments.template, tensor, pipeline)
 
 
-def _become_torchrun(processes: int) -> None:
-    """The same program once for each process, by torchrun; does not return."""
+def _become_launcher(processes: int) -> None:
+    """The same program once for each process, by launch.py; does not return."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | device.seen_here().environment(nodes=1)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     sys.stdout.flush()
     command = [
-        *(sys.executable, "-u", "-m", "megatron_patch.launch", "-m", "torch.distributed.run"),
-        *("--standalone", "--nproc_per_node", str(processes), *sys.argv),
+        *(sys.executable, "-u", "-m", "megatron_patch.launch"),
+        *("--nproc_per_node", str(processes), *sys.argv),
     ]
     os.execve(sys.executable, command, environment)
 
