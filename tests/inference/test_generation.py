@@ -54,14 +54,15 @@ def test_random_numbers_belong_to_the_request(engine: Engine):
 
 
 def test_an_answer_ends_at_the_models_positions(engine: Engine):
-    request = Request("long", (Exchange("What " * 95, None),))
+    request = Request("long", (Exchange("What " * 400, None),))
     prompt = engine.prepare(request)
     left = engine.max_tokens - len(prompt.tokens)
     assert 0 < left < 200, len(prompt.tokens)
     (answer,) = engine.answer([prompt], Sampling(max_new_tokens=1000))
     assert answer.finish_reason == "stop" or answer.completion_tokens == left
     others = engine.answer([request, Request("short", (Exchange("What?", None),))], Sampling(max_new_tokens=left + 10))
-    assert others[0] == answer and others[1].completion_tokens in (left + 10, *range(1, left + 10))
+    assert others[0] == answer
+    assert others[1].finish_reason == "stop" or others[1].completion_tokens == left + 10
 
 
 class Letters:
