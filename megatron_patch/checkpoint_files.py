@@ -128,12 +128,26 @@ def newest_iteration(checkpoint: Path) -> Path:
 
 
 @functools.cache
+def accept_newer_metadata() -> None:
+    """Have this torch read what a newer one wrote of tensors; later calls do nothing.
+
+    TensorProperties are saved as a tuple that has grown at its end: torch 2.15 added the strides, which no whole tensor
+    needs, and 2.14 refuses the longer tuple.
+    """
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    known, read = len(TensorProperties().__getstate__()), TensorProperties.__setstate__
+    TensorProperties.__setstate__ = lambda self, state: read(self, state[:known])
+
+
+@functools.cache
 def _metadata_classes() -> dict[tuple[str, str], object]:
     """(module, name) -> what stands for it, of all that a .metadata file may name."""
     # Imported here: it takes a second, in which the launchers' check would only look for a folder.
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+    accept_newer_metadata()
     data_classes = (
         dcp.Metadata,
         dcp.TensorStorageMetadata,

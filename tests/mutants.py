@@ -26,6 +26,9 @@ def of(file: str, tests: str | tuple[str, ...], *faults: tuple[str, str, str]) -
 
 LLAVA = "megatron_patch/model/llava.py"
 ATTENTION = "megatron_patch/model/attention.py"
+LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
+ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
+OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
 LOADER, SAMPLER = "megatron_patch/data/loading/loader.py", "megatron_patch/data/loading/sampler.py"
 ENCODER, COLLATOR = "megatron_patch/data/loading/task_encoder.py", "megatron_patch/data/loading/collator.py"
@@ -132,13 +135,111 @@ MODEL = [
             "return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std).detach()",
         ),
         ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
-        (
-            "padding of the vocabulary takes probability",
-            'return logits.masked_fill(is_padding, float("-inf"))',
-            "return logits",
-        ),
         ("another GELU in the tower", "states * torch.sigmoid(1.702 * states)", "states * torch.sigmoid(1.6 * states)"),
         ("the tower's own norm epsilon is ignored", "layernorm_epsilon=tower.norm_epsilon", "layernorm_epsilon=1e-2"),
+    ),
+    *of(
+        LOSS,
+        OF_LOSS,
+        ("padding of the vocabulary takes probability", 'logits[:, real:] = float("-inf")', "pass"),
+        ("padding takes probability where logits are computed again", "exponentials[:, ctx.real :] = 0", "pass"),
+        (
+            "the label's own logit moves nothing",
+            "of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))",
+            "of_hidden[part] = product",
+        ),
+        (
+            "the label's row of the head moves nothing",
+            "of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(weight.dtype))",
+            "pass",
+        ),
+        ("a tied head does not add to the gradient buffer", "        return buffer\n", "        pass\n"),
+    ),
+    *of(
+        LOSS,
+        TP2_SP,
+        ("ranks take their own largest logit", "all_reduce(top, ReduceOp.MAX, group=group)", "pass"),
+        ("ranks sum their own part of the vocabulary", "all_reduce(sums, group=group)", "pass"),
+        (
+            "the gradient of the hidden states is one rank's",
+            "hidden = copy_to_tensor_model_parallel_region(hidden, group=group)",
+            "pass",
+        ),
+    ),
+    *of(
+        ELEMENTWISE,
+        f"{OF_ELEMENTWISE}::test_norm_is_torchs",
+        ("the norm's gradient has another scale", "along.mul_(scale.pow(3))", "along.mul_(scale.pow(2))"),
+        ("the norm's weight learns of unscaled rows", "scale.view(-1))", "torch.ones_like(scale.view(-1)))"),
+    ),
+    *of(
+        ELEMENTWISE,
+        f"{OF_ELEMENTWISE}::test_swiglu_is_torchs_and_keeps_its_input_alone",
+        (
+            "the gate's gradient forgets what it gates",
+            "silu_backward.grad_input(gradient * up",
+            "silu_backward.grad_input(gradient",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/layer_specs.py",
+        f"{OF_ELEMENTWISE}::test_layers_are_built_of_them",
+        ("norms are torch's", "kind = RMSNorm if", "kind = torch.nn.RMSNorm if"),
+        ("SwiGLU is Megatron's", "config.gated_linear_unit and config.activation_func is F.silu", "False"),
+    ),
+    *of(
+        "megatron_patch/patches/rotary_in_one_pass.py",
+        f"{OF_PATCHES}::test_rotary_positions_are_megatrons",
+        (
+            "positions turn one half the other way",
+            "addcmul_(second, sine, value=-direction)",
+            "addcmul_(second, sine, value=direction)",
+        ),
+        ("tables are those of another row", "asked[1] is not cu_seqlens or", "False or"),
+    ),
+    *of(
+        "megatron_patch/patches/scale_in_place.py",
+        f"{OF_PATCHES}::test_gradients_are_clipped_where_they_lie",
+        ("gradients are clipped through copies", "if multi_tensor_scale is not local_multi_tensor_scale:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/training/loss_spikes.py",
+        f"{OF_SPIKES}::test_a_gradient_that_is_not_finite_moves_nothing[clipped]",
+        ("a gradient that is not finite is trained on", "not math.isfinite(float(norm)):", "False:"),
+    ),
+    *of(
+        "megatron_patch/training/callbacks.py",
+        f"{OF_SPIKES}::test_a_gradient_that_is_not_finite_moves_nothing[clipped]",
+        (
+            "nobody looks at the gradients' norm",
+            'wrap(OPTIMIZER, "get_grad_norm_fp32", "training.loss_spikes", loss_spikes.checked)',
+            "pass",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/loss_spikes.py",
+        f"{OF_SPIKES}::test_a_gradient_that_is_not_finite_moves_nothing[not clipped]",
+        ("without clipping no norm is taken", "if not get_args().clip_grad:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/device/cpu.py",
+        "tests/device/test_cpu.py::test_weight_gradients_are_added_to_the_buffer",
+        (
+            "the weight gradient replaces what was there",
+            "main_grad.addmm_(gradient.t(), states)",
+            "main_grad.copy_(gradient.t() @ states)",
+        ),
+        ("weight gradients go through a temporary", "    sys.modules[WEIGHT_GRADIENTS] = extension", "    pass"),
+    ),
+    *of(
+        "megatron_patch/device/cpu.py",
+        f"{OF_COMMANDS}::test_the_guides_training_line",
+        ("memory goes back to the system", "variables |= {name: os.environ", "{} | {name: os.environ"),
+    ),
+    *of(
+        "megatron_patch/checkpoint_files.py",
+        "tests/test_checkpoint_files.py::test_metadata_of_a_newer_torch_is_read",
+        ("this torch wants its own metadata", "read(self, state[:known])", "read(self, state)"),
     ),
     *of(
         ATTENTION,

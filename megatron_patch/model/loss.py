@@ -26,9 +26,8 @@ def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int
     Returns:
         float32 [L].
     """
-    return _HeadLosses.apply(
-        copy_to_tensor_model_parallel_region(hidden, group=group), weight, targets, vocabulary, group
-    )
+    hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+    return _HeadLosses.apply(hidden, weight, targets, vocabulary, group)
 
 
 class _HeadLosses(torch.autograd.Function):

@@ -25,6 +25,7 @@ worse than none.
 import importlib
 import importlib.metadata
 
+from megatron_patch.checkpoint_files import accept_newer_metadata
 from megatron_patch.errors import UserError
 from megatron_patch.patches import touch_points
 from megatron_patch.patches.touch_points import MEGATRON_CORE_VERSION, TOUCH_POINTS
@@ -74,6 +75,7 @@ def apply_all(backend: str) -> list[str]:
         UserError: as check().
     """
     check(backend)
+    accept_newer_metadata()
     names = listed(backend)
     for name in names:
         if name not in _applied:

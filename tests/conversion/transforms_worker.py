@@ -12,12 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toolkits/model_checkpoints_convertor/llava")]
 
-from verify_worker import build_model, load  # noqa: E402 - prepares torch for Megatron first
+import verify_worker  # noqa: E402, F401 - prepares torch for Megatron first
 
 # isort: split
 import torch  # noqa: E402
 from megatron.core import dist_checkpointing, mpu, tensor_parallel  # noqa: E402
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator  # noqa: E402
+
+from megatron_patch.training.load_model import build_model, load_weights  # noqa: E402
 
 
 def read_and_save(checkpoint: Path, out: Path, tensor: int, pipeline: int) -> None:
@@ -25,12 +27,11 @@ def read_and_save(checkpoint: Path, out: Path, tensor: int, pipeline: int) -> No
     mpu.initialize_model_parallel(tensor, pipeline)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     unset_num_microbatches_calculator()
-    plan = {"tensor": tensor, "pipeline": pipeline}
     model = build_model(checkpoint, 64, tensor, pipeline).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    load(model, checkpoint, plan)
+    load_weights(model, checkpoint)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     if torch.distributed.get_rank() == 0:
         (out / "iter_0000001").mkdir(parents=True)

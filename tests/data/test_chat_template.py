@@ -141,7 +141,6 @@ def test_signs_of_jinja_in_a_template_of_ones_own(tokenizers, kind: str, tmp_pat
 
 USER, ANSWER = {"role": "user", "content": "which?"}, {"role": "assistant", "content": "seven"}
 REFUSED = {
-    "no message": ([], "there is no question"),
     "a system message alone": ([{"role": "system", "content": "x"}], "there is no question"),
     "an answer first": ([ANSWER], "roles must be user and assistant in turn"),
     "two questions": ([USER, USER], "roles must be user and assistant in turn"),

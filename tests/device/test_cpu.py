@@ -137,3 +137,22 @@ except UserError as error:
 """
     printed = in_new_process(program)
     assert "range_pop" in printed and "requirements.txt" in printed
+
+
+def test_weight_gradients_are_added_to_the_buffer() -> None:
+    """Megatron's layers find the product that Apex would bring, in 32 bits and, of 16, into a buffer of 32."""
+    program = """
+from megatron_patch import device
+device.install()
+import torch
+from megatron.core.tensor_parallel import layers
+assert layers._grad_accum_fusion_available
+assert "--no-gradient-accumulation-fusion" not in device.megatron_arguments(False)
+states, gradient = torch.arange(6.0).view(3, 2), torch.arange(12.0).view(3, 4)
+for dtype in (torch.float32, torch.bfloat16):
+    buffer = torch.ones(4, 2)
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(states.to(dtype), gradient.to(dtype), buffer)
+    assert torch.equal(buffer, 1 + gradient.t() @ states)
+print("equal")
+"""
+    assert in_new_process(program).split() == ["equal"]

@@ -52,3 +52,31 @@ def test_norm_is_torchs() -> None:
 
 def test_swiglu_is_torchs_and_keeps_its_input_alone() -> None:
     assert in_new_process(SWIGLU).split() == ["equal"]
+
+
+LAYERS = """
+from megatron_patch import device
+device.install()
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch.model.layer_specs import decoder_block
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+config = TransformerConfig(
+    num_layers=1, hidden_size=16, num_attention_heads=2, normalization="RMSNorm", add_bias_linear=False,
+    gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+)
+model = GPTModel(config, decoder_block(config), vocab_size=32, max_sequence_length=8)
+layer = model.decoder.layers[0]
+for part in (layer.input_layernorm, layer.mlp.activation_func, model.decoder.final_layernorm):
+    print(type(part).__module__, type(part).__name__)
+assert not config.use_te_activation_func  # the caller's config stays as it is
+"""
+
+
+def test_layers_are_built_of_them() -> None:
+    ours = "megatron_patch.model.elementwise"
+    assert in_new_process(LAYERS).splitlines() == [f"{ours} RMSNorm", f"{ours} SwiGLU", f"{ours} RMSNorm"]
