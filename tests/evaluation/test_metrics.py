@@ -37,6 +37,7 @@ UNHURRIED = settings(deadline=None, max_examples=60)  # no deadline: others use 
         ("black/white", "black white"),
         ("black / white", "black white"),
         ("t-shirt", "t shirt"),
+        ("t-shirt - blue", "tshirt blue"),  # beside a space once, a mark goes everywhere
         ("none", "0"),
         ("TEN\tcats\n", "10 cats"),
         ("dont", "don't"),

@@ -169,6 +169,7 @@ def untrained_llava(models, tmp_path_factory):
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     images = CLIPImageProcessor.from_pretrained(models / "clip")
+    images.save_pretrained(folder)  # a file of its own, as an export has it
     LlavaProcessor(
         images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
     ).save_pretrained(folder)
