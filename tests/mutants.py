@@ -65,7 +65,7 @@ OF_CONFIG = "tests/training/test_config.py"
 INFERENCE, OF_INFERENCE = "megatron_patch/inference", "tests/inference"
 OF_RUN, OF_SERVER = f"{OF_INFERENCE}/test_run.py", f"{OF_INFERENCE}/test_server.py"
 OF_REQUESTS = f"{OF_INFERENCE}/test_prompt.py"
-CACHED = f"{OF_INFERENCE}/test_megatron_engine.py::test_one_process"
+CACHED_KEYS = f"{OF_INFERENCE}/test_megatron_engine.py::test_one_process"
 OF_PATCHES = "tests/patches/test_patches.py"
 OF_ENGINE = "tests/transformer_engine/test_training.py"
 OF_IMAGE = "tests/data/test_image.py"
@@ -195,7 +195,7 @@ MODEL = [
             "addcmul_(second, sine, value=-direction)",
             "addcmul_(second, sine, value=direction)",
         ),
-        ("tables are those of another row", "asked[1] is not cu_seqlens or", "False or"),
+        ("tables are those of another row", "zip(asked, now, strict=True)", "zip(asked[3:], now[3:], strict=True)"),
     ),
     *of(
         "megatron_patch/patches/scale_in_place.py",
@@ -1010,8 +1010,8 @@ PATCHES = [
     *of(
         "megatron_patch/device/cpu.py",
         "tests/device/test_cpu.py::test_megatron_computes_with_torch_where_cuda_packages_are_installed",
-        ("Transformer Engine's kernels get CPU tensors", '*("transformer_engine", "transformer', '*("transformer'),
-        ("Apex's kernels get CPU tensors", '"apex", "amp_C"),', '"amp_C"),'),
+        ("Transformer Engine's kernels get CPU tensors", '= ("transformer_engine", "tr', '= ("tr'),
+        ("Apex's kernels get CPU tensors", '"apex", "amp_C"', '"amp_C"'),
     ),
     *of(
         "megatron_patch/patches/fused_adamw.py",
@@ -1059,7 +1059,11 @@ RUNS = [
     *of(
         "megatron_patch/model/layer_specs.py",
         f"{OF_ENGINE}::test_a_frozen_weight_has_no_gradient_computed",
-        ("Transformer Engine's layers normalise twice", "*(IdentityOp, TENorm, {}),", "*(TENorm, TENorm, {}),"),
+        (
+            "Transformer Engine's layers normalise twice",
+            "*(IdentityOp, TENorm, MLP, {}),",
+            "*(TENorm, TENorm, MLP, {}),",
+        ),
     ),
     *of(
         "megatron_patch/model/layer_specs.py",
@@ -1174,7 +1178,7 @@ RUNS = [
     ),
     *of(
         "megatron_patch/model/key_value_cache.py",
-        CACHED,
+        CACHED_KEYS,
         ("padding is looked at", "self._is_padded = not bool(real.all())", "self._is_padded = False"),
         ("padded prompts see what follows", "(self._mask & (then <= now))", "(self._mask & (then <= end))"),
         ("every token takes the place of the last", "self._length += count", "self._length += 0"),
@@ -1186,7 +1190,7 @@ RUNS = [
     ),
     *of(
         LLAVA,
-        CACHED,
+        CACHED_KEYS,
         ("the first token is continued", "hidden_states[-1:]", "hidden_states[:1]"),
     ),
     *of(
@@ -1336,7 +1340,7 @@ RUNS = [
     *of(
         "megatron_patch/training/loss_spikes.py",
         "tests/training/test_loss_spikes.py::test_the_step_is_dropped_and_the_record_named",
-        ("a bad step is trained on", "watched.held = self._judge(number, model)", "self._judge(number, model)"),
+        ("a bad step is trained on", "        if any_not_finite:", "        if False:"),
         (
             "bad records are named a step late",
             "number = iteration + 1  # Megatron",

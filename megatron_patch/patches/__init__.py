@@ -25,7 +25,6 @@ worse than none.
 import importlib
 import importlib.metadata
 
-from megatron_patch.checkpoint_files import accept_newer_metadata
 from megatron_patch.errors import UserError
 from megatron_patch.patches import touch_points
 from megatron_patch.patches.touch_points import MEGATRON_CORE_VERSION, TOUCH_POINTS
@@ -74,6 +73,8 @@ def apply_all(backend: str) -> list[str]:
     Raises:
         UserError: as check().
     """
+    from megatron_patch.checkpoint_files import accept_newer_metadata  # torch, which check() does without
+
     check(backend)
     accept_newer_metadata()
     names = listed(backend)

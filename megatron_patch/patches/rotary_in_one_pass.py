@@ -43,11 +43,12 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
         torch.mul(second, cosine, out=new_second).addcmul_(first, sine, value=direction)
         return found
 
-    asked: list[Any] = [None] * 3  # angles, cu_seqlens, dtype: all layers of a micro-batch ask alike
+    asked: list[Any] = [None] * 4  # angles, cu_seqlens, ranks, dtype: all layers of a micro-batch ask alike
     tables: list[Any] = []
 
     def look_up(states: "Tensor", angles: "Tensor", cu_seqlens: "Tensor | None", group: Any) -> list["Tensor"]:
-        if asked[0] is not angles or asked[1] is not cu_seqlens or asked[2] != states.dtype:
+        now = [angles, cu_seqlens, group, states.dtype]
+        if any(one is not other for one, other in zip(asked, now, strict=True)):
             own = angles
             if cu_seqlens is not None:  # positions start anew in each record
                 size, rank = group.size(), group.rank()
@@ -56,7 +57,7 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
                 own = torch.cat(parts)[:, 0]
             half = own[..., : own.shape[-1] // 2]  # both halves of a head have the same angles
             tables[:] = half.cos().to(states.dtype), half.sin().to(states.dtype)
-            asked[:] = angles, cu_seqlens, states.dtype
+            asked[:] = now
         return tables
 
     def apply_in_one_pass(

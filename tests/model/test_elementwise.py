@@ -67,7 +67,7 @@ mpu.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
 config = TransformerConfig(
     num_layers=1, hidden_size=16, num_attention_heads=2, normalization="RMSNorm", add_bias_linear=False,
-    gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+    transformer_impl="local", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
 )
 model = GPTModel(config, decoder_block(config), vocab_size=32, max_sequence_length=8)
 layer = model.decoder.layers[0]
