@@ -352,8 +352,8 @@ def test_what_cuda_says(tmp_path, monkeypatch) -> None:
 
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
-ROWS = """LLM family|vision tower|conversation template|source format of data|launcher argument|accelerator
-Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
+ROWS = """LLM family|vision tower|conversation template|source format of data|benchmark|launcher argument
+engine that answers|accelerator|Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
 
 
 def test_contributing_names_a_file_for_each_change() -> None:

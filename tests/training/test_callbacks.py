@@ -23,6 +23,7 @@ from megatron_patch.data.loading.prompts import Prompts
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.step_flop import Frozen, Work, step_flop
+from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.training.config import read_config
 from megatron_patch.training.progress import ProgressBar
 from megatron_patch.training.timer import Timer, as_clock
@@ -271,7 +272,7 @@ def test_work_of_a_packed_row_is_that_of_its_records(workspace: Workspace) -> No
 def test_template_without_ending_ends_at_the_newline(workspace: Workspace) -> None:
     settings = read_config(argv(workspace, conversation_template="plain"))
     plain = Prompts(str(workspace.dataset), settings.data, 1)
-    tokenizer = plain._tokenizer
+    tokenizer = load_tokenizer(settings.data.tokenizer_path)
     newline, red = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "red"))
     assert not plain.is_complete(red) and not plain.is_complete(newline)
     assert plain.is_complete([*red, *newline]) and plain.text([*red, *newline, *red]) == "red"
