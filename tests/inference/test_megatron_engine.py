@@ -135,7 +135,7 @@ def test_one_process(folders: Folders, engine: Engine, right: dict, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline"),
-    [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)],
+    [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)],
     ids=["TP2", "PP2", "TP2xPP2"],
 )
 def test_more_processes(folders: Folders, engine: Engine, right: dict, tmp_path: Path, tensor: int, pipeline: int):
