@@ -107,13 +107,7 @@ class _Optimizer:
 
     def step(self) -> tuple[bool, float | None, int | None]:
         """As Megatron's: (updated, gradient norm, zeros); without an update it leaves the schedule alone too."""
-        return self.judge(self._step)
-
-    def _step(self) -> tuple[bool, float | None, int | None]:
-        if not get_args().clip_grad:  # no norm is taken by itself
-            self.optimizer.prepare_grads()
-            self.optimizer.get_grad_norm()
-        return self.optimizer.step()
+        return self.judge(self.optimizer.step)
 
 
 class Guard:
