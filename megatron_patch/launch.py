@@ -6,7 +6,6 @@ It has torchrun's arguments for processes and nodes and gives the processes torc
 so on), so that torchrun can start them as well.  But torchrun imports torch itself before it starts anything, which
 takes seconds, and knows nothing of the rest.
 
-
 - What the processes write goes to the console, line by line, and to FOLDER/attempt_0/PROCESS/stdout.log and stderr.log.
   Without a FOLDER they write to the console themselves.
 - --check: the first process of this node looks whether everything fits (must_check, check_has_passed) while the others
