@@ -212,6 +212,9 @@ def test_a_rollback_starts_again_without_a_check(copy: Path, inputs: Inputs):
     process = launch(copy, inputs.training(TP="2", AC="sel"), 0, launching.ROLL_BACK, **check)
     out, err = process.communicate(timeout=60)
     assert process.returncode == launching.ROLL_BACK, err
-    assert out.count("checked by rank 0 of 2") == 1 and out.count("rank 1 of 2 device") == 2
+    assert out.count("checked by rank 0 of 2") == 1
     assert "rollbacks left: 0" in err and "MAX_ROLLBACKS are used up" in err
-    assert len(list(inputs.output.glob("log/*/attempt_[01]/1/stdout.log"))) == 2
+    # the first process that ends may end the other before that has printed anything
+    for attempt in (0, 1):
+        logs_of_attempt = inputs.output.glob(f"log/*/attempt_{attempt}/*/stdout.log")
+        assert any("of 2 device" in log.read_text() for log in logs_of_attempt)
