@@ -76,6 +76,17 @@ class TrainingSettings:
                 different.remove("conversation_template")
         return different
 
+    def for_data(self) -> dict[str, Any]:
+        """Fields of data.loading.config.DataConfig that follow from these: all but the template."""
+        return {
+            "image_aspect_ratio": self.image_aspect_ratio,
+            "tile_columns": self.image_tiles[0],
+            "tile_rows": self.image_tiles[1],
+            "apply_exif_orientation": self.exif_orientation,
+            "image_start_end": self.image_start_end,
+            "image_conv_front": self.image_conv_front,
+        }
+
     def spelled(self, name: str) -> str:
         """A field as the launchers take it: `2x2`, `true`, `pad`."""
         value = getattr(self, name)

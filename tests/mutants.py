@@ -30,6 +30,7 @@ LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
 ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
 OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
+SETTINGS = "megatron_patch/llava_folder.py"
 LOADER, SAMPLER = "megatron_patch/data/loading/loader.py", "megatron_patch/data/loading/sampler.py"
 ENCODER, COLLATOR = "megatron_patch/data/loading/task_encoder.py", "megatron_patch/data/loading/collator.py"
 CONVERSATION, IMAGE = "megatron_patch/data/conversation.py", "megatron_patch/data/image.py"
@@ -562,21 +563,21 @@ IMAGES = [
 # From the environment to the loader's settings.
 DATA_OPTIONS = [
     *of(
-        CONFIG,
+        SETTINGS,
         effect("IMAGE_ASPECT_RATIO=pad"),
         (
             "IMAGE_ASPECT_RATIO is ignored",
-            "image_aspect_ratio=trained_with.image_aspect_ratio",
-            'image_aspect_ratio="crop"',
+            '"image_aspect_ratio": self.image_aspect_ratio',
+            '"image_aspect_ratio": "crop"',
         ),
     ),
     *of(
-        CONFIG,
+        SETTINGS,
         effect("EXIF_ORIENTATION=false with IMAGE_ASPECT_RATIO"),
         (
             "EXIF_ORIENTATION is ignored",
-            "apply_exif_orientation=trained_with.exif_orientation",
-            "apply_exif_orientation=True",
+            '"apply_exif_orientation": self.exif_orientation',
+            '"apply_exif_orientation": True',
         ),
     ),
     *of(
@@ -585,19 +586,19 @@ DATA_OPTIONS = [
         ("images are turned in any case", "if apply_exif_orientation:", "if True:"),
     ),
     *of(
-        CONFIG,
+        SETTINGS,
         effect("IMAGE_TILES=2x1"),
-        ("IMAGE_TILES is ignored", "tile_columns=trained_with.image_tiles[0]", "tile_columns=1"),
+        ("IMAGE_TILES is ignored", '"tile_columns": self.image_tiles[0]', '"tile_columns": 1'),
     ),
     *of(
-        CONFIG,
+        SETTINGS,
         effect("IMAGE_CONV_FRONT=true"),
-        ("IMAGE_CONV_FRONT is ignored", "image_conv_front=trained_with.image_conv_front", "image_conv_front=False"),
+        ("IMAGE_CONV_FRONT is ignored", '"image_conv_front": self.image_conv_front', '"image_conv_front": False'),
     ),
     *of(
-        CONFIG,
+        SETTINGS,
         effect("IMAGE_START_END=true"),
-        ("IMAGE_START_END is ignored", "image_start_end=trained_with.image_start_end", "image_start_end=False"),
+        ("IMAGE_START_END is ignored", '"image_start_end": self.image_start_end', '"image_start_end": False'),
     ),
     *of(
         CONFIG,
@@ -1140,16 +1141,10 @@ RUNS = [
         ("an empty prompt is asked", "if self._takes_questions and not", "if not self._takes_questions and not"),
         ("more images than marks are asked", "if marks != images:", "if marks > images:"),
         (
-            "prompts forget how images were fitted",
-            "image_aspect_ratio=settings.image_aspect_ratio",
-            'image_aspect_ratio="crop"',
+            "prompts forget the settings of the training",
+            "            **settings.for_data(),",
+            "            **TrainingSettings(None).for_data(),",
         ),
-        (
-            "prompts turn images that training did not",
-            "apply_exif_orientation=settings.exif_orientation",
-            "apply_exif_orientation=True",
-        ),
-        ("prompts forget the tiles", "tile_columns=settings.image_tiles[0]", "tile_columns=1"),
         ("unmarked images are not put in front", "if marks == 0 and images:", "if marks < 0 and images:"),
     ),
     *of(

@@ -5,6 +5,7 @@ one survived, if it could not be judged (its tests failed to run, or took too lo
 """
 
 import argparse
+import functools
 import multiprocessing
 import os
 import queue
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.mutants import MUTANTS, Mutant
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
@@ -91,12 +93,20 @@ def _here(folder: Path, tests: Sequence[str], printed: Path) -> None:
             del sys.modules[name]
     outside = {"", str(ROOT), str(ROOT / "tests")}
     sys.path[:] = [str(folder), *(path for path in sys.path if path not in outside)]
-    # no caches of bytecode: a changed file may have the time and size of the one before
     sys.dont_write_bytecode = True
-    os.environ |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ["PYTHON"] = sys.executable
     import pytest
 
     sys.exit(int(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-rfE", *tests])))
+
+
+@functools.cache
+def _prepare_environment() -> None:
+    """For this process and all that it starts: one warm Python for all copies."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # no caches of bytecode: a changed file may have the time and size of the one before
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["WARM_PYTHON"] = interpreter.python()
 
 
 def run_pytest(folder: Path, tests: Sequence[str], limit_s: float) -> tuple[int | None, str]:
@@ -104,7 +114,7 @@ def run_pytest(folder: Path, tests: Sequence[str], limit_s: float) -> tuple[int 
     printed = folder.with_name(f"{folder.name}.printed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _prepare_environment()
     process = context.Process(target=_here, args=(folder, tests, printed))
     process.start()
     process.join(limit_s)

@@ -23,5 +23,5 @@ if [[ ${1:-} == --mutants ]]; then
 fi
 # All of them: in as many processes as there are cores, each with whole files, whose tests share what is costly to make.
 # nproc would count the threads of OMP_NUM_THREADS.
-(($# > 0)) || selection+=(-n "${TEST_PROCESSES:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" --dist loadfile)
+(($# > 0)) || selection+=(-n "${TEST_PROCESSES:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" --dist loadfile --no-loadscope-reorder)
 exec "$PYTHON" -m pytest "${selection[@]}" "$@"

@@ -40,8 +40,8 @@ def open_engine(
 ) -> Engine:
     """The engine of an exported Hugging Face folder or of a Megatron checkpoint, converted or trained.
 
-    Of a Megatron checkpoint in several processes (torchrun, one per tensor x pipeline) only rank 0 gets an engine: in
-    the others the call works for it until it is closed, and then ends the process.
+    Of a Megatron checkpoint in several processes (one per tensor x pipeline; launch.py starts them) only rank 0 gets an
+    engine: in the others the call works for it until it is closed, and then ends the process.
 
     Args:
         kind: auto: as the folder is.

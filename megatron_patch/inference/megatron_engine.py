@@ -167,7 +167,7 @@ class Processes:
         if started != tensor * pipeline:
             raise UserError(
                 f"tensor parallel {tensor} x pipeline parallel {pipeline} wants {tensor * pipeline} processes, "
-                f"torchrun started {started}"
+                f"{started} started"
             )
         if mpu.model_parallel_is_initialized():
             raise UserError("a Megatron model is open in this process; close it first")

@@ -42,13 +42,8 @@ class PromptEncoder:
             image_mean=images["image_mean"],
             center_crop=images["center_crop"],
             resample=images["resample"],
-            image_aspect_ratio=settings.image_aspect_ratio,
             decoder_seq_len=self.max_tokens,
-            image_conv_front=settings.image_conv_front,
-            image_start_end=settings.image_start_end,
-            apply_exif_orientation=settings.exif_orientation,
-            tile_columns=settings.image_tiles[0],
-            tile_rows=settings.image_tiles[1],
+            **settings.for_data(),
             **{"micro_batch_size": 1, "length_multiple": 1, "seed": 0, "num_workers": 0},
         )
         tokenizer = load_tokenizer(folder.tokenizer)

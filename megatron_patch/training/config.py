@@ -337,7 +337,6 @@ def _data_settings(
         image_token_id=geometry.image_token_id,
         image_tokens=geometry.tower.image_tokens,
         side_px=geometry.tower.side_px,
-        image_aspect_ratio=trained_with.image_aspect_ratio,
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,
         length_multiple=sequence * positions,
@@ -346,11 +345,6 @@ def _data_settings(
         seed=arguments.seed,
         num_workers=arguments.num_workers,
         max_skipped_share=arguments.max_skipped_share,
-        image_conv_front=trained_with.image_conv_front,
-        image_start_end=trained_with.image_start_end,
-        apply_exif_orientation=trained_with.exif_orientation,
-        tile_columns=trained_with.image_tiles[0],
-        tile_rows=trained_with.image_tiles[1],
         order=arguments.data_order,
         step_records=arguments.global_batch_size,
         mega_batch_mult=arguments.mega_batch_mult,
@@ -359,6 +353,7 @@ def _data_settings(
         # with cached features too at the tower's cost: the records are dealt as without
         balance_cost=_record_cost(arguments, geometry) if arguments.balance_cost else None,
         feature_cache=None if arguments.feature_cache is None else str(arguments.feature_cache),
+        **trained_with.for_data(),
         **images,
     )
 

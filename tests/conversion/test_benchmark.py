@@ -18,6 +18,7 @@ def tool():
     return module
 
 
+@pytest.mark.slow
 def test_both_directions_are_measured_and_everything_is_deleted(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--size", "tiny", "--work", str(tmp_path)])
     monkeypatch.setattr(tool, "SHARE_OF_COPY", 0.0)  # 10 MB are copied before Python has started

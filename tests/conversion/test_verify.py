@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_patch import device
 from megatron_patch.conversion import convert_to_megatron
 from tests import tiny_models
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 from tests.warm import interpreter
 
 SCRIPT = Path(__file__).parents[2] / "toolkits/model_checkpoints_convertor/llava/verify_conversion.py"
@@ -215,4 +215,4 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 verify_worker.main()
 """
     (tmp_path / "plan.json").write_text('{"tensor": 1, "pipeline": 1, "cases": []}')
-    assert in_new_process(program, tmp_path / "plan.json").split() == ["cpu", "False"]
+    assert in_warm_process(program, tmp_path / "plan.json").split() == ["cpu", "False"]

@@ -1,28 +1,11 @@
 """The CPU stand-ins change what Megatron meets, and nothing that others compute."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from tests import tiny_models
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def in_new_process(program: str, *words: object, **environment: str) -> str:
-    """Standard output of a program; the stand-ins must not reach the test process."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.programs import in_new_process
 
 
 def test_transformers_computes_the_same_after_install(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The attention of layers without Transformer Engine."""
 
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 
 
 def test_grouped_queries_under_a_mask_are_spread_exactly() -> None:
@@ -29,4 +29,4 @@ F.scaled_dot_product_attention = watched
 found = attention(query, key, value, masked)
 print(torch.equal(found, expected.permute(2, 0, 1, 3).flatten(2)))
 """
-    assert in_new_process(program).split() == ["spread", "True"]
+    assert in_warm_process(program).split() == ["spread", "True"]

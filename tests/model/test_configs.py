@@ -1,6 +1,6 @@
 """What tower and projector take over from the decoder's config, and what they do not."""
 
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 
 
 def test_tower_and_projector_stay_out_of_fp8() -> None:
@@ -19,4 +19,4 @@ tower = TowerGeometry("clip_vision_model", 2, 1, 32, 64, 2, 28, 7, 1e-5, "quick_
 for config in (tower_config(decoder, tower), projector_config(decoder)):
     print(config.fp8, config.bf16, config.params_dtype)
 """
-    assert in_new_process(program).splitlines()[-2:] == ["None True torch.bfloat16"] * 2
+    assert in_warm_process(program).splitlines()[-2:] == ["None True torch.bfloat16"] * 2

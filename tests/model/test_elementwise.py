@@ -1,6 +1,6 @@
 """What stands between the products, against torch's own operators: values and gradients."""
 
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 
 NORM = """
 from megatron_patch import device
@@ -47,11 +47,11 @@ print("equal")
 
 
 def test_norm_is_torchs() -> None:
-    assert in_new_process(NORM).split() == ["equal"]
+    assert in_warm_process(NORM).split() == ["equal"]
 
 
 def test_swiglu_is_torchs_and_keeps_its_input_alone() -> None:
-    assert in_new_process(SWIGLU).split() == ["equal"]
+    assert in_warm_process(SWIGLU).split() == ["equal"]
 
 
 LAYERS = """
@@ -79,4 +79,4 @@ assert not config.use_te_activation_func  # the caller's config stays as it is
 
 def test_layers_are_built_of_them() -> None:
     ours = "megatron_patch.model.elementwise"
-    assert in_new_process(LAYERS).splitlines() == [f"{ours} RMSNorm", f"{ours} SwiGLU", f"{ours} RMSNorm"]
+    assert in_warm_process(LAYERS).splitlines() == [f"{ours} RMSNorm", f"{ours} SwiGLU", f"{ours} RMSNorm"]

@@ -1,6 +1,6 @@
 """Head and cross-entropy in one against torch's, in one part and in several, with a padded vocabulary."""
 
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 
 PROGRAM = """
 from megatron_patch import device
@@ -43,4 +43,4 @@ for loss.MOST_BYTES in (1 << 28, 4 * 40 * 8):  # one part, parts of eight rows
 
 
 def test_losses_and_gradients_are_torchs() -> None:
-    assert in_new_process(PROGRAM).split() == ["equal"] * 6
+    assert in_warm_process(PROGRAM).split() == ["equal"] * 6

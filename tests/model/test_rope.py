@@ -1,8 +1,6 @@
 """Megatron's rotary frequencies against transformers', at the sizes of published models."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_patch.geometry import LLAMA3_ROPE
+from tests.programs import in_warm_process
 
 # width of a head, base, factor of the scaling "llama3"
 MODELS = {
@@ -34,8 +33,7 @@ print(json.dumps({
 
 
 def test_frequencies_equal_transformers() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", MEGATRON, json.dumps(MODELS)]
-    ours = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    ours = json.loads(in_warm_process(MEGATRON, json.dumps(MODELS)).splitlines()[-1])
     for name, (head_dim, base, factor) in MODELS.items():
         scaling = (
             {"rope_type": "default"} if factor is None else {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE

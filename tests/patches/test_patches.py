@@ -8,7 +8,7 @@ import torch
 from megatron_patch import patches
 from megatron_patch.errors import UserError
 from megatron_patch.patches.adam_of_another_kind import turn_into_fused, turn_into_torchs
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 
 
 def test_all_patches_apply() -> None:
@@ -19,7 +19,7 @@ from megatron_patch import patches
 print(*patches.apply_all("cpu"))
 assert patches.apply_all("cpu")  # twice is once
 """
-    names = in_new_process(program).split()
+    names = in_warm_process(program).split()
     assert names == patches.listed("cpu") and len(names) == 14
 
 
@@ -75,7 +75,7 @@ if not sys.argv[1]:
     model.output_layer(hidden)[0].sum().backward()  # fused, this is where the extension would be called
     assert torch.equal(model.output_layer.weight.grad, torch.full((32, 16), 4.0))
 """
-    assert in_new_process(program, extension).splitlines()[-1] == f"{fused} True True"
+    assert in_warm_process(program, extension).splitlines()[-1] == f"{fused} True True"
 
 
 def test_a_synchronous_save_starts_no_process(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ filesystem_async.get_write_results_queue(mp_mode="fork")
 print(len(multiprocessing.active_children()))
 """
     (tmp_path / "saved").mkdir()
-    assert in_new_process(program, str(tmp_path / "saved")).splitlines()[-3:] == ["0", "[0.0, 1.0, 2.0, 3.0]", "1"]
+    assert in_warm_process(program, str(tmp_path / "saved")).splitlines()[-3:] == ["0", "[0.0, 1.0, 2.0, 3.0]", "1"]
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "none"])
@@ -138,7 +138,7 @@ torch.manual_seed(7)
 assert torch.equal(torch.cat([one, two]), torch.cat([torch.rand(4), torch.rand(4)]))
 print("same")
 """
-    assert in_new_process(program).strip() == "same"
+    assert in_warm_process(program).strip() == "same"
 
 
 def test_the_writer_of_an_asynchronous_save_gets_copies() -> None:
@@ -167,7 +167,7 @@ assert sent.async_fn_args[1] is buckets and torch.equal(written, torch.zeros(3))
 print("copied")
 caller.process = None
 """
-    assert in_new_process(program).splitlines()[-1] == "copied"
+    assert in_warm_process(program).splitlines()[-1] == "copied"
 
 
 def test_extra_states_that_nobody_wrote_are_not_asked_for(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ except BaseException as error:  # torch's CheckpointException is no Exception
     print(error)
 """
     (tmp_path / "checkpoint").mkdir()
-    assert "other.weight" in in_new_process(program, tmp_path / "checkpoint")
+    assert "other.weight" in in_warm_process(program, tmp_path / "checkpoint")
 
 
 def test_torchs_adamw_steps_fused_also_after_a_load() -> None:
@@ -235,7 +235,7 @@ part.optimizer.load_state_dict(state)
 assert all(group["fused"] for group in part.optimizer.param_groups)
 print("fused")
 """
-    assert in_new_process(program).split()[-1] == "fused"
+    assert in_warm_process(program).split()[-1] == "fused"
 
 
 def test_adams_take_what_the_other_kind_has_saved() -> None:
@@ -284,7 +284,7 @@ for shape, packed, ranks in (((24, 3, 5, 8), None, 1), ((24, 5, 8), cu_seqlens, 
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 print("equal")
 """
-    assert in_new_process(program).split() == ["equal"]
+    assert in_warm_process(program).split() == ["equal"]
 
 
 def test_gradients_are_clipped_where_they_lie() -> None:
@@ -305,4 +305,4 @@ clip_grad_by_total_norm_fp32(parameters, 1.0, 8.0)
 assert not copied and places == [parameter.grad.data_ptr() for parameter in parameters]
 print(*{round(value, 5) for parameter in parameters for value in parameter.grad.flatten().tolist()})
 """
-    assert in_new_process(program).split() == ["0.5"]
+    assert in_warm_process(program).split() == ["0.5"]

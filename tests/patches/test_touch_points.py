@@ -11,7 +11,7 @@ from megatron_patch import patches
 from megatron_patch.errors import UserError
 from megatron_patch.patches import touch_points
 from megatron_patch.patches.touch_points import TOUCH_POINTS, Layer, TouchPoint
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_new_process, in_warm_process
 from tests.test_architecture import ROOT, tracked
 
 THE_PLACE = ROOT / "megatron_patch/patches/touch_points.py"
@@ -164,7 +164,7 @@ for point, places in touch_points._wrapped.items():
         for layer in point.layers
         if layer.place.startswith("patches.") and layer.backend in (None, "cpu") and not point.read_only
     }
-    assert set(in_new_process(program).splitlines()) == wanted
+    assert set(in_warm_process(program).splitlines()) == wanted
 
 
 @pytest.fixture

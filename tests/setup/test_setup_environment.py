@@ -108,6 +108,7 @@ def test_unreachable_index_is_one_sentence_with_the_remedy_and_no_stamp(reposito
     assert not (repository / ".venv/requirements.sha256").exists()
 
 
+@pytest.mark.slow
 def test_installs_finishes_an_interrupted_install_and_then_does_nothing(repository, tools, wheels):
     """python3 on PATH is too old and the only new one lies below pyenv's versions folder, as on many machines."""
     (tools / "python3").write_text(f"#!{BASH}\nexit 1\n")

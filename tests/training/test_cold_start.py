@@ -61,6 +61,7 @@ def test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start(
     assert "successfully saved checkpoint from iteration       3" in cold
 
 
+@pytest.mark.slow
 def test_ranks_end_with_launch_py(workspace: Workspace, tmp_path: Path) -> None:
     """`kill -9` of launch.py alone: nobody is left to train on and write where the next start writes."""
     settings = {**COLD, "TRAIN_ITERS": 100000, "CHECK": "false", "NPROC_PER_NODE": 2}

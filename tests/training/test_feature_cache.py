@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from megatron_patch.training.feature_cache import hash_of, read_tower
 from tests.training.conftest import spoil_images
 from tests.training.launching import ROOT, Workspace, command, losses, run
 from tests.training.test_config import argv
+from tests.warm import interpreter
 from toolkits.multimodal_data_preprocessing.cache_tower_features import check_space, predicted_images
 
 ITERATIONS = 12  # more than an epoch
@@ -42,12 +42,12 @@ CASES = {
     "bf16, TP2": ({"PR": "bf16"}, {"TP": 2}),
     "stage 2": ({"FREEZE_LANGUAGE_MODEL": "false"}, {"TP": 2}),
 }
-SLOW = ("packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16")
+SLOW = ("packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16", "bf16, TP2", "PP2, workers")
 
 
 def cache(workspace: Workspace, output: Path, *words: str, expected_exit: int = 0) -> str:
     """Run the command; returns what it printed."""
-    line = [sys.executable, str(TOOL), str(workspace.dataset), "--checkpoint", str(workspace.checkpoint)]
+    line = [interpreter.python(), str(TOOL), str(workspace.dataset), "--checkpoint", str(workspace.checkpoint)]
     done = subprocess.run(
         [*line, "--output", str(output), "--batch-size", "5", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -111,6 +111,7 @@ def test_the_run_is_the_one_without(
     assert "skipped 2 (not an image 2)" in printed or "skipped 3 (not an image 3)" in printed
 
 
+@pytest.mark.slow
 def test_images_are_not_decoded(workspace: Workspace, tmp_path: Path) -> None:
     """The images go bad behind the cache's back, which nothing that a run reads shows."""
     cache(workspace, tmp_path / "features", "--precision", "fp32")
@@ -263,6 +264,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_cache_goes_on(caches: Callable, damaged: Workspace, tmp_path: Path) -> None:
     whole, partial, output = caches(), tmp_path / "features.partial", tmp_path / "features"
     shutil.copytree(whole, partial)

@@ -15,7 +15,7 @@ from megatron_patch.training.graceful_stop import TimeLimit
 from tests.training.launching import Workspace, command, losses, run
 from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
-ITERATIONS = 60
+ITERATIONS = 24
 STEPS = {"TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EVAL_ITERS": 0, "NUM_WORKERS": 2}
 
 

@@ -21,7 +21,7 @@ PARALLELISMS = {
     "asynchronous saves": {"ASYNC_SAVE": "true"},
 }
 SLOW = {
-    "one process": pytest.mark.slow,
+    "DP2 + distributed optimizer": pytest.mark.slow,  # test_resume_parallelism has two ranks
     "two loader workers": pytest.mark.slow,  # the loader's own tests cover workers in seconds
     "asynchronous saves": pytest.mark.slow,
 }

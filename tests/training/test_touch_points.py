@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.patches.touch_points import LOOP, TOUCH_POINTS
-from tests.device.test_cpu import in_new_process
+from tests.programs import in_warm_process
 from tests.training.launching import Workspace, command, run
 
 # Trains as the launcher would, then tells the files that each symbol leads through, from the outermost inwards.
@@ -48,7 +48,7 @@ def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> 
         if point.module == LOOP and all(layer.place.startswith("training.") for layer in point.layers)
     }
     assert len(listed) == 10
-    said = in_new_process(PROGRAM.format(names=list(listed)), *printed[start + 1 :], **variables)
+    said = in_warm_process(PROGRAM.format(names=list(listed)), *printed[start + 1 :], **variables)
     found = {}
     for line in said.splitlines():
         if line.startswith("LAYERS "):

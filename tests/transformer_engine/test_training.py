@@ -40,7 +40,7 @@ LAYOUTS = {
 ROWS = [("all trained", layout) for layout in LAYOUTS] + [
     *(("stage 1", "TP1"), ("stage 1", "TP2 + SP"), ("packed", "TP1"), ("packed", "TP2 + SP"))
 ]
-DEFAULT = [("all trained", "TP2 + SP"), ("packed", "TP1")]
+DEFAULT = [("packed", "TP1")]
 # Relative, of fp32: ten times what is seen; sums are taken in other orders, and Adam's division magnifies that.
 SAME = 1e-5
 # O x I of the projector's and of the decoder's weights; its output layer is Megatron's own (unfused_weight_gradients).

@@ -1,4 +1,7 @@
-"""The Python that tests start: one that is warm (server.py), or the real one with COLD_START=1 in the environment."""
+"""The Python that tests start: one that is warm (server.py), or the real one with COLD_START=1 in the environment.
+
+WARM_PYTHON in the environment names one that another process keeps warm (run_mutants.py, for all of its copies).
+"""
 
 import atexit
 import functools
@@ -24,6 +27,8 @@ def python() -> str:
     """Path of the interpreter to start programs with.  The server is started with the first question."""
     if os.environ.get("COLD_START") == "1":
         return sys.executable
+    if "WARM_PYTHON" in os.environ:
+        return os.environ["WARM_PYTHON"]
     global _folder
     _folder = folder = Path(tempfile.mkdtemp(prefix="warm"))
     shim = folder / "python"

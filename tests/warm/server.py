@@ -180,7 +180,7 @@ def serve(listener: socket.socket, log: Path, imported: Imported, own_surroundin
             reason = why_not(request, imported, own_surroundings)
         except (OSError, ValueError, EOFError, TypeError) as error:
             reason = f"its request cannot be read: {error!r}"
-        what = " ".join(request.words[:3]) if request else "?"
+        what = " ".join(request.words[:3]).partition("\n")[0] if request else "?"
         with log.open("a") as stream:
             stream.write(f"{'cold' if reason else 'warm'}|{reason}|{what}\n")
         pid = 0 if reason else os.fork()

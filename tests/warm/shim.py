@@ -29,11 +29,11 @@ def surroundings() -> list:
 
 
 def is_worth_it(words: list[str]) -> bool:
-    """Is it a module, a script or a process of multiprocessing?"""
+    """Is it a module, a script, a program of several lines or a process of multiprocessing?"""
     while words and words[0] in HARMLESS:
         words = words[1:]
     if len(words) > 1 and words[0] == "-c":
-        return words[1].startswith(SPAWN)
+        return words[1].startswith(SPAWN) or "\n" in words[1]
     return bool(words) and (words[0] == "-m" or not words[0].startswith("-"))
 
 

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[3] / "toolkits/multimodal_data_preprocessing/benchmark_pictures.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_equal_pixels() -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, "--pictures", "1", "--rounds", "1", "--batches", "2"],

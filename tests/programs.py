@@ -1,0 +1,32 @@
+"""Programs of a few lines in a process of their own: what they import or stand in for must not reach the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.warm import interpreter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def in_new_process(program: str, *words: object, **environment: str) -> str:
+    """Standard output of a program that starts with nothing imported."""
+    return _output_of(sys.executable, program, words, environment)
+
+
+def in_warm_process(program: str, *words: object, **environment: str) -> str:
+    """The same of one that finds torch and transformers imported, but not Megatron: in a quarter of the time."""
+    return _output_of(interpreter.python(), program, words, interpreter.ENVIRONMENT | environment)
+
+
+def _output_of(python: str, program: str, words: tuple[object, ...], environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [python, "-c", program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
