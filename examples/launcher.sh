@@ -100,6 +100,13 @@ fits() {
         "a folder of cache_tower_features.py")
             [[ -f $value/features.json ]] || explain_path "$value" features.json
             ;;
+        "a benchmark of evaluate_llava.sh")
+            is_listed "$value" "$repository"/megatron_patch/evaluation/benchmarks/[!_]*.py
+            ;;
+        "a file or folder")
+            [[ -e $value ]] || detail="it does not exist"
+            [[ -e $value ]]
+            ;;
         "a file")
             [[ -f $value ]] || detail="it does not exist"
             [[ ! -d $value ]] || detail="it is a folder"
@@ -495,7 +502,8 @@ SPIKE_FACTOR|0|a number from 0|a loss above so many times the median of the last
 MAX_ROLLBACKS|3|a whole number from 0 to 99|with ON_BAD_LOSS=rollback: after so many the run ends
 TIME_LIMIT|(none)|$COUNT|minutes from the start, before whose end the run saves and ends with exit code 0
 KEEP_LAST|0|$COUNT_OR_ZERO|checkpoints that are retained, older ones are deleted; 0: all
-KEEP_BEST|false|one of true false|retain the best by validation loss as checkpoint/best, saving it where none was due
+KEEP_BEST|false|one of true false|retain the best validation as checkpoint/best, saving it where none was due
+BEST_BY|loss|one of loss score|what KEEP_BEST goes by: the lowest validation loss, or the highest score of EVAL_BENCHMARK
 DETERMINISTIC|false|one of true false|only operations that give the same bits again; slower
 ASYNC_SAVE|false|one of true false|checkpoints are written by a process of their own while training goes on
 ACCELERATOR|auto|auto or an accelerator|auto: GPUs where there are any, else cpu; accelerators: megatron_patch/device
@@ -506,7 +514,10 @@ SEED|1234|$COUNT|seed of weights, order of the data and dropout
 LOG_INTERVAL|1|$COUNT|iterations from one line of the log to the next
 EVAL_INTERVAL|1000|$COUNT|iterations from one validation to the next
 EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
-SAMPLE_ANSWERS|0|a whole number from 0 to 99|questions of the validation data that the model answers at each validation, for TensorBoard and answers/ (4 is a good number); needs PP=1 and CP=1
+SAMPLE_ANSWERS|0|a whole number from 0 to 99|questions of the validation data that the model answers at each validation, for TensorBoard and answers/ (4 is a good number)
+EVAL_BENCHMARK|(none)|a benchmark of evaluate_llava.sh|benchmark that the model answers at each validation: its score as a curve, benchmark/ with answers and a sheet of them over time
+EVAL_BENCHMARK_DATA|(none)|a file or folder|the files of EVAL_BENCHMARK, as evaluate_llava.sh --data
+EVAL_BENCHMARK_QUESTIONS|64|$COUNT|so many of its questions, evenly chosen
 PROFILE|(none)|iterations, as 10-12|iterations to trace
 PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the launcher under nsys profile -c cudaProfilerApi, on GPUs
 PROFILE_RANKS|0|ranks, as 0,1|processes to trace
@@ -550,7 +561,8 @@ launch_llava() {
     check_extra_arguments "${@:24}"
     check_training
     stop_if_wrong
-    absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE
+    absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE \
+        EVAL_BENCHMARK_DATA
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     start_arguments "${arg[OUTPUT_BASEPATH]}"
     command+=("$repository/examples/llava_mcore/pretrain_llava.py")
@@ -675,11 +687,17 @@ check_training() {
 # check_reports: the rules about what a run reports.
 check_reports() {
     if right SAMPLE_ANSWERS && ((arg[SAMPLE_ANSWERS] > 0)); then
-        if right PP CP && ((arg[PP] > 1 || arg[CP] > 1)); then
-            refuse SAMPLE_ANSWERS "needs PP=1 and CP=1: each process must hold whole layers and whole sequences"
-        fi
         if right EVAL_ITERS && ((arg[EVAL_ITERS] == 0)); then
             refuse SAMPLE_ANSWERS "needs EVAL_ITERS above 0: the model answers at validations"
+        fi
+    fi
+    if right EVAL_BENCHMARK EVAL_BENCHMARK_DATA EVAL_ITERS BEST_BY; then
+        if [[ -n ${arg[EVAL_BENCHMARK]} ]]; then
+            [[ -n ${arg[EVAL_BENCHMARK_DATA]} ]] || refuse EVAL_BENCHMARK "needs EVAL_BENCHMARK_DATA, its files"
+            ((arg[EVAL_ITERS] > 0)) || refuse EVAL_BENCHMARK "needs EVAL_ITERS above 0: it is asked at validations"
+        else
+            [[ -z ${arg[EVAL_BENCHMARK_DATA]} ]] || refuse EVAL_BENCHMARK_DATA "needs EVAL_BENCHMARK, its name"
+            [[ ${arg[BEST_BY]} != score ]] || refuse BEST_BY "needs EVAL_BENCHMARK, which gives the score"
         fi
     fi
     if right PROFILE TRAIN_ITERS && [[ -n ${arg[PROFILE]} ]] && ((${arg[PROFILE]#*-} > arg[TRAIN_ITERS])); then
@@ -781,7 +799,7 @@ safeguard_arguments() {
         --on-bad-loss "${arg[ON_BAD_LOSS]}" --spike-factor "${arg[SPIKE_FACTOR]}"
         --bad-batches-file "${arg[OUTPUT_BASEPATH]}/bad_batches.jsonl" --keep-last "${arg[KEEP_LAST]}"
     )
-    [[ ${arg[KEEP_BEST]} != true ]] || command+=(--keep-best)
+    [[ ${arg[KEEP_BEST]} != true ]] || command+=(--keep-best --best-by "${arg[BEST_BY]}")
     if [[ -n ${arg[TIME_LIMIT]} ]]; then
         local now
         printf -v now '%(%s)T' -1
@@ -802,6 +820,12 @@ report_arguments() {
     local output=${arg[OUTPUT_BASEPATH]} first=${arg[PROFILE]%-*} last=${arg[PROFILE]#*-}
     local -a ranks=()
     command+=(--output-path "$output" --sample-answers "${arg[SAMPLE_ANSWERS]}")
+    if [[ -n ${arg[EVAL_BENCHMARK]} ]]; then
+        command+=(
+            --eval-benchmark "${arg[EVAL_BENCHMARK]}" --eval-benchmark-data "${arg[EVAL_BENCHMARK_DATA]}"
+            --eval-benchmark-questions "${arg[EVAL_BENCHMARK_QUESTIONS]}"
+        )
+    fi
     if [[ -n ${arg[PROFILE]} ]]; then
         IFS=, read -ra ranks <<<"${arg[PROFILE_RANKS]}"
         if [[ ${arg[PROFILER]} == torch ]]; then

@@ -38,6 +38,8 @@ CHAT, OF_CHAT = "megatron_patch/data/chat_template.py", "tests/data/test_chat_te
 USAGE, OF_EXPORTS = "megatron_patch/conversion/usage_files.py", "tests/conversion/test_exports.py"
 PIPELINE = "megatron_patch/data/preparation/pipeline.py"
 RETENTION = "megatron_patch/training/checkpoint_retention.py"
+CALLBACKS = "megatron_patch/training/callbacks.py"
+GENERATION, OF_SCORES = "megatron_patch/training/generation.py", "tests/training/test_benchmark_scores.py"
 LAUNCHER = "examples/launcher.sh"
 
 PARITY = "tests/model/test_parity.py::test_logits_loss_and_gradients_equal_transformers"
@@ -1110,18 +1112,85 @@ RUNS = [
         ("the deviation of pixels is their mean", "settings.pixel_std,", "settings.data.image_mean,"),
     ),
     *of(
-        "megatron_patch/training/sample_generation.py",
+        GENERATION,
         GREEDY,
         (
             "an answer's token is read a position early",
-            "logits[0, length - 1].argmax()",
-            "logits[0, length - 2].argmax()",
+            "[len(row) - 1 for row in rows]",
+            "[len(row) - 2 for row in rows]",
         ),
-        ("an answer's token is read from the padding", "logits[0, length - 1].argmax()", "logits[0, -1].argmax()"),
         (
-            "what was answered is not read again",
-            "row[0, :length] = [*question.tokens, *answer]",
-            "row[0, : len(question.tokens)] = question.tokens",
+            "an answer's token is read from the padding",
+            "features, found.int().argmax(1))",
+            "features, torch.full_like(lasts, -1))",
+        ),
+        ("what was answered is not read again", "[*prompt.tokens, *answer] for", "[*prompt.tokens] for"),
+        ("answers are of no image", "features=features, logits_at", "features=None, logits_at"),
+    ),
+    *of(
+        GENERATION,
+        f"{OF_SCORES}::test_answers_are_scored[CP2]",
+        ("all context-parallel ranks hold the first positions", "mpu.get_context_parallel_rank(), parts", "0, parts"),
+    ),
+    *of(
+        GENERATION,
+        f"{OF_SCORES}::test_answers_are_scored[PP2]",
+        ("the last stage alone knows the next token", "torch.distributed.broadcast(chosen", "print(chosen"),
+    ),
+    *of(
+        GENERATION,
+        f"{OF_SCORES}::test_answers_are_scored[TP2 + SP, DP2]",
+        (
+            "answers of data-parallel ranks stand one behind the other",
+            "told[number % group.size()][number // group.size()]",
+            "sum(told, [])[number]",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/benchmark.py",
+        f"{OF_SCORES}::test_some_questions_are_chosen_and_the_best_score_is_kept",
+        ("the first questions are asked", "every[number * len(every) // count]", "every[number]"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_SCORES}::test_answers_are_scored[one process]",
+        ("EVAL_BENCHMARK is ignored", "read_benchmark(arguments, folder, trained_with),", "None,"),
+    ),
+    *of(
+        CALLBACKS,
+        f"{OF_SCORES}::test_some_questions_are_chosen_and_the_best_score_is_kept",
+        ("BEST_BY is ignored", 'if benchmark and args.best_by == "score"', "if False"),
+    ),
+    *of(
+        RETENTION,
+        f"{OF_SCORES}::test_some_questions_are_chosen_and_the_best_score_is_kept",
+        ("the lowest score is the best", '"score": -1}', '"score": 1}'),
+    ),
+    *of(
+        RETENTION,
+        f"{OF_SCORES}::test_another_measure_begins_anew",
+        ("a loss is compared with a score", "found.get(measure, SIGN[measure] * math.inf)", "[*found.values()][1]"),
+    ),
+    *of(
+        LAUNCHER,
+        f"{OF_SCORES}::test_some_questions_are_chosen_and_the_best_score_is_kept",
+        ("BEST_BY is not handed over", '--best-by "${arg[BEST_BY]}"', "--best-by loss"),
+        (
+            "EVAL_BENCHMARK_QUESTIONS is not handed over",
+            '--eval-benchmark-questions "${arg[EVAL_BENCHMARK_QUESTIONS]}"',
+            "--eval-benchmark-questions 64",
+        ),
+    ),
+    *of(
+        LAUNCHER,
+        "tests/launchers/test_arguments.py::test_rules_between_training_arguments",
+        ("a score without a benchmark", "[[ ${arg[BEST_BY]} != score ]] ||", "true ||"),
+        ("a benchmark without its files", "[[ -n ${arg[EVAL_BENCHMARK_DATA]} ]] ||", "true ||"),
+        ("files without a benchmark", "[[ -z ${arg[EVAL_BENCHMARK_DATA]} ]] ||", "true ||"),
+        (
+            "a benchmark without validations",
+            "((arg[EVAL_ITERS] > 0)) || refuse EVAL_BENCHMARK",
+            "true || refuse EVAL_BENCHMARK",
         ),
     ),
     *of(

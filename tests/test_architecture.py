@@ -26,6 +26,9 @@ FREE = {
     ),
 }
 LOADING = {"data.loading", "data"}
+# What asks and judges, without the engines: training does so too.
+ASKING = {f"evaluation.{name}" for name in ("benchmarks", "metrics", "question", "source", "report")}
+PROMPTS = {"inference.interface", "inference.prompt"}
 ROOMS = {
     "arguments": set(),
     "launch": set(),
@@ -36,10 +39,15 @@ ROOMS = {
     "data": set(),  # what preparation and loading share imports neither
     "data.preparation": {"data"},
     "data.loading": {"data"},
-    "training": {"launch", "model", *LOADING, "device", "patches", "arguments"},
+    "training": {"launch", "model", *LOADING, "device", "patches", "arguments", *ASKING, *PROMPTS},
     "training.load_model": {"training", "model", "device"},  # a room to inference, which needs no more of training
-    "inference": {"arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"},
-    "evaluation": {"inference", "data"},
+    "inference": {
+        *("arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"),
+        *PROMPTS,
+    },
+    **{name: {"arguments", *LOADING, *PROMPTS} for name in PROMPTS},
+    "evaluation": {"inference", "data", *PROMPTS, *ASKING},
+    **{name: {"inference.interface", "data", *ASKING} for name in ASKING},
     **{name: set() for name in FREE},
 }
 # Foreign packages that a room must do without. Conversion imports in a second, the data room's core needs no model.
@@ -135,6 +143,8 @@ def test_imports_point_one_way(path):
         ("checkpoint_files", "megatron_patch.conversion.table"),
         ("evaluation", "megatron_patch.training.config"),
         ("inference", "megatron_patch.evaluation.run"),
+        ("training", "megatron_patch.evaluation.run"),
+        ("evaluation.question", "megatron_patch.inference.engine"),
     ],
 )
 def test_a_wrong_arrow_is_seen(room, name):

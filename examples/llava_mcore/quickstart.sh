@@ -87,15 +87,17 @@ step() {
 
 # show: of a step's log, what a reader wants to see while it runs; of the training, the loss at every 50th iteration.
 show() {
-    awk '
-        /iteration +[0-9]+\// {
-            match($0, /iteration +[0-9]+\/ +[0-9]+/); iteration = substr($0, RSTART, RLENGTH)
-            match($0, /lm loss: [^ ]+/); loss = substr($0, RSTART, RLENGTH)
-            if (iteration ~ /[05]0\/ /) { print "    " iteration "  " loss; fflush() }
-            next
-        }
-        /^(question|all |Wh|Is )|records in =/ { print "    " $0; fflush() }
-    '
+    local line # not awk: some of them read a pipe in large pieces, and nothing would be seen for minutes
+    while IFS= read -r line; do
+        if [[ $line =~ iteration\ +[0-9]+/\ +[0-9]+ ]]; then
+            local iteration=${BASH_REMATCH[0]}
+            if [[ $iteration =~ [05]0/ && $line =~ lm\ loss:\ [^\ ]+ ]]; then
+                printf '    %s  %s\n' "$iteration" "${BASH_REMATCH[0]}"
+            fi
+        elif [[ $line =~ ^(question|all |Wh|Is )|records\ in\ = ]]; then
+            printf '    %s\n' "$line"
+        fi
+    done
 }
 
 make_digits() { "$PYTHON" -m examples.llava_mcore.quickstart.make_digits "$1" --copies 8; }
@@ -170,6 +172,8 @@ printf '\nFinished after %d s. Where everything lies:\n' "$SECONDS"
 printf '  %s\n' "${report[@]}" "contact sheet                                $folder/answers/answers.png"
 cat <<NEXT
 Next:
+  bash examples/llava_mcore/serve_llava.sh $folder/exported
+      opens a page: drop an image in, ask, and watch the answer come
   $PYTHON -m tensorboard.main --logdir $folder
       learning rate, gradient norm, samples per second
   bash examples/llava_mcore/run_mcore_llava.sh --help

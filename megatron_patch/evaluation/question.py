@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
+from megatron_patch.inference.interface import Request
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
@@ -40,6 +42,11 @@ class Question:
         """Text, choices with their letters, suffix: a line each."""
         choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join(filter(None, [self.text, *choices, self.suffix]))
+
+    @property
+    def request(self) -> Request:
+        """As an engine takes it."""
+        return Request(self.id, (Exchange(self.prompt, None),), self.images)
 
 
 def rotations(question: Question) -> list[Question]:

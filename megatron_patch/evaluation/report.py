@@ -1,11 +1,13 @@
 """Results for people: a table, a plot, a contact sheet of some questions."""
 
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from megatron_patch.data.rejection import RecordError
 from megatron_patch.evaluation.metrics import Table
 
 LONGEST_TITLE = 60  # characters of a question
+COLOURS = {True: "green", False: "red", None: "black"}  # of an answer
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,11 @@ def draw_sheet(file: Path, samples: Sequence[Sample], most: int = 40) -> None:
         axis.axis("off")
     for axis, index in zip(axes.flat, chosen, strict=False):
         sample = samples[index]
-        if sample.image is not None:
-            data = sample.image if isinstance(sample.image, bytes) else sample.image.read_bytes()
-            with suppress(RecordError):  # one that the model could not see either
-                axis.imshow(open_image(data))
-        axis.set_title(_shortened(sample.question), fontsize=8, parse_math=False)
+        _draw_image(axis, sample)
         caption = sample.answer if sample.right else f"{sample.answer or '(nothing)'}  (truth: {sample.truth})"
         axis.text(
             *(0.5, -0.03, _shortened(caption)),
-            color={True: "green", False: "red", None: "black"}[sample.right],
+            color=COLOURS[sample.right],
             fontsize=10,
             ha="center",
             va="top",
@@ -88,6 +87,36 @@ def draw_sheet(file: Path, samples: Sequence[Sample], most: int = 40) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
+
+
+def draw_over_time(file: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
+    """A row per question, a column per moment (its name above): image and question, then the answers."""
+    pyplot = _pyplot()
+    moments = list(samples)
+    rows = max(1, *(len(of_moment) for of_moment in samples.values()))
+    shape = {"figsize": (2 + 1.6 * len(moments), 1.5 * rows + 0.3), "squeeze": False}
+    figure, axes = pyplot.subplots(rows, len(moments) + 1, **shape)
+    for axis in axes.flat:
+        axis.axis("off")
+    for column, moment in enumerate(moments, 1):
+        axes[0, column].set_title(moment, fontsize=9)
+        for row, sample in enumerate(samples[moment]):
+            _draw_image(axes[row, 0], sample)
+            text = textwrap.fill(_shortened(sample.answer or "(nothing)"), 20)
+            colour = COLOURS[sample.right]
+            axes[row, column].text(0.5, 0.5, text, color=colour, fontsize=9, ha="center", va="center", parse_math=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def _draw_image(axis: Any, sample: Sample) -> None:
+    """The sample's image below its question."""
+    if sample.image is not None:
+        data = sample.image if isinstance(sample.image, bytes) else sample.image.read_bytes()
+        with suppress(RecordError):  # one that the model could not see either
+            axis.imshow(open_image(data))
+    axis.set_title(_shortened(sample.question), fontsize=8, parse_math=False)
 
 
 def _shortened(text: str) -> str:

@@ -25,11 +25,10 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from megatron_patch.atomic_files import write_text
-from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation.metrics import Metric, Scores, Table
 from megatron_patch.evaluation.question import Question
-from megatron_patch.inference import Engine, Prompt, Request, RequestError, Sampling
+from megatron_patch.inference import Engine, Prompt, RequestError, Sampling
 
 RUN, ANSWERS, SCORED, RESULTS, PARTS = "run.json", "answers.jsonl", "scored.jsonl", "results.json", "parts"
 FAILED = "error"  # the finish_reason of a question that could not be asked; its answer is empty
@@ -117,7 +116,7 @@ def _prepare(engine: Engine, batch: Sequence[Question]) -> list[Prompt | Request
     prepared: list[Prompt | RequestError] = []
     for question in batch:
         try:
-            prepared.append(engine.prepare(request_of(question)))
+            prepared.append(engine.prepare(question.request))
         except RequestError as error:
             prepared.append(error)
     return prepared
@@ -138,11 +137,6 @@ def _answer(
             told = {"answer": "", "finish_reason": FAILED, "error": str(prompt)}
         lines.append({"id": question.id, "prompt": question.prompt} | told)
     return lines
-
-
-def request_of(question: Question) -> Request:
-    """The question as an engine takes it."""
-    return Request(question.id, (Exchange(question.prompt, None),), question.images)
 
 
 def is_complete(file: Path, batches: Sequence[Sequence[Question]]) -> bool:

@@ -23,12 +23,15 @@ class PromptEncoder:
     Args:
         folder: the `llava/` folder of a checkpoint, or an exported Hugging Face folder.
         template: in place of the one that the model was trained with.
+        settings: of a training under way, in place of those in the folder.
     Raises:
         UserError: files are missing or do not fit each other.
     """
 
-    def __init__(self, folder: LlavaFolder, template: str | None = None) -> None:
-        geometry, settings = folder.geometry(), folder.training_settings or TrainingSettings(None)
+    def __init__(
+        self, folder: LlavaFolder, template: str | None = None, settings: TrainingSettings | None = None
+    ) -> None:
+        geometry, settings = folder.geometry(), settings or folder.training_settings or TrainingSettings(None)
         language, tower = geometry.language, geometry.tower
         self.template = template or auto_template(folder)
         self.max_tokens = min(language.max_positions, language.sliding_window or language.max_positions)

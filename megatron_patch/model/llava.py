@@ -4,6 +4,7 @@ Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeli
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Container, Mapping
 
 import torch
@@ -304,6 +305,7 @@ class LlavaModel(MegatronModule):
         pixels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         features: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch.
 
@@ -313,12 +315,14 @@ class LlavaModel(MegatronModule):
             pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
             cu_seqlens: int32 [records + 1], when the batch is a single row of packed records: where each begins, then
                 the row's end.  No record attends to another, positions start anew in each.  On every stage.
-            features: [N, P, tower.hidden], what the frozen tower makes of the pixels, in place of them.
+            features: [N, P, tower.hidden], what the tower makes of the pixels, in place of them.
+            logits_at: int64 [B], without labels: of each row the one position of this context-parallel rank's part of
+                which logits are wanted.
 
         Returns:
             Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses
             in nats over the labelled positions of this context-parallel rank, and their number.  Without labels:
-            logits [B, S, V].
+            logits [B, S, V], with logits_at [B, V].
         """
         decoder_input = self._embed(tokens, pixels, features, cu_seqlens) if self.pre_process else None
         if labels is not None:
@@ -330,8 +334,13 @@ class LlavaModel(MegatronModule):
             decoder_input=decoder_input,
             packed_seq_params=None if cu_seqlens is None else self._packed_seq_params(cu_seqlens),
             labels=labels,
-            output_processor=self._loss_or_logits,
+            output_processor=functools.partial(self._loss_or_logits, logits_at=logits_at),
         )
+
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """pixels uint8 [N, 3, side, side] -> [N, P, tower.hidden], for forward(); first stage only."""
+        return tower_features(self.vision_model, self.geometry.tower, pixels, self.pixel_mean, self.pixel_std)
 
     def next_logits(self, tokens: Tensor, pixels: Tensor | None, cache: KeyValueCache) -> Tensor:
         """More tokens of a batch whose earlier ones are in the cache; the local layers only, without gradients.
@@ -423,9 +432,12 @@ class LlavaModel(MegatronModule):
         output_layer: torch.nn.Module,
         output_weight: Tensor | None,
         labels: Tensor | None,
+        logits_at: Tensor | None = None,
         **_: object,
     ) -> Tensor:
         """hidden_states [S, B, H] -> [2] (sum of losses, number of labels) with labels [B, S], else logits [B, S, V].
+
+        With logits_at [B] the logits [B, V] of one position of each row.
 
         Only labelled positions meet the head: with 576 image tokens and 40 of text it would otherwise work 15 times
         as much, and hold [B, S, V] logits.
@@ -436,6 +448,8 @@ class LlavaModel(MegatronModule):
             )
         hidden_states = hidden_states.transpose(0, 1)  # [B, S, H]
         if labels is None:
+            if logits_at is not None:
+                hidden_states = hidden_states[torch.arange(len(logits_at), device=logits_at.device), logits_at]
             logits, _ = output_layer(hidden_states, weight=output_weight)
             logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
             return logits[..., : self.geometry.language.vocabulary]

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.training import training
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
 from megatron_patch.patches.touch_points import LOOP, OPTIMIZER, wrap
 from megatron_patch.step_flop import Frozen
 from megatron_patch.training import checkpoint_retention, graceful_stop, loss_spikes
+from megatron_patch.training.benchmark_scores import BenchmarkScores
 from megatron_patch.training.config import RunConfig
 from megatron_patch.training.logging import RunLog
 from megatron_patch.training.profiling import Tracer
@@ -37,8 +40,12 @@ def _with_history(
     return wrapped
 
 
-def install_safeguards(args: argparse.Namespace) -> Callable[[], None]:
+def install_safeguards(args: argparse.Namespace, benchmark: BenchmarkScores | None) -> Callable[[], None]:
     """Wrap the functions that Megatron's training loop calls; removes what a killed save left.
+
+    Args:
+        args: Megatron's, with ours among them.
+        benchmark: that validations ask; with --best-by score it says which checkpoint is the best.
 
     Returns what to call when the run is over.
     """
@@ -64,7 +71,11 @@ def install_safeguards(args: argparse.Namespace) -> Callable[[], None]:
     if os.environ.get("RANK", "0") == "0" and (broken := checkpoint_retention.tidy(folder)):
         print(f"removed {', '.join(broken)} from {folder}: a save that was cut off", flush=True)
     keeper = checkpoint_retention.Keeper(
-        folder, args.keep_last, args.keep_best, lambda: {"losses": [*guard.history.losses]}
+        folder,
+        args.keep_last,
+        args.keep_best,
+        lambda: {"losses": [*guard.history.losses]},
+        (lambda: benchmark.score) if benchmark and args.best_by == "score" else None,
     )
     wrap(LOOP, "evaluate", "training.checkpoint_retention", keeper.watch_evaluation)
     wrap(LOOP, "evaluate_and_print_results", "training.checkpoint_retention", keeper.number_evaluation)
@@ -81,12 +92,14 @@ def reporting(
     args: argparse.Namespace,
     frozen: Frozen,
     loader: Callable[[], TrainLoader | None],
+    benchmark: BenchmarkScores | None,
 ) -> Iterator[dict[str, Any]]:
     """Listen to Megatron's training loop while a run lasts, then sum it up.
 
     Args:
         args: Megatron's, with ours among them.
         loader: this process's training loader, None where there is none.
+        benchmark: that validations ask.
 
     Yields:
         Further arguments for pretrain().
@@ -101,18 +114,20 @@ def reporting(
     if args.trace_iterations and args.rank in args.trace_ranks:
         tracer = Tracer(*args.trace_iterations, args.rank, args.output_path / "profile")
         wrap(LOOP, "train_step", "training.profiling", tracer.around)
-    hooks = {}
+    asked: list[SampleGeneration | BenchmarkScores] = [] if benchmark is None else [benchmark]
     if args.sample_answers and settings.valid_dataset_path:
-        answers = SampleGeneration(
-            settings.valid_dataset_path,
-            settings.data,
-            args.sample_answers,
-            args.tensor_model_parallel_size,
-            args.output_path,
-        )
-        hooks = {"non_loss_data_func": answers.generate, "process_non_loss_data_func": answers.tell}
+        path, count = settings.valid_dataset_path, args.sample_answers
+        asked.append(SampleGeneration(path, settings.data, count, args.output_path))
+
+    def generate(model: list[torch.nn.Module]) -> list[list[str]]:
+        return [part.generate(model) for part in asked]
+
+    def tell(answers: list[list[str]], iteration: int, writer: SummaryWriter) -> None:
+        for part, of_part in zip(asked, answers, strict=True):
+            part.tell(of_part, iteration, writer)
+
     try:
-        yield hooks
+        yield {"non_loss_data_func": generate, "process_non_loss_data_func": tell} if asked else {}
     except SystemExit as leaving:  # how Megatron ends a run early: 0 after a signal or a limit that it kept
         if not leaving.code:
             log.finish("stopped before the end")

@@ -1,8 +1,8 @@
-"""Which checkpoints are retained (whole ones, the last N, the best by validation loss), and what a save leaves behind.
+"""Which checkpoints are retained (whole ones, the last N, the best validation), and what a save leaves behind.
 
 checkpoint/iter_0000010/        weights and optimizer; finished once the tracker names it or a later one
 checkpoint/data/iter_0000010/   the loaders' state, and notes.json: what loss_spikes.py remembers
-checkpoint/best.json            {"iteration": 10, "loss": 1.9}
+checkpoint/best.json            {"iteration": 10, "loss": 1.9}, or "score" in place of the loss
 checkpoint/best/                that iteration as a checkpoint of its own, by links: export it, or start from it
 """
 
@@ -27,6 +27,7 @@ from megatron_patch.training.forward_step import LOSS
 from megatron_patch.training.loader_state import DATA_FOLDER
 
 BEST, BEST_FILE, NOTES = "best", "best.json", "notes.json"
+SIGN = {"loss": 1, "score": -1}  # what is least when multiplied with it is the best
 DELETED = "deleted_"  # a folder under this name is on its way out
 
 
@@ -85,16 +86,16 @@ def prune(folder: Path, last: int, protected: set[int]) -> list[int]:
     return gone
 
 
-def read_best(folder: Path) -> tuple[int | None, float]:
-    """(iteration, validation loss) of the best checkpoint so far."""
+def read_best(folder: Path, measure: str = "loss") -> tuple[int | None, float]:
+    """(iteration, value) of the best checkpoint so far; the worst of values where another measure has found it."""
     where = folder / BEST_FILE
     if not where.is_file():
-        return None, math.inf
+        return None, SIGN[measure] * math.inf
     found = json.loads(where.read_text())
-    return found["iteration"], found["loss"]
+    return found["iteration"], found.get(measure, SIGN[measure] * math.inf)
 
 
-def record_best(folder: Path, iteration: int, loss: float) -> None:
+def record_best(folder: Path, iteration: int, value: float, measure: str = "loss") -> None:
     """Make best/ refer to `iteration`, whose checkpoint is finished.  At every moment it refers to a whole one."""
     best = folder / BEST
     best.mkdir(exist_ok=True)
@@ -102,7 +103,7 @@ def record_best(folder: Path, iteration: int, loss: float) -> None:
         if not (best / name).is_symlink():
             (best / name).symlink_to(Path("..") / name)
     write_text(best / TRACKER, str(iteration))
-    write_text(folder / BEST_FILE, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
+    write_text(folder / BEST_FILE, json.dumps({"iteration": iteration, measure: value}) + "\n")
     for number, link in _iterations(best).items():
         if number != iteration:
             link.unlink()
@@ -111,23 +112,32 @@ def record_best(folder: Path, iteration: int, loss: float) -> None:
 class Keeper:
     """Around the saves and evaluations of a run.  Rank 0 alone touches the folder."""
 
-    def __init__(self, folder: Path, last: int, best: bool, notes: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        last: int,
+        best: bool,
+        notes: Callable[[], dict[str, Any]],
+        score: Callable[[], float | None] | None = None,
+    ) -> None:
         """
         Args:
             folder: of the checkpoints (--save).
             last: so many are retained; 0: all.
-            best: keep the best by validation loss too.
+            best: keep the best validation too.
             notes: what else to write down with each save, for read_notes().
+            score: of the latest validation, the same on all ranks: the highest is the best, not the lowest loss.
         """
         self.folder, self.last, self.best, self.notes = folder, last, best, notes
         self.saved: int | None = None  # iteration of the last save of this start
-        self.evaluated: tuple[int, float] | None = None  # the latest validation: iteration, loss
-        self.lowest = read_best(folder)[1]
+        self._score, self.measure = score, "loss" if score is None else "score"
+        self.evaluated: tuple[int, float] | None = None  # the latest validation: iteration, loss or score
+        self.best_value = read_best(folder, self.measure)[1]
         self._iteration = 0
 
     def wants_save(self, iteration: int) -> bool:
         """Is this iteration the best so far?"""
-        return self.best and self.evaluated is not None and self.evaluated == (iteration, self.lowest)
+        return self.best and self.evaluated is not None and self.evaluated == (iteration, self.best_value)
 
     def save(self, save: Callable[..., None]) -> Callable[..., None]:
         """Wrap Megatron's save_checkpoint_and_time(iteration, ...)."""
@@ -168,7 +178,7 @@ class Keeper:
     def _write_notes(self, iteration: int) -> None:
         here = self.evaluated is not None and self.evaluated[0] == iteration
         beside = self.folder / DATA_FOLDER / folder_name(iteration)
-        found = {**self.notes(), "validation loss": self.evaluated[1] if here else None}
+        found = {**self.notes(), f"validation {self.measure}": self.evaluated[1] if here else None}
         write_text(beside / NOTES, json.dumps(found) + "\n")
 
     def settle(self) -> None:
@@ -178,14 +188,15 @@ class Keeper:
         newest = tracked(self.folder)
         if newest is None:
             return
-        iteration, lowest = read_best(self.folder)
+        iteration, before = read_best(self.folder, self.measure)
         if self.best:
-            loss = self.evaluated[1] if self.evaluated and self.evaluated[0] == newest else None
-            loss = read_notes(self.folder, newest).get("validation loss") if loss is None else loss
-            if loss is not None and loss < lowest and checkpoint_format(self.folder / folder_name(newest)):
-                record_best(self.folder, newest, loss)
+            value = self.evaluated[1] if self.evaluated and self.evaluated[0] == newest else None
+            value = read_notes(self.folder, newest).get(f"validation {self.measure}") if value is None else value
+            better = value is not None and SIGN[self.measure] * value < SIGN[self.measure] * before
+            if better and checkpoint_format(self.folder / folder_name(newest)):
+                record_best(self.folder, newest, value, self.measure)
                 iteration = newest
-                print(f" best validation loss so far: {loss:.6f} at iteration {newest}", flush=True)
+                print(f" best validation {self.measure} so far: {value:.6f} at iteration {newest}", flush=True)
         gone = prune(self.folder, self.last, {iteration} if iteration is not None else set())
         if gone:
             print(f" deleted the checkpoints of iterations {', '.join(map(str, gone))}", flush=True)
@@ -198,10 +209,10 @@ class Keeper:
             found = (result[0] or {}).get(LOSS)
             loss = torch.tensor([-math.inf if found is None else float(found)], device=device.current_device())
             torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
-            value = loss.item()
-            if math.isfinite(value):
+            value = loss.item() if self._score is None else self._score()
+            if value is not None and math.isfinite(value):
                 self.evaluated = (self._iteration, value)
-                self.lowest = min(self.lowest, value)
+                self.best_value = min(self.best_value, value, key=lambda found: SIGN[self.measure] * found)
             return result
 
         return wrapped

@@ -19,6 +19,7 @@ from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSet
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_balance import RecordCost
 from megatron_patch.step_flop import Frozen, Work, step_flop
+from megatron_patch.training.benchmark import Benchmark, read_benchmark
 from megatron_patch.training.feature_cache import check_feature_cache
 from megatron_patch.training.offload import offload_arguments
 
@@ -42,6 +43,7 @@ class RunConfig:
     valid_dataset_path: str | None  # None: nothing is evaluated
     data: DataConfig
     pixel_std: tuple[float, float, float]
+    benchmark: Benchmark | None  # asked at validations
     megatron_arguments: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
@@ -315,6 +317,7 @@ def read_config(argv: list[str]) -> RunConfig:
         arguments.valid_dataset_path if arguments.eval_iters else None,
         data,
         pixel_std,
+        read_benchmark(arguments, folder, trained_with),
         megatron_arguments=(*derived, *argv),
     )
 

@@ -64,6 +64,7 @@ def train_llava() -> None:
 
     from megatron_patch.data.loading.loader import TrainLoader
     from megatron_patch.model.llava import LlavaModel
+    from megatron_patch.training.benchmark_scores import BenchmarkScores
     from megatron_patch.training.callbacks import install_safeguards, reporting
     from megatron_patch.training.data_provider import build_loaders
     from megatron_patch.training.ema import track_ema
@@ -107,6 +108,7 @@ def train_llava() -> None:
     gc.freeze()  # nor will imports ever be garbage
     gc.enable()
     args = parse_and_validate_args(add_arguments)
+    benchmark = settings.benchmark and BenchmarkScores(settings.benchmark, args.output_path)
     frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
     if args.save:
         args.dataloader_save = str(
@@ -122,9 +124,9 @@ def train_llava() -> None:
         lambda standard: with_modules(standard, lambda: read_overrides(get_args())),
     )
     track_ema(args)
-    settle = install_safeguards(args)
+    settle = install_safeguards(args, benchmark)
     try:
-        with reporting(settings, args, frozen, train_loader) as hooks:
+        with reporting(settings, args, frozen, train_loader, benchmark) as hooks:
             training.pretrain(
                 pretrain_cfg_container_from_args(args),
                 provide_loaders,

@@ -274,10 +274,12 @@ def test_template_without_ending_ends_at_the_newline(workspace: Workspace) -> No
     plain = Prompts(str(workspace.dataset), settings.data, 1)
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
     newline, red = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "red"))
-    assert not plain.is_complete(red) and not plain.is_complete(newline)
-    assert plain.is_complete([*red, *newline]) and plain.text([*red, *newline, *red]) == "red"
+    assert not plain.reader.is_complete(red) and not plain.reader.is_complete(newline)
+    assert plain.reader.is_complete([*red, *newline]) and plain.reader.text([*red, *newline, *red]) == "red"
     mistral = Prompts(str(workspace.dataset), read_config(argv(workspace)).data, 1)
-    assert not mistral.is_complete([*red, *newline]) and mistral.is_complete([*red, tokenizer.eos_token_id])
+    assert not mistral.reader.is_complete([*red, *newline]) and mistral.reader.is_complete(
+        [*red, tokenizer.eos_token_id]
+    )
 
 
 def test_stopwatch_takes_side_jobs_out() -> None:

@@ -16,7 +16,7 @@ from megatron_patch.data.loading import DataConfig, build_valid_loader
 from megatron_patch.data.loading.prompts import Prompts, Question
 from megatron_patch.geometry import IGNORE_LABEL
 from megatron_patch.training.config import read_config
-from megatron_patch.training.sample_generation import NEW_TOKENS
+from megatron_patch.training.generation import NEW_TOKENS
 from tests.training.launching import Workspace, run
 from tests.training.test_config import argv
 
@@ -108,4 +108,4 @@ def test_answers_are_transformers_greedy_ones(told, judge: Judge, settings: Data
     assert len({tuple(answer) for answer in right}) > 1, "all answers are the same: equality proves nothing"
     for iteration in range(1, VALIDATIONS + 1):
         lines = (told[1] / f"answers/iter_{iteration:07d}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["answer"] for line in lines] == [prompts.text(answer) for answer in right]
+        assert [json.loads(line)["answer"] for line in lines] == [prompts.reader.text(answer) for answer in right]

@@ -27,13 +27,13 @@ class Question:
 
 
 class Prompts:
-    """The first usable records of the val split, in stored order, and how answers to them are read."""
+    """The first usable records of the val split, in stored order; `reader` reads answers to them."""
 
     def __init__(self, path: str, config: DataConfig, count: int) -> None:
         """count: questions wanted; a smaller dataset gives fewer."""
         tokenizer = load_tokenizer(config.tokenizer_path)
         self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=tokenizer)
-        self._reader = AnswerReader(tokenizer, self._encoder.conversation.ending_id)
+        self.reader = AnswerReader(tokenizer, self._encoder.conversation.ending_id)
         self._tiles = config.tiles
         dataset = Dataset(path, "val")
         self.found: list[Question] = []
@@ -61,11 +61,3 @@ class Prompts:
     def pad_token_id(self) -> int:
         """Fills the end of a row."""
         return self._encoder.conversation.pad_token_id
-
-    def is_complete(self, answer: list[int]) -> bool:
-        """Has the model ended its answer (token ids)?"""
-        return self._reader.is_complete(answer)
-
-    def text(self, answer: list[int]) -> str:
-        """Token ids of an answer -> its text."""
-        return self._reader.text(answer)

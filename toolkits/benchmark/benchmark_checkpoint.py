@@ -1,0 +1,110 @@
+"""Saving and loading a checkpoint beside `cp` and `sync` of the same files, in one run, in turns.
+
+    python toolkits/benchmark/benchmark_checkpoint.py [--shape 135M] [--rounds 5] [--processes 1] [--work DIR]
+
+A run of the launcher trains an iteration, saves and ends; the next one loads that, trains and saves again: so ROUNDS
+saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds are those of Megatron's own timers, of the
+slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the load.  With
+--async-save training waits for a copy in memory only, and that is what the save's timer shows.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmark_training import LAUNCHERS, ROOT
+from tqdm import tqdm
+from workload import SHAPES, Shape, write_model, write_records
+
+from megatron_patch.conversion import convert_to_megatron
+
+TIMER = re.compile(r"(load|save)-checkpoint \.*: \([\d.]+, ([\d.]+)\)")
+STAGE = 2
+
+
+def train(shape: Shape, work: Path, iterations: int, processes: int, options: dict[str, str]) -> dict[str, float]:
+    """Seconds of what the timers of one run show: `load`, `save`.  Raises RuntimeError."""
+    arguments = [
+        *("dsw", shape.size, shape.micro_batch, shape.micro_batch * processes, "1e-4", "1e-4"),
+        *(shape.image_tokens, shape.image_tokens + shape.text_tokens + 64, "fp32", 1, 1, 1),
+        *("true" if processes > 1 else "false", "true", "false", "false", 10**6),
+        *(work / "data/wds", work / "data/wds", work / "checkpoint", iterations, 0, work / "run"),
+    ]
+    environment = os.environ | {
+        **{"CONVERSATION_TEMPLATE": "plain", "EVAL_ITERS": "0", "NUM_WORKERS": "0", "CHECK": "false"},
+        **{"NPROC_PER_NODE": str(processes), "PYTHON": sys.executable, "KEEP_LAST": "1", "FREEZE_VISION_TOWER": "true"},
+        **options,
+    }
+    command = ["bash", str(ROOT / "examples/llava_mcore" / LAUNCHERS[STAGE]), *map(str, arguments)]
+    done = subprocess.run([*command, "--allow-fresh-projector"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the run ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return {name: float(milliseconds) / 1000 for name, milliseconds in TIMER.findall(done.stdout)}
+
+
+def copy_and_sync(source: Path, target: Path) -> float:
+    """Seconds until a copy lies on the disk."""
+    os.sync()
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    os.sync()
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def row(name: str, size_gb: float, seconds: Sequence[float], copies: Sequence[float]) -> str:
+    """Of the table."""
+    rates = [size_gb / found for found in seconds]
+    ratio = statistics.median(copy / found for copy, found in zip(copies, seconds, strict=True))
+    rate = statistics.median(rates)
+    return f"{name:10s} {statistics.median(seconds):7.2f} s {rate:6.2f} GB/s  {ratio:5.2f}x the speed of cp + sync"
+
+
+def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict[str, str]) -> None:
+    """Print the table."""
+    write_model(work / "model", shape)
+    write_records(work / "data", shape, 4 * shape.micro_batch * processes * (rounds + 1))
+    convert_to_megatron(work / "model", None, work / "checkpoint", precision="fp32", model_size=shape.size)
+    train(shape, work, 1, processes, options)
+    found: dict[str, list[float]] = {"load": [], "save": [], "copy": []}
+    for number in tqdm(range(rounds), leave=False):
+        timers = train(shape, work, number + 2, processes, options)
+        (saved,) = (work / "run/checkpoint").glob("iter_*")
+        timers["copy"] = copy_and_sync(saved, work / "copied")
+        for name, seconds in timers.items():
+            found[name].append(seconds)
+    size_gb = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) / 1e9
+    print(f"{size_gb:.2f} GB, {processes} process{'es' if processes > 1 else ''}, medians of {rounds} rounds")
+    for name, label in (("copy", "cp + sync"), ("save", "save"), ("load", "load")):
+        print(row(label, size_gb, found[name], found["copy"]))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = [name for name, shape in SHAPES.items() if shape.weights]
+    parser.add_argument("--shape", choices=shapes, default="135M")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel, with a distributed optimizer")
+    parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder on the disk to be measured; default: a temporary one")
+    given = parser.parse_args()
+    options = {"ASYNC_SAVE": str(given.async_save).lower()}
+    with tempfile.TemporaryDirectory(prefix="benchmark_checkpoint_", dir=given.work) as folder:
+        measure(SHAPES[given.shape], Path(folder), given.rounds, given.processes, options)
+
+
+if __name__ == "__main__":
+    main()
