@@ -103,6 +103,10 @@ fits() {
         "a benchmark of evaluate_llava.sh")
             is_listed "$value" "$repository"/megatron_patch/evaluation/benchmarks/[!_]*.py
             ;;
+        "a folder")
+            [[ -d $value ]] || detail="there is none"
+            [[ -d $value ]]
+            ;;
         "a file or folder")
             [[ -e $value ]] || detail="it does not exist"
             [[ -e $value ]]
@@ -517,6 +521,7 @@ EVAL_ITERS|10|$COUNT_OR_ZERO|batches per validation; 0: none
 SAMPLE_ANSWERS|0|a whole number from 0 to 99|questions of the validation data that the model answers at each validation, for TensorBoard and answers/ (4 is a good number)
 EVAL_BENCHMARK|(none)|a benchmark of evaluate_llava.sh|benchmark that the model answers at each validation: its score as a curve, benchmark/ with answers and a sheet of them over time
 EVAL_BENCHMARK_DATA|(none)|a file or folder|the files of EVAL_BENCHMARK, as evaluate_llava.sh --data
+EVAL_BENCHMARK_IMAGES|(none)|a folder|its images, where they do not lie beside its files
 EVAL_BENCHMARK_QUESTIONS|64|$COUNT|so many of its questions, evenly chosen
 PROFILE|(none)|iterations, as 10-12|iterations to trace
 PROFILER|torch|one of torch nsys|torch: traces below profile/; nsys: start the launcher under nsys profile -c cudaProfilerApi, on GPUs
@@ -562,7 +567,7 @@ launch_llava() {
     check_training
     stop_if_wrong
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE \
-        EVAL_BENCHMARK_DATA
+        EVAL_BENCHMARK_DATA EVAL_BENCHMARK_IMAGES
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
     start_arguments "${arg[OUTPUT_BASEPATH]}"
     command+=("$repository/examples/llava_mcore/pretrain_llava.py")
@@ -825,6 +830,7 @@ report_arguments() {
             --eval-benchmark "${arg[EVAL_BENCHMARK]}" --eval-benchmark-data "${arg[EVAL_BENCHMARK_DATA]}"
             --eval-benchmark-questions "${arg[EVAL_BENCHMARK_QUESTIONS]}"
         )
+        [[ -z ${arg[EVAL_BENCHMARK_IMAGES]} ]] || command+=(--eval-benchmark-images "${arg[EVAL_BENCHMARK_IMAGES]}")
     fi
     if [[ -n ${arg[PROFILE]} ]]; then
         IFS=, read -ra ranks <<<"${arg[PROFILE_RANKS]}"

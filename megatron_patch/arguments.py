@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--sample-answers", type=int, default=0, metavar="N", help="questions answered at validations")
     group.add_argument("--eval-benchmark", metavar="NAME", help="benchmark that is asked and scored at validations")
     group.add_argument("--eval-benchmark-data", type=Path, metavar="PATH", help="its files as they were published")
+    group.add_argument("--eval-benchmark-images", type=Path, metavar="DIR", help="where they do not lie beside it")
     group.add_argument("--eval-benchmark-questions", type=int, default=64, metavar="N", help="of it, evenly chosen")
     group.add_argument("--trace-iterations", type=int, nargs=2, metavar=("FIRST", "LAST"), help="by torch's profiler")
     group.add_argument("--trace-ranks", type=int, nargs="+", default=[0], metavar="RANK")

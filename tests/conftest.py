@@ -18,8 +18,13 @@ LONG = ("training", "transformer_engine", "older_formats", "conversion", "launch
 _of_workers: Counter[str] = Counter()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+COLLECTED = pytest.StashKey[list[str]]()  # names of all tests, those too that -m leaves out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The rooms of LONG first; within a room the order stays."""
+    config.stash[COLLECTED] = [item.nodeid for item in items]
 
     def place(item: pytest.Item) -> int:
         room = item.nodeid.split("/")[1]

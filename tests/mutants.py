@@ -1121,11 +1121,12 @@ RUNS = [
         ),
         (
             "an answer's token is read from the padding",
-            "features, found.int().argmax(1))",
-            "features, torch.full_like(lasts, -1))",
+            '"logits_at": found.int().argmax(1)',
+            '"logits_at": torch.full_like(lasts, -1)',
         ),
         ("what was answered is not read again", "[*prompt.tokens, *answer] for", "[*prompt.tokens] for"),
-        ("answers are of no image", "features=features, logits_at", "features=None, logits_at"),
+        ("an image token of an answer is an image", '"prompt_lengths": prompt_lengths', '"prompt_lengths": None'),
+        ("answers are of no image", '"features": features', '"features": None'),
     ),
     *of(
         GENERATION,

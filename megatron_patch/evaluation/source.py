@@ -104,7 +104,7 @@ class Source:
             if (place / name).is_file():
                 return place / name
         looked = " or ".join(map(str, places))
-        raise record.error(f"its image {name} is not in {looked}; name the folder with --images")
+        raise record.error(f"its image {name} is not in {looked}; name their folder: --images, EVAL_BENCHMARK_IMAGES")
 
 
 def read_json(path: Path) -> Any:

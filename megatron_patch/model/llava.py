@@ -306,6 +306,7 @@ class LlavaModel(MegatronModule):
         cu_seqlens: Tensor | None = None,
         features: Tensor | None = None,
         logits_at: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch.
 
@@ -318,13 +319,16 @@ class LlavaModel(MegatronModule):
             features: [N, P, tower.hidden], what the tower makes of the pixels, in place of them.
             logits_at: int64 [B], without labels: of each row the one position of this context-parallel rank's part of
                 which logits are wanted.
+            prompt_lengths: int64 [B]: where an answer of the model's own begins, in which an image token is no image.
 
         Returns:
             Before the last stage: hidden states [S, B, H].  On the last stage with labels: [2], the sum of the losses
             in nats over the labelled positions of this context-parallel rank, and their number.  Without labels:
             logits [B, S, V], with logits_at [B, V].
         """
-        decoder_input = self._embed(tokens, pixels, features, cu_seqlens) if self.pre_process else None
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(tokens, pixels, features, cu_seqlens, prompt_lengths)
         if labels is not None:
             labels = self._on_this_context_rank(labels, cu_seqlens)
         return self.language_model(
@@ -383,7 +387,12 @@ class LlavaModel(MegatronModule):
         )
 
     def _embed(
-        self, tokens: Tensor, pixels: Tensor | None, features: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None,
+        features: Tensor | None,
+        cu_seqlens: Tensor | None,
+        prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, S] and pixels or features -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
@@ -397,8 +406,10 @@ class LlavaModel(MegatronModule):
                 # The projector still takes part, with weight 0, so that every rank reduces its gradient.
                 embedded = text + 0.0 * images.sum().to(text.dtype)
             else:
-                is_image = (tokens == self.geometry.image_token_id).unsqueeze(-1)
-                embedded = text.masked_scatter(is_image, images.to(text.dtype))
+                is_image = tokens == self.geometry.image_token_id
+                if prompt_lengths is not None:
+                    is_image &= torch.arange(tokens.shape[1], device=tokens.device) < prompt_lengths[:, None]
+                embedded = text.masked_scatter(is_image.unsqueeze(-1), images.to(text.dtype))
         embedded = self._on_this_context_rank(embedded, cu_seqlens).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)

@@ -52,7 +52,7 @@ def read_benchmark(
         )
     known = find_benchmark(name)
     judge = find_metric(known.metric)
-    every = read_questions(known, Source(data))
+    every = read_questions(known, Source(data, arguments.eval_benchmark_images))
     count = min(count, len(every))
     questions = [every[number * len(every) // count] for number in range(count)]  # evenly chosen
     encoder = PromptEncoder(folder, trained_with.conversation_template, trained_with)

@@ -61,10 +61,11 @@ class GreedyGeneration:
 
     def _answers(self, model: Sequence[torch.nn.Module], prompts: Sequence[Prompt]) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
-        features = self._features(model[0], prompts)
+        here, features = device.current_device(), self._features(model[0], prompts)
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=here)
         while any(not self._is_over(answer) for answer in answers):
             rows = [[*prompt.tokens, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-            for answer, token in zip(answers, self._next_tokens(model, rows, features), strict=True):
+            for answer, token in zip(answers, self._next_tokens(model, rows, lengths, features), strict=True):
                 if not self._is_over(answer):
                     answer.append(token)
         return answers
@@ -81,7 +82,11 @@ class GreedyGeneration:
         return unwrap_model(first).image_features(torch.from_numpy(pixels).to(device.current_device()))
 
     def _next_tokens(
-        self, model: Sequence[torch.nn.Module], rows: Sequence[Sequence[int]], features: Tensor | None
+        self,
+        model: Sequence[torch.nn.Module],
+        rows: Sequence[Sequence[int]],
+        prompt_lengths: Tensor,
+        features: Tensor | None,
     ) -> list[int]:
         """The most likely token behind each row, known to all processes of this copy of the model."""
         here, parts = device.current_device(), mpu.get_context_parallel_world_size()
@@ -96,7 +101,8 @@ class GreedyGeneration:
         if parts > 1:
             positions = zigzag_positions(width // parts, mpu.get_context_parallel_rank(), parts, here)
         found = positions == lasts[:, None]  # [B, S / CP]
-        logits = self._through_the_stages(model, tokens.to(here), features, found.int().argmax(1))
+        inputs = {"features": features, "logits_at": found.int().argmax(1), "prompt_lengths": prompt_lengths}
+        logits = self._through_the_stages(model, tokens.to(here), inputs)
         chosen = torch.full_like(lasts, -1)
         if logits is not None:
             chosen = torch.where(found.any(1), logits.argmax(-1), chosen)
@@ -107,9 +113,9 @@ class GreedyGeneration:
 
     @staticmethod
     def _through_the_stages(
-        model: Sequence[torch.nn.Module], tokens: Tensor, features: Tensor | None, places: Tensor
+        model: Sequence[torch.nn.Module], tokens: Tensor, inputs: dict[str, Tensor | None]
     ) -> Tensor | None:
-        """tokens [B, S], places [B] in this rank's part of them -> on the last stage logits [B, V]."""
+        """tokens [B, S] and what else forward() is given -> on the last stage logits [B, V]."""
         first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
         output = None
         for number, part in enumerate(model):  # virtual stages go round the pipeline once each
@@ -123,7 +129,7 @@ class GreedyGeneration:
                 received = torch.empty(shape, dtype=config.params_dtype, device=tokens.device)
                 torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
                 unwrap_model(part).set_input_tensor([received])
-            output = part(tokens=tokens, features=features, logits_at=places)
+            output = part(tokens=tokens, **inputs)
             if not gives_logits:
                 torch.distributed.send(output.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
         return output if last else None

@@ -66,6 +66,7 @@ def test_every_byte_is_compared(tool, tmp_path):
     assert not tool.same_bytes(one, other) and not tool.same_bytes(tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_no_success(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--size", "tiny", "--work", str(tmp_path)])
     monkeypatch.setattr(tool, "SHARE_OF_COPY", 0.0)

@@ -16,11 +16,12 @@ from tests.warm import interpreter
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "parallelisms"),
     [
         (4, "1x1,2x1,1x2,2x2,4x1,1x4"),  # one start serves all: the others are data-parallel replicas
-        pytest.param(16, "4x2,2x4,4x4", marks=pytest.mark.slow),
+        (16, "4x2,2x4,4x4"),
     ],
 )
 def test_read_saved_and_exported_at(processes, parallelisms, hub, tmp_path):

@@ -170,6 +170,7 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ),
         ({}, {"EVAL_BENCHMARK_DATA": "."}, "environment EVAL_BENCHMARK_DATA='.' needs EVAL_BENCHMARK"),
         ({}, {"EVAL_BENCHMARK_DATA": "absent"}, "EVAL_BENCHMARK_DATA='absent' must be a file or folder"),
+        ({}, {"EVAL_BENCHMARK_IMAGES": "absent"}, "EVAL_BENCHMARK_IMAGES='absent' must be a folder"),
         ({}, {"EVAL_BENCHMARK_QUESTIONS": "0"}, "EVAL_BENCHMARK_QUESTIONS='0' must be a whole number from 1"),
         ({}, {"BEST_BY": "score"}, "environment BEST_BY='score' needs EVAL_BENCHMARK"),
         ({}, {"SAMPLE_ANSWERS": "4", "EVAL_ITERS": "0"}, "environment SAMPLE_ANSWERS='4' needs EVAL_ITERS above 0"),

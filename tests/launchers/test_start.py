@@ -106,7 +106,8 @@ def test_another_process_that_dies_during_the_check_is_told_after_it(copy: Path,
 
 
 def test_without_arguments_processes_meet_and_leave_nothing(tmp_path: Path):
-    program = "import os; print(os.environ['RANK'], os.environ['MASTER_PORT'], 'TORCHELASTIC_RUN_ID' in os.environ)"
+    names = "os.environ['RANK'], os.environ['MASTER_PORT'], str('TORCHELASTIC_RUN_ID' in os.environ)"
+    program = f"import os; os.write(1, ' '.join(({names})).encode() + b'\\n')"  # whole: both write to one pipe
     (tmp_path / "program.py").write_text(f"{program}; raise SystemExit(5 * int(os.environ['RANK']))")
     words = [
         sys.executable,

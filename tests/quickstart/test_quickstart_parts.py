@@ -176,6 +176,7 @@ def untrained_llava(models, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_untrained_model_scores_at_most_chance(untrained_llava, digits, tmp_path):
     """The whole way of the answers with a real model: files, figures, exit code; the public command says the same."""
     few = tmp_path / "few"

@@ -79,9 +79,8 @@ def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -
     assert found[25] < found[1]
 
 
-@pytest.mark.parametrize(
-    "parallelism", [{"NPROC_PER_NODE": 2, "DO": "true"}, pytest.param({"PP": 2}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{"NPROC_PER_NODE": 2, "DO": "true"}, {"PP": 2}])
 def test_equal_work_trains_on_the_same_steps(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     """Losses as without BALANCE_COST, within 1e-6 relative: sums are taken in another order, nothing else."""
     settings = {"TRAIN_ITERS": 12, "GLOBAL_BATCH_SIZE": 16, **parallelism}

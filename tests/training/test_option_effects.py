@@ -66,7 +66,7 @@ OBSERVED = {
     **dict.fromkeys(("NPROC_PER_NODE", "LOG_INTERVAL", "EVAL_INTERVAL", "PROFILE"), "tests/training/test_callbacks.py"),
     **dict.fromkeys(("EVAL_ITERS", "SAMPLE_ANSWERS"), "tests/training/test_sample_generation.py"),
     **dict.fromkeys(
-        ("EVAL_BENCHMARK", "EVAL_BENCHMARK_DATA", "EVAL_BENCHMARK_QUESTIONS", "BEST_BY"),
+        ("EVAL_BENCHMARK", "EVAL_BENCHMARK_DATA", "EVAL_BENCHMARK_IMAGES", "EVAL_BENCHMARK_QUESTIONS", "BEST_BY"),
         "tests/training/test_benchmark_scores.py",
     ),
     "PROFILE_RANKS": HERE,

@@ -79,7 +79,8 @@ def plain_loop(folder: Path, workspace: Workspace, settings: DataConfig) -> list
     return found
 
 
-@pytest.mark.parametrize("parallelism", [{}, pytest.param({"TP": 2, "PP": 2}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{}, {"TP": 2, "PP": 2}])
 def test_fifty_steps_agree_with_a_plain_loop(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     tiny_models.make_tiny_llava(tmp_path / "hf", "mistral")  # the weights that the workspace's checkpoint holds
     settings = settings_of(workspace, tmp_path / "out")

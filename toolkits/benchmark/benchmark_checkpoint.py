@@ -3,9 +3,9 @@
     python toolkits/benchmark/benchmark_checkpoint.py [--shape 135M] [--rounds 5] [--processes 1] [--work DIR]
 
 A run of the launcher trains an iteration, saves and ends; the next one loads that, trains and saves again: so ROUNDS
-saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds are those of Megatron's own timers, of the
-slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the load.  With
---async-save training waits for a copy in memory only, and that is what the save's timer shows.
+saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds are those of Megatron's own timers, of
+the slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the
+load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows.
 """
 
 import argparse
