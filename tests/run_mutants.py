@@ -81,7 +81,7 @@ def mutated(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def _here(folder: Path, tests: Sequence[str], printed: Path) -> None:
+def _here(folder: Path, words: Sequence[str], printed: Path) -> None:
     """pytest in this process, which was forked with PRELOADED in it and must not see the code outside of the copy."""
     os.setsid()
     output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -97,7 +97,7 @@ def _here(folder: Path, tests: Sequence[str], printed: Path) -> None:
     os.environ["PYTHON"] = sys.executable
     import pytest
 
-    sys.exit(int(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-rfE", *tests])))
+    sys.exit(int(pytest.main(["-q", "--no-header", "--tb=line", "-rfE", "-W", "ignore", *words])))
 
 
 @functools.cache
@@ -109,13 +109,13 @@ def _prepare_environment() -> None:
     os.environ["WARM_PYTHON"] = interpreter.python()
 
 
-def run_pytest(folder: Path, tests: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-    """Exit code (None: too slow) and output of the tests in a copy, up to the first failure."""
+def run_pytest(folder: Path, words: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+    """Exit code (None: too slow) and output of pytest in a copy; words: tests, and options of pytest."""
     printed = folder.with_name(f"{folder.name}.printed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     _prepare_environment()
-    process = context.Process(target=_here, args=(folder, tests, printed))
+    process = context.Process(target=_here, args=(folder, words, printed))
     process.start()
     process.join(limit_s)
     late = process.is_alive()
@@ -132,7 +132,7 @@ def judge(mutant: Mutant, folder: Path, limit_s: float = LIMIT_S) -> Verdict:
     begin = time.monotonic()
     path.write_text(mutated(mutant, whole))
     try:
-        code, output = run_pytest(folder, mutant.tests, limit_s)
+        code, output = run_pytest(folder, ["-x", *mutant.tests], limit_s)
     finally:
         path.write_text(whole)
     seconds = time.monotonic() - begin

@@ -230,13 +230,13 @@ def test_other_settings_in_the_same_folder_are_refused(model, data, whole, more,
 
 def test_new_weights_in_the_same_folder_are_refused(model, data, whole):
     weights = model / "model.safetensors"
-    now = weights.stat().st_mtime
-    os.utime(weights, (now + 1, now + 1))
+    now = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(now + 1, now + 1))
     try:
         with pytest.raises(UserError, match=r"began differently \(weights was '\w+', is now '\w+'\)"):
             evaluate(model, data, whole)
     finally:
-        os.utime(weights, (now, now))
+        os.utime(weights, ns=(now, now))
 
 
 def test_answers_to_other_questions_are_refused(model, tmp_path):
