@@ -342,6 +342,7 @@ declare count=""                 # devices that a process started here would see
 declare -a attention_backends=() # for FL=true and FL=false; empty: there is no choice
 declare -a device_environment=() # NAME=VALUE for the processes
 declare -a refused=()            # NAME=VALUE WHY: values that arguments cannot have with it
+declare -a notes=()              # NAME=VALUE WHAT: what to know of values that they can have
 ask_accelerator() {
     local answer name value
     right PYTHON || return 1
@@ -358,6 +359,7 @@ ask_accelerator() {
             attention_backends) read -ra attention_backends <<<"$value" ;;
             environment) device_environment+=("$value") ;;
             refused) refused+=("$value") ;;
+            note) notes+=("$value") ;;
         esac
     done <<<"$answer"
 }
@@ -427,7 +429,7 @@ LR|a number above 0|highest learning rate
 MIN_LR|a number from 0|learning rate at the end of the cosine; at most LR
 SEQ_LEN|$COUNT|image tokens of one image (576 for CLIP-L/14 at 336 pixels)
 DECODER_SEQ_LEN|$COUNT|image and text tokens of one sample; more than SEQ_LEN
-PR|one of fp16 bf16 fp8 fp32|precision; fp8 (the decoder's layers, bf16 around them) needs a GPU and Transformer Engine
+PR|one of fp16 bf16 fp8 fp32|precision; bf16 on a CPU wants one with bf16 instructions; fp8 (the decoder's layers, bf16 around them) needs a GPU and Transformer Engine
 TP|$PARALLEL|tensor-parallel size; above 1 with sequence parallelism
 PP|$PARALLEL|pipeline-parallel size
 CP|$PARALLEL|context-parallel size
@@ -666,6 +668,9 @@ check_training() {
     for row in "${refused[@]}"; do
         [[ $row != "PROFILER="* || -n ${arg[PROFILE]} ]] || continue
         [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || refuse "${row%%=*}" "${row#* }"
+    done
+    for row in "${notes[@]}"; do
+        [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || printf 'note: %s: %s\n' "${row%% *}" "${row#* }" >&2
     done
     right ACCELERATOR NPROC_PER_NODE || return 0
     world=$((processes * nodes))

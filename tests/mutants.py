@@ -37,6 +37,7 @@ CONVERSATION, IMAGE = "megatron_patch/data/conversation.py", "megatron_patch/dat
 CHAT, OF_CHAT = "megatron_patch/data/chat_template.py", "tests/data/test_chat_template.py"
 USAGE, OF_EXPORTS = "megatron_patch/conversion/usage_files.py", "tests/conversion/test_exports.py"
 PIPELINE = "megatron_patch/data/preparation/pipeline.py"
+DEVICE_CPU, OF_CPU = "megatron_patch/device/cpu.py", "tests/device/test_cpu.py"
 RETENTION = "megatron_patch/training/checkpoint_retention.py"
 CALLBACKS = "megatron_patch/training/callbacks.py"
 GENERATION, OF_SCORES = "megatron_patch/training/generation.py", "tests/training/test_benchmark_scores.py"
@@ -1171,6 +1172,21 @@ RUNS = [
         RETENTION,
         f"{OF_SCORES}::test_another_measure_begins_anew",
         ("a loss is compared with a score", "found.get(measure, SIGN[measure] * math.inf)", "[*found.values()][1]"),
+    ),
+    *of(
+        DEVICE_CPU,
+        f"{OF_CPU}::test_bf16_instructions_are_seen",
+        (
+            "bf16 instructions are nowhere",
+            "for name in BF16_INSTRUCTIONS if name in known",
+            "for name in known if False",
+        ),
+        ("bf16 is slow on every CPU", "    if bf16_instructions():", "    if False:"),
+    ),
+    *of(
+        LAUNCHER,
+        "tests/test_one_row.py::test_an_accelerator_is_one_file",
+        ("notes of a device are not told", 'for row in "${notes[@]}"; do', "for row in; do"),
     ),
     *of(
         LAUNCHER,

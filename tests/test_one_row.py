@@ -240,6 +240,7 @@ DEVICES, COUNTED_BY = "TPU chips", "TPU_CHIPS"
 REFUSED = {"PR=fp8": "needs a chip of the next generation", "OPTIMIZER_OFFLOAD=static": "has to wait"}
 ATTENTION_BACKENDS = ("flash", "unfused")
 DISTRIBUTED_BACKEND, TRANSFORMER_ENGINE = "xla", False
+def notes(): return {"PR=bf16": "is what it likes best"}
 def count(): return int(os.environ.get("TPU_CHIPS", "0"))
 def environment(nodes): return {"TPU_NODES": str(nodes)}
 def is_available(): return True
@@ -292,6 +293,7 @@ def test_an_accelerator_is_one_file(copy, tmp_path) -> None:
         assert done.returncode == 0, done.stderr
         made = done.stdout.splitlines()
         assert value_after(made, "--nproc_per_node") == "3" and "TPU_NODES=1" in made
+        assert done.stderr == "note: PR=bf16: is what it likes best\n"
         assert value_after(made, "--attention-backend") == "flash" and "CUDA_VISIBLE_DEVICES=" not in made
     for changes, message in (
         ({"PR": "fp8"}, "PR='fp8' needs a chip of the next generation"),

@@ -8,6 +8,7 @@ for the launchers:
     count()                     how many devices a process started here would see; None: as many as a model needs
     DEVICES, COUNTED_BY         what a message calls them, and where their number comes from
     REFUSED                     NAME=VALUE of the launchers' arguments that this kind cannot have -> why
+    notes()                     NAME=VALUE of the launchers' arguments -> what to know of them on this machine
     ATTENTION_BACKENDS          Megatron's for FL=true and for FL=false; None: there is no choice
     environment(nodes)          variables of the processes, name -> value
 for the run:

@@ -6,6 +6,7 @@ line; the kind auto is the one whose devices are here.
     attention_backends ONE OTHER    for FL=true and FL=false; left out where there is no choice
     environment NAME=VALUE      a variable of the processes
     refused NAME=VALUE WHY      a value that an argument cannot have
+    note NAME=VALUE WHAT        what to know of a value that it can have
 
 It runs as a file, with the standard library alone: the dry run of a launcher must not wait for torch.
 """
@@ -32,6 +33,8 @@ def main(name: str, nodes: str) -> None:
         print("environment", f"{variable}={value}")
     for value, why in kind.REFUSED.items():
         print("refused", value, why)
+    for value, what in kind.notes().items():
+        print("note", value, what)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,25 @@ REFUSED = {
     "PROFILER=nsys": "needs a GPU: Nsight ranges are marked through CUDA; use torch",
 }
 ATTENTION_BACKENDS = None
+CPUINFO = "/proc/cpuinfo"
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # as Linux names them on x86, the last on Arm
+
+
+def bf16_instructions() -> list[str]:
+    """Those of BF16_INSTRUCTIONS that this CPU has; torch uses them for PR=bf16 by itself.  Without /proc: none."""
+    try:
+        with open(CPUINFO, encoding="ascii", errors="replace") as file:
+            known = set(file.read().split())
+    except OSError:
+        return []
+    return [name for name in BF16_INSTRUCTIONS if name in known]
+
+
+def notes() -> dict[str, str]:
+    """What runs slower here than a user may expect."""
+    if bf16_instructions():
+        return {}
+    return {"PR=bf16": "this CPU has no instructions for it, so a step takes longer than with PR=fp32"}
 
 
 def count() -> None:

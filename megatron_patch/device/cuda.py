@@ -47,6 +47,11 @@ def environment(nodes: int) -> dict[str, str]:
     return {"CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or "1"}
 
 
+def notes() -> dict[str, str]:
+    """Nothing."""
+    return {}
+
+
 # ---------------------------------------------------------------- for the run
 
 TRANSFORMER_ENGINE = True

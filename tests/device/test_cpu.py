@@ -2,10 +2,29 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from megatron_patch.device import cpu
 from tests import tiny_models
 from tests.programs import in_new_process
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("avx512f avx512_bf16", ["avx512_bf16"]),
+        ("amx_bf16 amx_tile", ["amx_bf16"]),
+        ("avx2 avx512f", []),
+        (None, []),
+    ],
+)
+def test_bf16_instructions_are_seen(flags: str | None, found: list[str], tmp_path: Path, monkeypatch) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cpu, "CPUINFO", str(tmp_path / "cpuinfo"))
+    assert cpu.bf16_instructions() == found
+    assert set(cpu.notes()) == (set() if found else {"PR=bf16"})
 
 
 def test_transformers_computes_the_same_after_install(tmp_path: Path) -> None:
