@@ -114,7 +114,6 @@ def run_pytest(folder: Path, words: Sequence[str], limit_s: float) -> tuple[int 
     printed = folder.with_name(f"{folder.name}.printed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    _prepare_environment()
     process = context.Process(target=_here, args=(folder, words, printed))
     process.start()
     process.join(limit_s)
@@ -162,6 +161,7 @@ def run(mutants: Sequence[Mutant], workers: int = WORKERS, limit_s: float = LIMI
     """
     for mutant in mutants:
         mutated(mutant, (ROOT / mutant.file).read_text())
+    _prepare_environment()
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder, ThreadPoolExecutor(workers) as pool:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(workers):
