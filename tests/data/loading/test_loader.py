@@ -360,6 +360,8 @@ def test_steps_of_length_leave_few_lengths_and_lose_no_token(folder: str, settin
         if packing:
             assert other["cu_seqlens"][-1] == other["tokens"].shape[1]
     assert lengths <= {*range(64, longest, 64), longest}
+    short = changed(plain, packing=False, decoder_seq_len=100, length_multiple=4, length_step=62)
+    assert [short.padded_length(tokens) for tokens in (30, 70, 98)] == [64, 100, 100]
 
 
 def test_padding_free_batches_hold_the_records_of_padded_ones(folder: str, settings: DataConfig) -> None:
