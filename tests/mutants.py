@@ -1292,7 +1292,7 @@ RUNS = [
         OF_SERVER,
         ("requests of any size are read", "if int(length) > self.server.most_bytes:", "if int(length) < 0:"),
         ("pages of other sites may ask", '!= "application/json":', '== "application/xml":'),
-        ("an answer goes on for nobody", "pieces.close()", "pieces"),
+        ("an answer goes on for nobody", "pieces.close()", "list(pieces)"),
         ("another model's requests are answered", "not in (None, self.model):", "in ():"),
         ("what is not known is passed over", "if body.get(name) not in idle:", "if body.get(name) in ():"),
         (
@@ -1381,7 +1381,7 @@ RUNS = [
             "sorted(set(finished[:-last]) - protected)",
             "sorted(set(finished[: -last - 1]) - protected)",
         ),
-        ("KEEP_LAST=0 deletes", "if newest is None or last == 0:", "if newest is None:"),
+        ("one checkpoint more is retained", "finished[:-last]", "finished[: -last - 1]"),
     ),
     *of(
         RETENTION,

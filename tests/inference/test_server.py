@@ -130,6 +130,7 @@ def test_page_models_and_health(server: LlavaServer):
 
 HELLO = [{"role": "user", "content": "hello"}]
 URL = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/cat.png"}}]}
+NO_DATA_URL = {"type": "image_url", "image_url": {"url": "http://example.org/cat;base64,aGVsbG8="}}
 BAD_IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
 TEXT = {"type": "text", "text": "What is this?"}
 NO_BASE64 = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
@@ -152,6 +153,7 @@ NO_BASE64 = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"
         ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "1 <image> marks, 0 images"),
         ({"messages": [{"role": "user", "content": "long " * 600}]}, 400, "wanted fewer than 512"),
         ({"messages": [URL]}, 400, "not fetched from elsewhere"),
+        ({"messages": [{"role": "user", "content": [NO_DATA_URL, TEXT]}]}, 400, "not fetched from elsewhere"),
         ({"messages": [{"role": "user", "content": [BAD_IMAGE, TEXT]}]}, 400, "not an image"),
         ({"messages": [{"role": "user", "content": [NO_BASE64, TEXT]}]}, 400, "no base64"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "a part is neither"),
