@@ -26,7 +26,7 @@ if launch.must_check():
     print("checked by rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
     time.sleep(float(os.environ["SECONDS_TO_CHECK"]))
     if code := int(os.environ["CODE_OF_CHECK"]):
-        if os.fork() == 0:  # a worker that is not ended: it has the check's descriptors
+        if "WORKER" in os.environ and os.fork() == 0:  # a worker that is not ended: it has the check's descriptors
             time.sleep(20)
         os._exit(code)
     launch.check_has_passed()
@@ -84,9 +84,9 @@ def test_a_failure_is_the_exit_status(copy: Path, inputs: Inputs):
     assert "warning of rank 0" in Path(err.splitlines()[-1].partition("its log: ")[2]).read_text()
 
 
-@pytest.mark.parametrize("code", [0, 2])
-def test_nothing_starts_before_the_check_has_passed(copy: Path, inputs: Inputs, code: int):
-    check = {"CHECK": "true", "SECONDS_TO_CHECK": "1", "CODE_OF_CHECK": str(code)}
+@pytest.mark.parametrize(("code", "more"), [(0, {}), (2, {}), (2, {"WORKER": "1"})])
+def test_nothing_starts_before_the_check_has_passed(copy: Path, inputs: Inputs, code: int, more: dict):
+    check = {"CHECK": "true", "SECONDS_TO_CHECK": "1", "CODE_OF_CHECK": str(code)} | more
     process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0, **check)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -98,7 +98,13 @@ def test_nothing_starts_before_the_check_has_passed(copy: Path, inputs: Inputs, 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, 2), (0, 3)])
 def test_another_process_that_dies_during_the_check_is_told_after_it(copy: Path, inputs: Inputs, code: int, ends: int):
-    check = {"CHECK": "true", "SECONDS_TO_CHECK": "0.5", "CODE_OF_CHECK": str(code), "CODE_OF_OTHERS": "3"}
+    check = {
+        "CHECK": "true",
+        "SECONDS_TO_CHECK": "0.5",
+        "CODE_OF_CHECK": str(code),
+        "CODE_OF_OTHERS": "3",
+        "WORKER": "1",
+    }
     process = launch(copy, inputs.training(TP="2", AC="sel"), 20, 0, **check)
     _, err = process.communicate(timeout=15)  # within the 20 seconds of the first process and of the check's worker
     assert process.returncode == ends, err
