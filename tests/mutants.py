@@ -1185,7 +1185,7 @@ RUNS = [
     ),
     *of(
         LAUNCHER,
-        "tests/test_one_row.py::test_an_accelerator_is_one_file",
+        f"{OF_COMMANDS}::test_a_note_says_what_this_machine_lacks",
         ("notes of a device are not told", 'for row in "${notes[@]}"; do', "for row in; do"),
     ),
     *of(

@@ -142,11 +142,14 @@ def test_parts_and_their_merge_are_the_whole(model, data, whole, tmp_path, batch
         evaluate(model, data, out, "--merge")
 
 
-def test_another_metric_only_scores(model, data, tmp_path, batches_seen):
+def test_another_metric_only_scores(model, data, tmp_path, batches_seen, monkeypatch):
+    """The model, which may be large, is not even opened."""
+    opened, engine_of = [], evaluate_llava.engine_of
+    monkeypatch.setattr(evaluate_llava, "engine_of", lambda given: (opened.append(given.model), engine_of(given))[1])
     evaluate(model, data, tmp_path / "out", "--limit", "9")
     assert len(batches_seen) == 2
     evaluate(model, data, tmp_path / "out", "--limit", "9", "--metric", "anls")
-    assert len(batches_seen) == 2
+    assert len(batches_seen) == 2 and opened == [model]
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["metric"] == "anls" and results["questions"] == 9
 

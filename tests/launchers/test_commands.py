@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.device import cpu
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from tests.launchers.launching import CONVERTER, ROOT, STAGE_1, STAGE_2, Inputs, start, tree, value_after
 
@@ -21,6 +22,11 @@ def dry_run(script, words: list[str], shell: str = "bash", cwd: Path = ROOT, **e
     assert result.returncode == 0, result.stderr
     assert not [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
     return result.stdout.splitlines()
+
+
+def test_a_note_says_what_this_machine_lacks(inputs: Inputs):
+    result = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1", ACCELERATOR="cpu")
+    assert result.stderr == "".join(f"note: {value}: {what}\n" for value, what in cpu.notes().items())
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh", DASH])
