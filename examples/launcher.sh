@@ -282,6 +282,14 @@ stop_if_wrong() {
     exit 2
 }
 
+# tell_notes: what is worth knowing of arguments that are right.
+tell_notes() {
+    local row
+    for row in "${notes[@]}"; do
+        [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || printf 'note: %s: %s\n' "${row%% *}" "${row#* }" >&2
+    done
+}
+
 # absolute NAME...: a path that begins with a dash must not look like an option later.
 absolute() {
     local name
@@ -568,6 +576,7 @@ launch_llava() {
     check_extra_arguments "${@:24}"
     check_training
     stop_if_wrong
+    tell_notes
     absolute DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH OUTPUT_BASEPATH TOKENIZER_PATH FEATURE_CACHE \
         EVAL_BENCHMARK_DATA EVAL_BENCHMARK_IMAGES
     [[ ! -f ${arg[CONVERSATION_TEMPLATE]} ]] || absolute CONVERSATION_TEMPLATE
@@ -668,9 +677,6 @@ check_training() {
     for row in "${refused[@]}"; do
         [[ $row != "PROFILER="* || -n ${arg[PROFILE]} ]] || continue
         [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || refuse "${row%%=*}" "${row#* }"
-    done
-    for row in "${notes[@]}"; do
-        [[ ${row%% *} != "${row%%=*}=${arg[${row%%=*}]}" ]] || printf 'note: %s: %s\n' "${row%% *}" "${row#* }" >&2
     done
     right ACCELERATOR NPROC_PER_NODE || return 0
     world=$((processes * nodes))

@@ -67,7 +67,7 @@ def logs(output: Path) -> dict[str, str]:
 
 
 def test_output_reaches_console_and_files(copy: Path, inputs: Inputs):
-    process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0)
+    process = launch(copy, inputs.training(TP="2", AC="sel", PR="fp32"), 0, 0)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert sorted(out.splitlines()) == ["rank 0 of 2 device ''", "rank 1 of 2 device ''"]  # without a prefix
