@@ -702,10 +702,8 @@ check_training() {
 
 # check_reports: the rules about what a run reports.
 check_reports() {
-    if right SAMPLE_ANSWERS && ((arg[SAMPLE_ANSWERS] > 0)); then
-        if right EVAL_ITERS && ((arg[EVAL_ITERS] == 0)); then
-            refuse SAMPLE_ANSWERS "needs EVAL_ITERS above 0: the model answers at validations"
-        fi
+    if right SAMPLE_ANSWERS EVAL_ITERS && ((arg[SAMPLE_ANSWERS] > 0 && arg[EVAL_ITERS] == 0)); then
+        refuse SAMPLE_ANSWERS "needs EVAL_ITERS above 0: the model answers at validations"
     fi
     if right EVAL_BENCHMARK EVAL_BENCHMARK_DATA EVAL_ITERS BEST_BY; then
         if [[ -n ${arg[EVAL_BENCHMARK]} ]]; then

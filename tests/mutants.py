@@ -135,8 +135,8 @@ MODEL = [
         ),
         (
             "the tower's features get no gradient",
-            "return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std)",
-            "return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std).detach()",
+            "return self.image_features(pixels)",
+            "return self.image_features(pixels).detach()",
         ),
         ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
         ("another GELU in the tower", "states * torch.sigmoid(1.702 * states)", "states * torch.sigmoid(1.6 * states)"),

@@ -35,8 +35,6 @@ from megatron_patch.evaluation.report import Sample, draw_results, draw_sheet, t
 from megatron_patch.evaluation.source import Source
 from megatron_patch.inference.engine import folder_kind
 
-RIGHT = 0.5  # a score from here on is green on the contact sheet
-
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -137,16 +135,8 @@ def _asked(questions: list[Question], arguments: argparse.Namespace) -> list[Que
 
 
 def _samples(questions: Sequence[Question], answers: Sequence[str], scores: Scores) -> list[Sample]:
-    return [
-        Sample(
-            question.images[0] if question.images else None,
-            question.text,
-            answers[number],
-            " / ".join(dict.fromkeys(question.references)),
-            None if scores is None else scores[number] >= RIGHT,
-        )
-        for number, question in enumerate(questions)
-    ]
+    known: Sequence[float | None] = scores or [None] * len(answers)
+    return [Sample.of(*of_question) for of_question in zip(questions, answers, known, strict=True)]
 
 
 def _remarks(answers: Sequence[dict], source: Source) -> list[str]:

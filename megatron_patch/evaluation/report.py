@@ -7,15 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from megatron_patch.data.image import open_image
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.evaluation.metrics import Table
+from megatron_patch.evaluation.question import Question
 
 LONGEST_TITLE = 60  # characters of a question
+RIGHT = 0.5  # a score from here on is green
 COLOURS = {True: "green", False: "red", None: "black"}  # of an answer
 
 
@@ -28,6 +30,13 @@ class Sample:
     answer: str
     truth: str
     right: bool | None
+
+    @classmethod
+    def of(cls, question: Question, answer: str, score: float | None) -> Self:
+        """A question, what was answered, and its score of 0..1; None: the metric knows none of a single question."""
+        truth = " / ".join(dict.fromkeys(question.references))
+        image = question.images[0] if question.images else None
+        return cls(image, question.text, answer, truth, None if score is None else score >= RIGHT)
 
 
 def table_text(table: Table) -> str:

@@ -341,7 +341,6 @@ class LlavaModel(MegatronModule):
             output_processor=functools.partial(self._loss_or_logits, logits_at=logits_at),
         )
 
-    @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels uint8 [N, 3, side, side] -> [N, P, tower.hidden], for forward(); first stage only."""
         return tower_features(self.vision_model, self.geometry.tower, pixels, self.pixel_mean, self.pixel_std)
@@ -423,7 +422,7 @@ class LlavaModel(MegatronModule):
                 return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
         with torch.no_grad() if self.frozen.vision_tower else contextlib.nullcontext():
-            return tower_features(self.vision_model, tower, pixels, self.pixel_mean, self.pixel_std)
+            return self.image_features(pixels)
 
     def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """States [B, S, ...] -> [B, S / CP, ...], this rank's positions."""

@@ -14,13 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.atomic_files import write_text
 from megatron_patch.evaluation.metrics import Scores, Table
-from megatron_patch.evaluation.question import Question
 from megatron_patch.evaluation.report import Sample, draw_over_time
 from megatron_patch.training.benchmark import Benchmark
 from megatron_patch.training.generation import GreedyGeneration
 from megatron_patch.training.logging import record_scalars
 
-RIGHT = 0.5  # a score from here on is green on the sheet
 FOLDER, SHEET = "benchmark", "answers.png"
 DRAWN = 8  # questions and validations on the sheet, at most
 
@@ -79,12 +77,6 @@ class BenchmarkScores:
             known = {line["id"]: line for line in lines}
             asked = [question for question in self._asked.questions[:DRAWN] if question.id in known]
             found[file.stem.removeprefix("iter_").lstrip("0") or "0"] = [
-                _sample(question, known[question.id]) for question in asked
+                Sample.of(question, known[question.id]["answer"], known[question.id]["score"]) for question in asked
             ]
         return found
-
-
-def _sample(question: Question, line: dict) -> Sample:
-    right = None if line["score"] is None else line["score"] >= RIGHT
-    truth = " / ".join(dict.fromkeys(question.references))
-    return Sample(question.images[0] if question.images else None, question.text, line["answer"], truth, right)

@@ -221,6 +221,7 @@ def test_a_rollback_starts_again_without_a_check(copy: Path, inputs: Inputs):
     assert process.returncode == launching.ROLL_BACK, err
     assert out.count("checked by rank 0 of 2") == 1
     assert "rollbacks left: 0" in err and "MAX_ROLLBACKS are used up" in err
+    assert len(list(inputs.output.glob("log/*/attempt_[01]/1/stdout.log"))) == 2
     # the first process that ends may end the other before that has printed anything
     for attempt in (0, 1):
         logs_of_attempt = inputs.output.glob(f"log/*/attempt_{attempt}/*/stdout.log")

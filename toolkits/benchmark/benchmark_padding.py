@@ -1,6 +1,6 @@
 """What padding costs: the same records in batches of one length, and mixed so that rows would be padded to twice.
 
-    python toolkits/benchmark/benchmark_padding.py [--rounds 5] [--steps 5] [--stage 1]
+    python toolkits/benchmark/benchmark_padding.py [--rounds 5] [--steps 8] [--stage 1]
 
 Three trainers take turns, each as its launcher starts it, on the same records of SmolLM2-135M's shape: five of eight
 records are short, three long.  `sorted` has batches of one length, `mixed` has both in each, without padding
@@ -9,10 +9,9 @@ that are no padding, medians over the rounds, and their ratio to `sorted`.
 """
 
 import argparse
-import json
+import dataclasses
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark_training import WARM_UP, our_command
 from gate import Side
 from tqdm import tqdm
-from workload import CONVERTER, SHAPES, WORDS, Shape, write_model
+from workload import SHAPES, WORDS, Shape, convert, write_model
 
 from megatron_patch.conversion import convert_to_megatron
 
@@ -48,9 +47,7 @@ def write_lengths(folder: Path, shape: Shape, mixed: bool) -> Path:
         caption = " ".join(f"w{(number + word) % WORDS}" for word in range(LONG if is_long else SHORT))
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         listed.append({"id": str(number), "image": "0.jpg", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(listed))
-    subprocess.run([sys.executable, str(CONVERTER), str(folder)], check=True, capture_output=True)
-    return folder / "wds"
+    return convert(folder, listed)
 
 
 def main() -> None:
@@ -67,7 +64,7 @@ def main() -> None:
         start = work / "checkpoint"
         convert_to_megatron(work / "model", None, start, precision="fp32", model_size=shape.size)
         data = {kind: write_lengths(work / kind, shape, kind == "mixed") for kind in ("sorted", "mixed")}
-        longer = Shape(**{**vars(shape), "text_tokens": LONG})
+        longer = dataclasses.replace(shape, text_tokens=LONG)
         sides = {}
         try:
             for side, kind, free in (("sorted", "sorted", ""), ("mixed", "mixed", ""), ("padded", "mixed", "false")):

@@ -125,7 +125,12 @@ def write_records(folder: Path, shape: Shape, records: int) -> Path:
         caption = " ".join(f"w{generator.randrange(WORDS)}" for _ in range(shape.text_tokens - 1))
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         listed.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(listed))
+    return convert(folder, listed)
+
+
+def convert(folder: Path, records: list[dict]) -> Path:
+    """Records of images that lie in the folder -> the energon folder.  Raises RuntimeError."""
+    (folder / "data.json").write_text(json.dumps(records))
     command = [sys.executable, str(CONVERTER), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
