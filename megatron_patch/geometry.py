@@ -5,6 +5,7 @@ of towers differ in stands in language_models.py and vision_towers.py.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ class LanguageGeometry:
         layer = attention + 3 * self.hidden * self.ffn_hidden + norms
         return self.layers * layer + self.hidden + self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
 
+    def too_long(self, length: int) -> str | None:
+        """Why a sequence of so many tokens cannot be trained or asked, as what it must be; None: it can."""
+        if length > self.max_positions:
+            return f"must be at most {self.max_positions}: so many positions the language model has"
+        if self.sliding_window is not None and length > self.sliding_window:
+            return (
+                f"must be at most {self.sliding_window}: the language model attends within a sliding window of so many "
+                "tokens, which is not built here"
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class TowerGeometry:
@@ -91,6 +103,15 @@ class TowerGeometry:
         """Tokens of one image in the text."""
         return self.positions - self.first_token_dropped
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that run: embeddings, and the layers below the selected hidden one."""
+        width, ffn = self.hidden, self.ffn_hidden
+        layer = 4 * (width * width + width) + 2 * width * ffn + ffn + width + 4 * width
+        patches = 3 * self.patch_px**2 * width + (width if self.kind.patch_bias else 0)
+        around = (width if self.kind.class_token else 0) + (2 * width if self.kind.pre_norm else 0)
+        return self.running_layers * layer + patches + self.positions * width + around
+
 
 @dataclass(frozen=True)
 class LlavaGeometry:
@@ -101,17 +122,21 @@ class LlavaGeometry:
     projector_type: str
     image_token_id: int
 
-    def check_parallel(
+    @property
+    def projector_parameters(self) -> int:
+        """Number of parameters of the projector: one matrix, or two with GELU between, with biases."""
+        width = self.language.hidden
+        first = self.tower.hidden * width + width
+        return first if self.projector_type == "linear" else first + width * width + width
+
+    def uncut(
         self, tensor: int, pipeline: int, first_stage_layers: int | None = None, virtual_stages: int = 1
-    ) -> None:
-        """Refuse a TP or PP that the model cannot be cut into.
+    ) -> Iterator[tuple[str, str]]:
+        """Why the model cannot be cut so: the launchers' argument, and what is wrong with its value.
 
         Args:
             first_stage_layers: decoder layers of the first stage; None: as many as of the others.
             virtual_stages: virtual pipeline stages on each pipeline rank.
-
-        Raises:
-            UserError: naming the config values that do not divide.
         """
         language, tower = self.language, self.tower
         cuts = [
@@ -122,25 +147,34 @@ class LlavaGeometry:
             ("num_attention_heads of the vision tower", tower.heads),
             ("intermediate_size of the vision tower", tower.ffn_hidden),
         ]
-        for degree, name in ((tensor, "TP"), (pipeline, "PP")):
-            if degree < 1:
-                raise UserError(f"{name} is {degree}; wanted a whole number of at least 1")
+        small = [name for degree, name in ((tensor, "TP"), (pipeline, "PP")) if degree < 1]
+        if small:
+            yield small[0], "is no degree; wanted a whole number of at least 1"
+            return
         wrong = [f"{what} is {count}" for what, count in cuts if count % tensor]
         if wrong:
-            raise UserError(f"TP {tensor} cannot cut this model: {', '.join(wrong)}; pass a TP that divides them")
+            yield "TP", f"cannot cut this model: {', '.join(wrong)}; pass a TP that divides them"
         if first_stage_layers is not None:
             rest = language.layers - first_stage_layers
             if pipeline < 2 or virtual_stages > 1 or rest < pipeline - 1 or rest % (pipeline - 1):
-                raise UserError(
-                    f"FIRST_STAGE_LAYERS {first_stage_layers} leaves {rest} of {language.layers} layers for the other "
-                    f"{pipeline - 1} stages; wanted a number that leaves them equal parts, PP above 1 and no virtual "
-                    "stages"
+                yield (
+                    "FIRST_STAGE_LAYERS",
+                    f"leaves {rest} of {language.layers} layers for the other {pipeline - 1} stages; wanted a number "
+                    "that "
+                    "leaves them equal parts, PP above 1 and no virtual stages",
                 )
         elif language.layers % (pipeline * virtual_stages):
-            stages = f"PP {pipeline}" + (f" x VIRTUAL_STAGES {virtual_stages}" if virtual_stages > 1 else "")
-            raise UserError(
-                f"{stages} does not divide the {language.layers} layers of the LLM; pass a PP that divides them"
-            )
+            stages = f"x VIRTUAL_STAGES {virtual_stages} " if virtual_stages > 1 else ""
+            yield "PP", f"{stages}does not divide the {language.layers} layers of the LLM; pass a PP that divides them"
+
+    def check_parallel(
+        self, tensor: int, pipeline: int, first_stage_layers: int | None = None, virtual_stages: int = 1
+    ) -> None:
+        """Refuse what uncut() finds, with its arguments.  Raises UserError: the config values that do not divide."""
+        given = {"TP": tensor, "PP": pipeline, "FIRST_STAGE_LAYERS": first_stage_layers}
+        found = list(self.uncut(tensor, pipeline, first_stage_layers, virtual_stages))
+        if found:
+            raise UserError("; ".join(f"{name} {given[name]} {text}" for name, text in found))
 
 
 def check_known(what: str, got: object, known: Any) -> None:

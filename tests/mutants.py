@@ -1561,7 +1561,7 @@ LAUNCHERS = [
         ),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_failure_is_the_exit_status",
         (
             "every failure ends with 1",
@@ -1570,14 +1570,14 @@ LAUNCHERS = [
         ),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_nothing_starts_before_the_check_has_passed",
         ("a failed check stops nothing", "or not os.read(answer, 1):", "or not [os.read(answer, 1)]:"),
         ("nobody waits for the check", "        if not os.read(descriptor, 1):", "        if False:"),
         ("what came before the folder is in no log", "for line in early:", "for line in ():"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_signal_during_the_check_ends_everything",
         ("the check goes on after a signal", "    to_end = signal.SIGKILL", "    to_end = signal.SIGURG"),
     ),
@@ -1606,7 +1606,7 @@ LAUNCHERS = [
         ),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_signal_reaches_every_process_and_is_no_failure",
         ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
     ),
@@ -1616,7 +1616,7 @@ LAUNCHERS = [
         ("nodes share a folder of logs", "%S)-node$node_rank", "%S)"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_another_process_that_dies_during_the_check_is_told_after_it",
         (
             "an end of another process ends the check",
@@ -1626,28 +1626,32 @@ LAUNCHERS = [
         ("a worker of the check holds the end up", "if not answered or not os.read", "if not os.read"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_process_whose_starter_has_died_does_not_begin",
-        ("processes begin when launch.py dies", "if not os.read(descriptor, 1):", "if os.read(descriptor, 1) is None:"),
+        (
+            "they begin when processes.py dies",
+            "if not os.read(descriptor, 1):",
+            "if os.read(descriptor, 1) is None:",
+        ),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_the_cause_is_neither_who_was_ended_nor_who_lost_its_peer",
         ("who was ended is the cause", "return process.ended_by_us and process.exit_code < 0, p", "return False, p"),
         ("who lost its peer is the cause", "process.exit_code > 0 and survivor, process.rank", "process.rank"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_ctrl_c_ends_everything_at_once",
         ("Ctrl-C waits for an iteration", "        to_end = signal.SIGINT", "        to_end = signal.SIGTERM"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_neither_a_closed_console_nor_a_hangup_under_nohup_ends_a_run",
         ("nohup is in vain", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:"),
     ),
     *of(
-        "megatron_patch/launch.py",
+        "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_rollback_starts_again_without_a_check",
         ("a rollback overwrites the logs", "glob('attempt_*')", "glob('none')"),
         ("rollbacks have no end", "rollbacks = arguments.max_rollbacks - 1", "rollbacks = arguments.max_rollbacks"),

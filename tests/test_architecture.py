@@ -23,6 +23,7 @@ FREE = {
         "step_time",
         "length_mix",
         "device_cards",
+        "memory",
     ),
 }
 LOADING = {"data.loading", "data"}
@@ -30,8 +31,8 @@ LOADING = {"data.loading", "data"}
 ASKING = {f"evaluation.{name}" for name in ("benchmarks", "metrics", "question", "source", "report")}
 PROMPTS = {"inference.interface", "inference.prompt"}
 ROOMS = {
-    "arguments": set(),
-    "launch": set(),
+    "arguments": {"launch"},
+    "launch": {"device"},
     "patches": set(),
     "device": {"patches"},
     "model": {"device"},
@@ -42,11 +43,11 @@ ROOMS = {
     "training": {"launch", "model", *LOADING, "device", "patches", "arguments", *ASKING, *PROMPTS},
     "training.load_model": {"training", "model", "device"},  # a room to inference, which needs no more of training
     "inference": {
-        *("arguments", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"),
+        *("arguments", "launch", "model", *LOADING, "data.preparation", "device", "patches", "training.load_model"),
         *PROMPTS,
     },
-    **{name: {"arguments", *LOADING, *PROMPTS} for name in PROMPTS},
-    "evaluation": {"inference", "data", *PROMPTS, *ASKING},
+    **{name: {"arguments", "launch", *LOADING, *PROMPTS} for name in PROMPTS},
+    "evaluation": {"inference", "launch", "data", *PROMPTS, *ASKING},
     **{name: {"inference.interface", "data", *ASKING} for name in ASKING},
     **{name: set() for name in FREE},
 }

@@ -26,12 +26,13 @@ from megatron_patch.data.templates import TEMPLATES
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.language_models import LANGUAGE_MODELS, original_classes
+from megatron_patch.launch import conversion
 from megatron_patch.training.config import decoder_arguments
 from megatron_patch.training.offload import offload_arguments
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers, whole_models
 from tests import tiny_models
 from tests.conversion.test_round_trip import same_bytes
-from tests.launchers.launching import CONVERTER, ROOT, Inputs, value_after
+from tests.launchers.launching import ROOT, Inputs, value_after
 from tests.test_architecture import tracked
 
 PRODUCT = ("megatron_patch", "toolkits", "examples")
@@ -89,11 +90,12 @@ def test_families_and_towers_are_named_in_their_rows_alone() -> None:
 
 
 def test_the_launcher_leaves_accelerators_and_templates_to_their_files() -> None:
-    launcher = ROOT / "examples/launcher.sh"
-    # stage 1's default, presets and remedies may name one
-    templates = named(launcher, set(TEMPLATES)) - {"plain", "v1"}
-    assert not templates
-    assert not named(launcher, {"cuda", "gloo", "nccl", "nvidia-smi", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_DISABLE"})
+    room = [ROOT / "examples/launcher.sh", *tracked("megatron_patch/launch/*.py")]
+    assert len(room) > 10
+    for path in room:
+        # stage 1's default, presets and remedies may name one
+        assert path.name == "presets.py" or not named(path, set(TEMPLATES)) - {"plain", "v1"}, path
+        assert not named(path, {"cuda", "gloo", "nccl", "nvidia-smi", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_DISABLE"})
 
 
 def test_the_rows_name_templates_that_exist() -> None:
@@ -102,8 +104,8 @@ def test_the_rows_name_templates_that_exist() -> None:
 
 
 def test_the_converter_offers_every_layout() -> None:
-    (offered,) = re.findall(r"^EXPORT_LAYOUT\|\((\w+)\)\|one of ([\w ]+)\|", CONVERTER.read_text(), re.M)
-    assert offered == (next(iter(LAYOUTS)), " ".join(LAYOUTS))
+    row = next(row for row in conversion.OPTIONS if row.name == "EXPORT_LAYOUT")
+    assert (row.default, row.rule.choices) == (f"({next(iter(LAYOUTS))})", tuple(LAYOUTS))
 
 
 # ---------------------------------------------------------------- one row more: an LLM family, a tower

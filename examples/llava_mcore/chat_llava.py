@@ -1,44 +1,17 @@
-"""Talk with a trained LLaVA in the terminal: a Megatron checkpoint, or an exported Hugging Face folder.
+"""Talk with a trained LLaVA in the terminal.  Started by chat_llava.sh, whose --help tells all."""
 
-    bash chat_llava.sh DIR [IMAGE ...] [--temperature 0.7]
-
-/image PATH   the next question is about this image too
-/reset        begin a new conversation
-/help         these words
-/quit         the end; so does Ctrl-D
-
-Ctrl-C stops an answer; what has been said of it stays.
-"""
-
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.llava_mcore.engine_options import (
-    add_engine_options,
-    add_sampling_options,
-    engine_of,
-    exit_code,
-    sampling_of,
-)
+from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_of
 from megatron_patch.errors import UserError
 from megatron_patch.inference.chat import Chat
+from megatron_patch.launch.asking import CHAT, COMMANDS
 
-COMMANDS = __doc__[__doc__.index("/image") :]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="chat_llava.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, metavar="DIR", help="checkpoint or exported folder")
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="of the first question")
-    add_sampling_options(parser)
-    add_engine_options(parser)
-    return parser.parse_args()
+COMMANDS_IN_CHAT = CHAT[CHAT.index("/image") :]
 
 
 def obey(chat: Chat, line: str) -> bool:
@@ -54,7 +27,7 @@ def obey(chat: Chat, line: str) -> bool:
         chat.add_image(path)
         print(f"({path.name} belongs to the next question)")
     elif command == "/help":
-        print(COMMANDS, end="")
+        print(COMMANDS_IN_CHAT, end="")
     else:
         raise UserError(f"{line!r} is no command; /help lists them")
     return True
@@ -74,7 +47,7 @@ def tell(chat: Chat, question: str) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = COMMANDS["chat"].parser().parse_args()
     sampling = sampling_of(arguments)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and recalled

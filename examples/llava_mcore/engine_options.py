@@ -1,4 +1,4 @@
-"""What the commands that use a trained model share: the options of its engine, and its processes."""
+"""What the commands that use a trained model share: its engine, and its processes."""
 
 import argparse
 import os
@@ -8,50 +8,9 @@ from pathlib import Path
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
-from megatron_patch.inference import KINDS, Engine, Sampling, open_engine
-from megatron_patch.inference.engine import DTYPES
+from megatron_patch.inference import Engine, Sampling, open_engine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Which engine answers, and how it computes."""
-    group = parser.add_argument_group("the engine")
-    group.add_argument(
-        "--engine", choices=KINDS, default="auto", help="default: transformers for an exported folder, else megatron"
-    )
-    group.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="of a Megatron checkpoint")
-    group.add_argument("--pipeline-parallel", type=positive, default=1, metavar="N", help="of a Megatron checkpoint")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="default: fp32 on a CPU, else as the weights are stored"
-    )
-    group.add_argument(
-        "--template", metavar="NAME", help="a conversation template or its file; default: as the model was trained"
-    )
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen."""
-    group, default = parser.add_argument_group("sampling"), Sampling()
-    group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N", help="of an answer")
-    group.add_argument(
-        "--temperature", type=float, default=default.temperature, metavar="T", help="default: 0, the most likely token"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=default.top_p,
-        metavar="P",
-        help="share of the probability; default: 1",
-    )
-    group.add_argument("--seed", type=int, default=default.seed, metavar="S", help="default: 0")
-
-
-def positive(text: str) -> int:
-    """`2` -> 2; for argparse."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -73,13 +32,13 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
 
 
 def _become_launcher(processes: int) -> None:
-    """The same program once for each process, by launch.py; does not return."""
+    """The same program once for each process, by processes.py; does not return."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | device.seen_here().environment(nodes=1)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     sys.stdout.flush()
     command = [
-        *(sys.executable, "-u", "-m", "megatron_patch.launch"),
+        *(sys.executable, "-u", "-m", "megatron_patch.launch.processes"),
         *("--nproc_per_node", str(processes), *sys.argv),
     ]
     os.execve(sys.executable, command, environment)

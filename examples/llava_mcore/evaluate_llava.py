@@ -1,14 +1,4 @@
-"""Asks a trained LLaVA the questions of a published benchmark and scores its answers.
-
-    bash evaluate_llava.sh --model DIR --benchmark textvqa --data TextVQA --output results/textvqa
-
-OUTPUT gets answers.jsonl, scored.jsonl, results.json, results.png (plot) and answers.png (contact sheet). The same
-command again goes on where it stopped; when everything is answered it only scores, so --metric may change. --part 1/4
-answers the first of four parts, which may run side by side on any GPUs or machines; --merge makes the results of them.
-The files are the same to the byte, whether a run was interrupted, shared out or neither.
-
-Exit code: 0 when all is answered; 2 when the call or the data is wrong, and then nothing was created.
-"""
+"""Asks a trained LLaVA a published benchmark.  Started by evaluate_llava.sh, whose --help tells all."""
 
 import argparse
 import sys
@@ -18,57 +8,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.llava_mcore.engine_options import (
-    add_engine_options,
-    add_sampling_options,
-    engine_of,
-    exit_code,
-    positive,
-    sampling_of,
-)
+from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_of
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation import run
-from megatron_patch.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_questions
-from megatron_patch.evaluation.metrics import METRICS, Scores, Table, find_metric
+from megatron_patch.evaluation.benchmarks import find_benchmark, read_questions
+from megatron_patch.evaluation.metrics import Scores, Table, find_metric
 from megatron_patch.evaluation.question import Question, rotations, with_other_images
 from megatron_patch.evaluation.report import Sample, draw_results, draw_sheet, table_text
 from megatron_patch.evaluation.source import Source
 from megatron_patch.inference.engine import folder_kind
+from megatron_patch.launch.asking import COMMANDS
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate_llava.sh",
-        description=__doc__,
-        epilog="Benchmarks, their metrics, and what their data is:\n\n" + "\n\n".join(map(_described, BENCHMARKS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="checkpoint or exported folder")
-    add("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
-    add("--data", type=Path, required=True, metavar="PATH", help="its files as they were published; see below")
-    add("--images", type=Path, metavar="DIR", help="its images, where they do not lie beside the data")
-    add("--output", type=Path, required=True, metavar="DIR", help="where answers and results go")
-    sharing = parser.add_mutually_exclusive_group()
-    sharing.add_argument("--part", type=part, default=run.Part(), metavar="I/N", help="answer part I of N")
-    sharing.add_argument("--merge", action="store_true", help="results of all parts, which have been answered")
-    add("--batch-size", type=positive, default=8, metavar="N", help="questions at once; default: 8")
-    add("--limit", type=positive, metavar="N", help="only the first N questions")
-    add("--circular", action="store_true", help="ask with the choices in every rotation: MMBench's CircularEval")
-    add("--swap-images", action="store_true", help="ask each about another one's image: right answers are chance then")
-    add("--metric", metavar="NAME", help=f"in place of the benchmark's own: {', '.join(METRICS)}")
-    add_sampling_options(parser)
-    add_engine_options(parser)
-    return parser.parse_args(words)
-
-
-def part(text: str) -> run.Part:
-    """`2/4` -> the second of four parts; for argparse."""
-    number, _, count = text.partition("/")
-    found = run.Part(int(number), int(count))
-    if not 1 <= found.number <= found.count:
-        raise ValueError(text)
-    return found
+    return COMMANDS["evaluate"].parser().parse_args(words)
 
 
 @dataclass(frozen=True)
@@ -107,13 +60,14 @@ def evaluate(arguments: argparse.Namespace) -> Outcome:
     if arguments.merge:
         answers = run.merge(output, questions, arguments.batch_size)
     else:
-        mine, file = arguments.part.of(batches), output / arguments.part.file
+        part = run.Part(*arguments.part)
+        mine, file = part.of(batches), output / part.file
         if not run.is_complete(file, mine):
             with engine_of(arguments) as engine:  # of several ranks only the first one comes here
                 run.begin(output, settings)
                 run.ask(engine, mine, file, sampling_of(arguments))
         answers = run.read_answers(file, mine)
-        if arguments.part.count > 1:
+        if part.count > 1:
             remark = f"{len(answers)} answers; --merge makes the results when all parts are there"
             return Outcome(None, [remark], file)
     table, scores = run.score(output, settings, questions, answers, (metric, judge), dict(source.left_out))
@@ -147,11 +101,6 @@ def _remarks(answers: Sequence[dict], source: Source) -> list[str]:
     if cut := sum(line["finish_reason"] == "length" for line in answers):
         found.append(f"{cut} answers were cut off by --max-new-tokens")
     return found
-
-
-def _described(name: str) -> str:
-    benchmark = find_benchmark(name)
-    return f"{name} ({benchmark.metric})\n  " + benchmark.format.strip().replace("\n", "\n  ")
 
 
 def main() -> None:

@@ -3,4 +3,4 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called with dash
 # shellcheck source=examples/launcher.sh
 . "$(dirname -- "$(readlink -f -- "$0")")/../launcher.sh"
-hand_over evaluate_llava.py "$@"
+launch evaluate "$@"

@@ -1,4 +1,4 @@
-"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Started by launch.py, for the launchers."""
+"""Train a LLaVA with Megatron's loop: both stages, every parallelism.  Started by processes.py, for the launchers."""
 
 import gc
 import sys
@@ -12,7 +12,8 @@ if __name__ == "__main__":
     graceful_stop.listen()  # before torch is imported: a signal in these seconds counts
     gc.disable()  # looking for garbage takes an eighth of the time of imports, which make none; train_llava enables it
 
-from megatron_patch import device, launch
+from megatron_patch import device
+from megatron_patch.launch import processes
 
 # At import, since asynchronous saves start a process, which imports this file again and must not outlive its parent.
 device.end_with_parent()
@@ -20,11 +21,11 @@ device.end_with_parent()
 
 def main() -> None:
     """Prepare torch for this device before Megatron is imported, then train."""
-    if launch.must_check():
+    if processes.must_check():
         from megatron_patch.training.preflight import check_llava
 
         check_llava(sys.argv[1:])
-        launch.check_has_passed()
+        processes.check_has_passed()
     device.install()
     from megatron_patch.training.pretrain import train_llava
 

@@ -3,4 +3,4 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called with dash
 # shellcheck source=examples/launcher.sh
 . "$(dirname -- "$(readlink -f -- "$0")")/../launcher.sh"
-launch_llava 1 "Stage 1: trains the projector; language model and vision tower are frozen." true plain "$@"
+launch stage1 "$@"

@@ -3,4 +3,4 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called with dash
 # shellcheck source=examples/launcher.sh
 . "$(dirname -- "$(readlink -f -- "$0")")/../launcher.sh"
-launch_llava 2 "Stage 2: trains language model and projector; the vision tower is frozen." false auto "$@"
+launch stage2 "$@"

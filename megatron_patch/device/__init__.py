@@ -1,7 +1,7 @@
 """Which accelerator is here.  One file per kind, all with the same names, so one more kind is one more file.
 
 A file is a kind by its name, which is a value of ACCELERATOR.  Importing it takes the standard
-library alone: the launchers ask it (see __main__.py) where they know of no torch.  Each kind provides
+library alone: the launchers ask it, where they know of no torch.  Each kind provides
 
     NAME                        that of the file, as in torch.device
 for the launchers:
@@ -62,7 +62,7 @@ def current_device() -> torch.device:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when its parent, launch.py, dies: nobody else would after a `kill -9` of it.
+    """Have the system kill this process when its parent, processes.py, dies: nobody else would after a `kill -9` of it.
 
     Else the same command, typed again, would meet the old processes still writing to its folder.  Linux only.
     """

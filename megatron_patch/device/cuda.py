@@ -66,7 +66,7 @@ def is_available() -> bool:
 
 
 def current_device() -> torch.device:
-    """GPU of this process: LOCAL_RANK, as launch.py and torchrun count."""
+    """GPU of this process: LOCAL_RANK, as processes.py and torchrun count."""
     import torch
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -14,7 +14,7 @@ engine.py               open_engine: the engine that fits a folder
         (answer,) = engine.answer([request], Sampling(max_new_tokens=64))
 """
 
-from megatron_patch.inference.engine import KINDS, open_engine
+from megatron_patch.inference.engine import open_engine
 from megatron_patch.inference.interface import Answer, Engine, Prompt, Request, RequestError, Sampling
 
-__all__ = ["KINDS", "Answer", "Engine", "Prompt", "Request", "RequestError", "Sampling", "open_engine"]
+__all__ = ["Answer", "Engine", "Prompt", "Request", "RequestError", "Sampling", "open_engine"]

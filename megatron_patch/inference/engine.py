@@ -14,7 +14,6 @@ import torch
 from megatron_patch import device
 from megatron_patch.checkpoint_files import (
     NOT_WEIGHTS,
-    TRACKER,
     checkpoint_format,
     newest_iteration,
     rank_folders,
@@ -23,9 +22,8 @@ from megatron_patch.checkpoint_files import (
 )
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Engine
-from megatron_patch.llava_folder import CONFIG
+from megatron_patch.launch.asking import ENGINES, alone, kind_of, no_model
 
-KINDS = ("auto", "transformers", "megatron")
 EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,8 +38,8 @@ def open_engine(
 ) -> Engine:
     """The engine of an exported Hugging Face folder or of a Megatron checkpoint, converted or trained.
 
-    Of a Megatron checkpoint in several processes (one per tensor x pipeline; launch.py starts them) only rank 0 gets an
-    engine: in the others the call works for it until it is closed, and then ends the process.
+    Of a Megatron checkpoint in several processes (one per tensor x pipeline; launch/processes.py starts them) only rank
+    0 gets an engine: in the others the call works for it until it is closed, and then ends the process.
 
     Args:
         kind: auto: as the folder is.
@@ -52,8 +50,8 @@ def open_engine(
         UserError: the folder holds no such model, or it cannot be cut so.
     """
     found = folder_kind(folder) if kind == "auto" else kind
-    if found not in KINDS[1:]:
-        raise UserError(f"engine {kind!r}: wanted one of {', '.join(KINDS)}")
+    if found not in ENGINES[1:]:
+        raise UserError(f"engine {kind!r}: wanted one of {', '.join(ENGINES)}")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
     chosen = DTYPES[dtype]
@@ -61,10 +59,7 @@ def open_engine(
         chosen = torch.float32
     if found == "transformers":
         if tensor * pipeline > 1:
-            raise UserError(
-                f"{folder} is answered by transformers in one process, got tensor parallel {tensor} x pipeline "
-                f"parallel {pipeline}; leave them out, or use a Megatron checkpoint"
-            )
+            raise UserError(alone(folder, tensor, pipeline))
         from megatron_patch.inference.transformers_engine import TransformersEngine
 
         return TransformersEngine(folder, chosen, template)
@@ -105,13 +100,7 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
 
 def folder_kind(folder: Path) -> str:
     """`transformers` for an exported Hugging Face folder, `megatron` for a checkpoint.  Raises UserError: neither."""
-    if (folder / TRACKER).is_file():
-        return "megatron"
-    if (folder / CONFIG).is_file():
-        return "transformers"
-    inside = folder / "checkpoint"
-    hint = f"; did you mean {inside}?" if (inside / TRACKER).is_file() else ""
-    raise UserError(
-        f"{folder} is no model: wanted an exported Hugging Face folder (with {CONFIG}) or a Megatron checkpoint (with "
-        f"{TRACKER}){hint}"
-    )
+    kind = kind_of(folder)
+    if kind is None:
+        raise UserError(no_model(folder))
+    return kind

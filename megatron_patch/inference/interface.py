@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
+from megatron_patch.launch.asking import sampling_problems
 
 
 class RequestError(UserError):
@@ -53,13 +54,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing, all at once."""
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens is {self.max_new_tokens}, wanted at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}, wanted 0 (most likely token) or a number above it")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, wanted a number above 0, at most 1")
+        problems = sampling_problems(self.max_new_tokens, self.temperature, self.top_p)
         if problems:
             raise UserError("; ".join(problems))
 

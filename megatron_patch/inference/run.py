@@ -18,6 +18,7 @@ from megatron_patch.atomic_files import write_text
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Answer, Engine, Prompt, RequestError, Sampling
 from megatron_patch.inference.prompt_file import Line, count_lines, read_lines
+from megatron_patch.launch.asking import job_problems
 
 TOLD = 10  # lines without an answer that are named at the end
 
@@ -60,13 +61,9 @@ def check_job(job: Job) -> None:
     """
     if job.batch_size < 1:
         raise UserError(f"batch size is {job.batch_size}, wanted at least 1")
+    for problem in job_problems(job.prompts, job.image_root, job.output):
+        raise UserError(problem)
     count_lines(job.prompts)
-    if not job.image_root.is_dir():
-        raise UserError(f"{job.image_root}: no such folder; wanted the one that the prompts' image names start from")
-    if job.output.exists():
-        raise UserError(f"{job.output} exists; name another file, or remove it")
-    if not job.output.absolute().parent.is_dir():
-        raise UserError(f"{job.output.absolute().parent}: no such folder; make it, or name another file")
     if job.partial.exists():
         _check_settings(job)
 

@@ -25,9 +25,10 @@ from typing import Any
 from megatron_patch.data.conversation import IMAGE_MARK, Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Answer, Engine, Prompt, Request, Sampling
+from megatron_patch.launch.asking import REQUEST_MB
 
 PAGE = Path(__file__).with_name("page.html")
-MOST_BYTES = 32 << 20  # of a request
+MOST_BYTES = REQUEST_MB << 20  # of a request
 READ_TIMEOUT_S = 60
 # Everything is in the page itself; it may ask this server and nobody else.
 PAGE_POLICY = (

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_patch.data.answer import AnswerReader
-from megatron_patch.errors import UserError
 from megatron_patch.evaluation.benchmarks import find_benchmark, read_questions
 from megatron_patch.evaluation.metrics import Metric, find_metric
 from megatron_patch.evaluation.question import Question
@@ -39,17 +38,8 @@ def read_benchmark(
         UserError: the benchmark is not known or cannot be read, or a question cannot be asked.
     """
     name, data, count = arguments.eval_benchmark, arguments.eval_benchmark_data, arguments.eval_benchmark_questions
-    if (name is None) != (data is None):
-        given, missing = ("BENCHMARK", "BENCHMARK_DATA") if data is None else ("BENCHMARK_DATA", "BENCHMARK")
-        raise UserError(f"EVAL_{given} is given and EVAL_{missing} is not; set both, or neither")
     if name is None:
-        if arguments.best_by == "score":
-            raise UserError("BEST_BY is score and no EVAL_BENCHMARK gives one; set EVAL_BENCHMARK, or BEST_BY=loss")
         return None
-    if not arguments.eval_iters:
-        raise UserError(
-            f"EVAL_BENCHMARK is {name} and EVAL_ITERS 0; it is asked at validations, set EVAL_ITERS above 0"
-        )
     known = find_benchmark(name)
     judge = find_metric(known.metric)
     every = read_questions(known, Source(data, arguments.eval_benchmark_images))

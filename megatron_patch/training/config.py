@@ -15,8 +15,11 @@ from megatron_patch.data.loading.blend import read_parts
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry
+from megatron_patch.launch.rows import Option
+from megatron_patch.launch.rules import BOOLEAN
+from megatron_patch.launch.training import ARGUMENTS, options
+from megatron_patch.launch.training_rules import FRESH_PROJECTOR, model_violations, projector_is_fresh, violations
 from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
-from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_balance import RecordCost
 from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.training.benchmark import Benchmark, read_benchmark
@@ -28,6 +31,7 @@ from megatron_patch.training.offload import offload_arguments
 OFFLOADED_LENGTHS = 256
 # Module -> package that Megatron's activation offload imports at its start, to bind processes to their GPU's cores.
 OFFLOAD_PACKAGES = {"pynvml": "nvidia-ml-py", "cuda": "cuda-python"}
+ROWS = (*ARGUMENTS, *options(stage=2))
 FP8_ROWS = 16  # what the rows of a product must be a multiple of, on every rank: B x S / (TP x CP)
 
 
@@ -51,30 +55,55 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
     """Our own arguments, and those of Megatron's that settings follow from; the rest is passed over."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     # Megatron's arguments that decide where things lie and how batches look; its own parser sees them again later
+    for row in ROWS:
+        if row.megatron and row.rule is BOOLEAN:
+            parser.add_argument(row.megatron, action="store_true")
+        elif row.megatron:
+            parser.add_argument(row.megatron, type=row.rule.parse)
     parser.add_argument("--load", type=Path)
     parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--save", type=Path)
-    parser.add_argument("--seq-length", type=int, required=True)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--global-batch-size", type=int, default=1)
     parser.add_argument("--rampup-batch-size", nargs=3)
     parser.add_argument("--step-batch-size-schedule")
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--eval-iters", type=int, default=0)
-    parser.add_argument("--sequence-parallel", action="store_true")
-    for kind in ("tensor-model", "pipeline-model", "context"):
-        parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
-    parser.add_argument("--decoder-first-pipeline-num-layers", type=int)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
-    for precision in ("bf16", "fp16"):
-        parser.add_argument(f"--{precision}", action="store_true")
     parser.add_argument("--fp8-format")
-    parser.add_argument("--use-torch-fsdp2", action="store_true")
-    parser.add_argument("--use-megatron-fsdp", action="store_true")
+    for switch in ("sequence-parallel", "bf16", "fp16", "use-torch-fsdp2", "use-megatron-fsdp"):
+        parser.add_argument(f"--{switch}", action="store_true")
     parser.add_argument("--wandb-project")
     parser.add_argument("--fine-grained-activation-offloading", action="store_true")
+    # a start by hand may leave these out
+    parser.set_defaults(micro_batch_size=1, global_batch_size=1, seed=1234, num_workers=2, eval_iters=0)
+    parser.set_defaults(**{f"{kind}_parallel_size": 1 for kind in ("tensor_model", "pipeline_model", "context")})
     return parser.parse_known_args(argv)[0]
+
+
+def typed(arguments: argparse.Namespace) -> dict[str, str]:
+    """Values by the launchers' names, as they are typed there; those that are not handed on are left out."""
+    found = {"VIRTUAL_STAGES": str(arguments.num_virtual_stages_per_pipeline_rank or 1)}
+    for row in ROWS:
+        if not (flag := row.own or row.megatron):
+            continue
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        if isinstance(value, bool):
+            found[row.name] = str(value).lower()
+        elif isinstance(value, tuple):
+            found[row.name] = "x".join(map(str, value))
+        elif value is not None:
+            found[row.name] = f"{value:g}" if isinstance(value, float) else str(value)
+        elif isinstance(row, Option):
+            found[row.name] = "" if row.default.startswith("(") else row.default
+    return found
+
+
+def _check_rules(arguments: argparse.Namespace, folder: LlavaFolder) -> None:
+    """The launchers' rules, whoever started this.  Raises UserError, with all that breaks one."""
+    values = typed(arguments)
+    if has_checkpoint(arguments.load):
+        values["TOKENIZER_PATH"] = ""  # configs and tokenizer are the resumed run's
+        values.pop("PRETRAIN_CHECKPOINT_PATH")
+    found = [*violations(values), *model_violations(values, folder)]
+    if found:
+        raise UserError("; ".join(f"{name}={values[name]} {text}" for name, text in found))
 
 
 def has_checkpoint(folder: Path | None) -> bool:
@@ -95,9 +124,7 @@ def _llava_folder(arguments: argparse.Namespace) -> LlavaFolder:
             )
         return LlavaFolder.of(start)
     if not arguments.tokenizer_path:
-        raise UserError(
-            "PRETRAIN_CHECKPOINT_PATH is none and TOKENIZER_PATH is not set; set it to a folder with a tokenizer"
-        )
+        raise UserError("; ".join(f"{name} {text}" for name, text in violations(typed(arguments))))
     return LlavaFolder(Path(arguments.tokenizer_path))
 
 
@@ -109,21 +136,13 @@ def weights_folder(arguments: argparse.Namespace) -> Path | None:
     return None if arguments.init_from == "none" else newest_iteration(Path(arguments.init_from))
 
 
-def projector_is_fresh(checkpoint: Path) -> bool:
-    """Is this the converter's output with a projector that no training has seen?"""
-    if newest_iteration(checkpoint).name != "release":
-        return False
-    return LlavaFolder.of(checkpoint).provenance.get("projector", {}).get("origin") == "new"
-
-
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of TrainingSettings that the command line names."""
-    ignore_exif = arguments.ignore_exif_orientation
     values = {
         "conversation_template": arguments.conversation_template,
         "image_aspect_ratio": arguments.image_aspect_ratio,
         "image_tiles": arguments.image_tiles,
-        "exif_orientation": None if ignore_exif is None else not ignore_exif,
+        "exif_orientation": arguments.exif_orientation,
         "image_start_end": arguments.image_start_end,
         "image_conv_front": arguments.image_conv_front,
     }
@@ -197,16 +216,8 @@ def decoder_arguments(language: LanguageGeometry, decoder_seq_len: int) -> list[
     Raises:
         UserError: `decoder_seq_len` (tokens) exceeds the positions or the attention window the model was trained with.
     """
-    if decoder_seq_len > language.max_positions:
-        raise UserError(
-            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model has {language.max_positions} positions; "
-            f"choose at most {language.max_positions}"
-        )
-    if language.sliding_window is not None and decoder_seq_len > language.sliding_window:
-        raise UserError(
-            f"DECODER_SEQ_LEN is {decoder_seq_len}, the language model attends within a sliding window of "
-            f"{language.sliding_window} tokens, which is not built here; choose at most {language.sliding_window}"
-        )
+    if text := language.too_long(decoder_seq_len):
+        raise UserError(f"DECODER_SEQ_LEN={decoder_seq_len} {text}")
     arguments = [
         *("--num-layers", language.layers, "--hidden-size", language.hidden),
         *("--ffn-hidden-size", language.ffn_hidden, "--num-attention-heads", language.heads),
@@ -238,20 +249,10 @@ def read_config(argv: list[str]) -> RunConfig:
     arguments = parse_own_arguments(argv)
     folder = _llava_folder(arguments)
     geometry = folder.geometry()
-    geometry.check_parallel(
-        arguments.tensor_model_parallel_size,
-        arguments.pipeline_model_parallel_size,
-        arguments.decoder_first_pipeline_num_layers,
-        arguments.num_virtual_stages_per_pipeline_rank or 1,
-    )
+    _check_rules(arguments, folder)
     starting = arguments.init_from != "none" and not has_checkpoint(arguments.load)
-    if starting and not arguments.allow_fresh_projector and projector_is_fresh(Path(arguments.init_from)):
-        raise UserError(
-            f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from}: its projector is new, and no stage 1 has trained it; "
-            "start from the checkpoint of stage 1, or pass --allow-fresh-projector after the 23rd argument"
-        )
-    if arguments.model_size:
-        check_model_size(arguments.model_size, geometry.language.parameters)
+    if starting and not arguments.allow_fresh_projector and projector_is_fresh(arguments.init_from):
+        raise UserError(f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from} {FRESH_PROJECTOR}")
     _check_transformer_engine(arguments)
     _check_offload(arguments)
     for given, option, reason in (
@@ -266,18 +267,16 @@ def read_config(argv: list[str]) -> RunConfig:
             "run `pip install wandb`, or set WANDB_MODE=disabled"
         )
     tower = geometry.tower
-    if arguments.image_tokens is not None and arguments.image_tokens != tower.image_tokens:
-        raise UserError(
-            f"SEQ_LEN is {arguments.image_tokens}, the vision tower makes {tower.image_tokens} tokens of an image "
-            f"({tower.side_px} px in patches of {tower.patch_px}); pass {tower.image_tokens}"
-        )
-    for name, split in (("train_dataset_path", "train"), ("valid_dataset_path", "val")):
+    for name, path, split in (
+        ("DATASET_PATH", arguments.train_dataset_path, "train"),
+        ("VALID_DATASET_PATH", arguments.valid_dataset_path, "val"),
+    ):
         if split == "val" and not arguments.eval_iters:
             continue
-        for part in read_parts(getattr(arguments, name), split):
+        for part in read_parts(path, split):
             if not (Path(part.path) / ".nv-meta").is_dir():
                 raise UserError(
-                    f"{name.upper()} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
+                    f"{name} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
                     "converter of toolkits/multimodal_data_preprocessing"
                 )
     of_device = device.megatron_arguments(arguments.bf16 or arguments.fp16)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.atomic_files import write_text
-from megatron_patch.launch import ROLL_BACK
+from megatron_patch.launch.processes import ROLL_BACK
 
 MEDIAN_OF = 50  # losses of steps before this one
 FEWEST_LOSSES = 10  # before anything is called a spike

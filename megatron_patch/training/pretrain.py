@@ -1,16 +1,18 @@
 """A run from its command line to Megatron's pretrain()."""
 
 import gc
+import json
 import os
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
-from megatron_patch import device, launch, patches
+from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
-from megatron_patch.atomic_files import atomic_folder
+from megatron_patch.atomic_files import atomic_folder, write_text
 from megatron_patch.errors import UserError
+from megatron_patch.launch import processes, run_file
 from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
 from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.step_flop import Frozen
@@ -40,6 +42,12 @@ def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
         left_out = shutil.ignore_patterns(*WEIGHT_FILES, TRAINING, f"{TEMPLATE}.*")
         shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
         LlavaFolder(folder).write_training_settings(settings.trained_with)
+
+
+def _save_run_file(output: Path | None) -> None:
+    """The launcher's values, from which the run can be started again."""
+    if output is not None and (text := os.environ.get(run_file.VARIABLE)):
+        write_text(output / run_file.FILE, json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n")
 
 
 def train_llava() -> None:
@@ -100,11 +108,12 @@ def train_llava() -> None:
     def provide_loaders(_: list[int], vp_stage: int | None = None) -> tuple:
         if torch.distributed.get_rank() == 0:
             _save_llava_folder(settings, get_args().save)
+            _save_run_file(get_args().output_path)
         train, valid, test = build_loaders(settings, vp_stage)
         loaders.append(train)
         return train, valid, test
 
-    launch.wait_for_check()  # what takes long is imported by now, and nothing is created yet
+    processes.wait_for_check()  # what takes long is imported by now, and nothing is created yet
     gc.freeze()  # nor will imports ever be garbage
     gc.enable()
     args = parse_and_validate_args(add_arguments)

@@ -1,6 +1,6 @@
 """A progress bar on the terminal from which the launcher was started, if there was one.
 
-launch.py passes on what processes print line by line, so none of them sees a terminal: the launcher names its own in
+processes.py passes on what processes print line by line, so none of them sees a terminal: the launcher names its own in
 LLAVA_TERMINAL.  The lines of the log go there too, by another process, at any moment.  So the bar leaves the cursor at
 its beginning: a line that comes overwrites it, and the next step draws it anew below.
 """

@@ -175,7 +175,7 @@ def test_a_run_with_other_settings_is_refused(job: Job, engine: Engine):
 
 def test_what_cannot_work_is_refused_before_anything_is_made(job: Job):
     for change, said in (
-        ({"prompts": job.prompts.with_name("none")}, "cannot be read: No such file"),
+        ({"prompts": job.prompts.with_name("none")}, "no such file; wanted the prompts"),
         ({"image_root": job.prompts}, "no such folder"),
         ({"output": job.prompts}, "exists; name another file"),
         ({"output": job.prompts.parent / "no" / "a.jsonl"}, "no such folder; make it"),
@@ -219,7 +219,7 @@ def test_one_prompt_on_the_command_line(folders: Folders, engine: Engine):
     assert done.stdout == answer.text + "\n"
     missing = call([*words, "--image", "none.png", "--prompt", "What is this?"])
     assert missing.returncode == 2
-    assert missing.stderr == "error: prompt: image missing: none.png (No such file or directory)\n"
+    assert missing.stderr == "error: none.png: no such image\n"
 
 
 @pytest.mark.slow

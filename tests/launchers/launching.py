@@ -1,5 +1,6 @@
 """What the launcher tests share: the scripts, a folder with valid inputs, and a way to start them."""
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -9,6 +10,27 @@ ROOT = Path(__file__).parents[2]
 STAGE_1 = ROOT / "examples/llava_mcore/run_mcore_llava.sh"
 STAGE_2 = ROOT / "examples/llava_mcore/run_sft_mcore_llava.sh"
 CONVERTER = ROOT / "toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh"
+
+
+# Numbers of Mistral-7B-Instruct-v0.1 without its window, of CLIP-L/14 at 336 px, and of something that is no model's.
+LLAVA_7B = {
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "text_config": {
+        **{"model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32001, "rms_norm_eps": 1e-5},
+        "max_position_embeddings": 32768,
+    },
+    "vision_config": {
+        **{"model_type": "clip_vision_model", "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096},
+        **{"num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+    },
+}
+TINY = LLAVA_7B | {
+    "text_config": LLAVA_7B["text_config"]
+    | {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    | {"num_key_value_heads": 4, "vocab_size": 1000}
+}
 
 
 def start(script: Path | str, words: list[str], shell: str = "bash", cwd: Path = ROOT, **environment: str):
@@ -34,6 +56,7 @@ class Inputs:
     """Folders that every check of the launchers accepts, below one folder, and the guide's argument lists on them."""
 
     folder: Path
+    config: dict = field(default_factory=lambda: LLAVA_7B)
     llm: Path = field(init=False)
     clip: Path = field(init=False)
     checkpoint: Path = field(init=False)
@@ -52,7 +75,7 @@ class Inputs:
         (self.checkpoint / "latest_checkpointed_iteration.txt").write_text("release")
         llava = self.checkpoint / "llava"
         llava.mkdir()
-        (llava / "config.json").write_text('{"model_type": "llava"}\n')
+        (llava / "config.json").write_text(json.dumps(self.config))
         for name in ("preprocessor_config.json", "tokenizer_config.json"):
             (llava / name).write_text("{}\n")
 
@@ -60,7 +83,7 @@ class Inputs:
         """The guide's 23 arguments, with these values changed."""
         values = {
             "ENV": "dsw",
-            "MODEL_SIZE": "7B",
+            "MODEL_SIZE": "tiny" if self.config is TINY else "7B",
             "BATCH_SIZE": "1",
             "GLOBAL_BATCH_SIZE": "256",
             "LR": "0.00015",

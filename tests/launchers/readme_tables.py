@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_patch.launch.machine import cluster_rows
+from megatron_patch.launch.tables import markdown
 from tests.launchers.launching import CONVERTER, STAGE_1, STAGE_2, start
 
 
@@ -55,12 +57,6 @@ def rows_of_help(script: Path) -> Help:
     return Help(tables["Arguments"], tables["Options"], tables["Required"], tables["Presets"])
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def readme_tables() -> list[str]:
     """The README's tables: training arguments, options, cluster variables; conversion arguments, options."""
     first, second, converter = rows_of_help(STAGE_1), rows_of_help(STAGE_2), rows_of_help(CONVERTER)
@@ -75,7 +71,10 @@ def readme_tables() -> list[str]:
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in first.arguments]),
         markdown(named, options),
         markdown(["preset", "source", "values"], [[row.name, row.rule, row.meaning] for row in first.presets]),
-        markdown(["name", "value", "meaning"], [[row.name, row.rule, row.meaning] for row in first.cluster]),
+        markdown(
+            ["ENV", "name", "value", "meaning"],
+            [[name, row.name, row.rule.text, row.meaning] for name, row in cluster_rows()],
+        ),
         markdown(numbered, [[str(row.number), row.name, row.rule, row.meaning] for row in converter.arguments]),
         markdown(named, [[row.name, row.default or "", row.rule, row.meaning] for row in converter.options]),
     ]

@@ -1,12 +1,13 @@
 """Every wrong argument is refused by position, name, value and rule, all at once, before anything is created."""
 
 import argparse
+import json
 
 import pytest
 
 from megatron_patch.arguments import add_arguments
 from megatron_patch.model_sizes import MODEL_SIZES
-from tests.launchers.launching import CONVERTER, STAGE_1, STAGE_2, Inputs, start, tree
+from tests.launchers.launching import CONVERTER, LLAVA_7B, STAGE_1, STAGE_2, Inputs, start, tree
 from tests.launchers.readme_tables import rows_of_help
 
 WRONG_TRAINING = {
@@ -145,7 +146,11 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"IMAGE_TILES": "1x2"}, "DECODER_SEQ_LEN='1024' must be more than 1728, SEQ_LEN=576 for each of 2 tiles"),
         ({}, {"PACKING": "true", "DATA_ORDER": "modality"}, "DATA_ORDER='modality' is not for PACKING=true"),
         ({}, {"PACKING": "true", "BALANCE_COST": "true"}, "BALANCE_COST='true' is not for PACKING=true"),
-        ({}, {"PRESET": "llava"}, "environment PRESET='llava' must be one of llava-1.5 pai neva for this stage"),
+        (
+            {},
+            {"PRESET": "llava"},
+            "environment PRESET='llava' must be one of llava-1.5 pai neva neva-notes ",
+        ),
         ({"LR": "-"}, {"PRESET": ""}, "argument 5 LR='-' must be a number above 0"),
         ({"TP": "-"}, {"PRESET": "llava-1.5"}, "argument 10 TP='-' must be a whole number"),
         ({}, {"FSDP": "full"}, "environment FSDP='full' is not offered"),
@@ -219,10 +224,13 @@ def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: I
 def test_arguments_that_repeat_the_checkpoint_must_agree(inputs: Inputs):
     llava = inputs.checkpoint / "llava"
     (llava / "provenance.json").write_text('{"arguments": {\n  "model_size": "13B", "precision": "bf16"}}')
-    (llava / "config.json").write_text('{"image_seq_length" : 256, "model_type": "llava"}')
+    config = LLAVA_7B | {"vision_config": LLAVA_7B["vision_config"] | {"image_size": 224}}
+    (llava / "config.json").write_text(json.dumps(config))
     result = start(STAGE_1, inputs.training(), DRY_RUN="1")
     assert result.returncode == 2 and "argument 2 MODEL_SIZE='7B' must be 13B" in result.stderr
     assert "argument 7 SEQ_LEN='576' must be 256: " in result.stderr
+    config["text_config"] = LLAVA_7B["text_config"] | {"num_hidden_layers": 52}
+    (llava / "config.json").write_text(json.dumps(config))
     assert start(STAGE_1, inputs.training(MODEL_SIZE="13B", SEQ_LEN="256"), DRY_RUN="1").returncode == 0
 
 

@@ -39,7 +39,7 @@ def test_the_guides_training_line(inputs: Inputs, shell: str, script, frozen_llm
     assert tree(inputs.folder) == before
     words = result.stdout.splitlines()
     first = words.index("-m")
-    assert words[0] == "env" and words[first + 1] == "megatron_patch.launch"
+    assert words[0] == "env" and words[first + 1] == "megatron_patch.launch.processes"
     place = "--nproc_per_node 4 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1"
     assert words[first + 2] == "--check"
     assert words[first + 5 : first + 13] == place.split()
@@ -79,13 +79,14 @@ def test_the_guides_conversion_lines(inputs: Inputs, shell: str):
     words = dry_run(CONVERTER, inputs.conversion(), shell)
     program = f"{ROOT}/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
     assert words[words.index(program) + 1 :] == [
-        *("--model-size", "7B", "--source-llm", str(inputs.llm)),
+        *("--model-size", "7B", "--source-llm", str(inputs.llm), "--source-clip", str(inputs.clip)),
         *("--target", str(inputs.output), "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "1"),
-        *("--precision", "bf16", "--source-clip", str(inputs.clip)),
+        *("--precision", "bf16"),
     ]
     back = {"mg2hf": "true", "SOURCE_LLM_CKPT_PATH": str(inputs.checkpoint), "SOURCE_CLIP_CKPT_PATH": "none"}
     words = dry_run(CONVERTER, inputs.conversion(**back, HF_CKPT_PATH=str(inputs.llm)), shell)
-    assert words[-3:] == ["--mg2hf", "--hf-checkpoint", str(inputs.llm)] and "--source-clip" not in words
+    assert words[-5:] == ["--mg2hf", "--precision", "bf16", "--hf-checkpoint", str(inputs.llm)]
+    assert "--source-clip" not in words
     unused = back | {"SOURCE_CLIP_CKPT_PATH": str(inputs.clip), "HF_CKPT_PATH": str(inputs.llm)}
     told = start(CONVERTER, inputs.conversion(**unused), DRY_RUN="1")
     assert told.stdout.splitlines() == words and "SOURCE_CLIP_CKPT_PATH is not used with mg2hf=true" in told.stderr
@@ -277,13 +278,13 @@ def test_jobs_on_one_machine_meet_at_different_ports(inputs: Inputs):
 
 def test_images_are_the_checkpoints_unless_an_option_says_otherwise(inputs: Inputs):
     """`auto` leaves the switches to the llava/ folder; only its tiles are looked at, for the length of a record."""
-    names = ("image-conv-front", "image-start-end", "ignore-exif-orientation")
+    names = ("image-conv-front", "image-start-end", "exif-orientation")
     words = dry_run(STAGE_1, inputs.training(AC="sel"))
     assert (value_after(words, "--image-aspect-ratio"), value_after(words, "--image-tiles")) == ("auto", "auto")
     assert not [name for name in names if {f"--{name}", f"--no-{name}"} & set(words)]
     for value, wanted in (
-        ("true", {"--image-conv-front", "--image-start-end", "--no-ignore-exif-orientation"}),
-        ("false", {"--no-image-conv-front", "--no-image-start-end", "--ignore-exif-orientation"}),
+        ("true", {"--image-conv-front", "--image-start-end", "--exif-orientation"}),
+        ("false", {"--no-image-conv-front", "--no-image-start-end", "--no-exif-orientation"}),
     ):
         options = dict.fromkeys(("IMAGE_CONV_FRONT", "IMAGE_START_END", "EXIF_ORIENTATION"), value)
         words = dry_run(STAGE_1, inputs.training(AC="sel"), **options)
@@ -294,12 +295,24 @@ def test_images_are_the_checkpoints_unless_an_option_says_otherwise(inputs: Inpu
     dry_run(STAGE_2, inputs.training(AC="sel"), IMAGE_TILES="1x1")
 
 
+# What each command that uses a model is called with, the folder of the model left open.
+ASKED = {
+    "run_inference_llava": ["--model", "{}", "--prompt", "What is 'this'?\n<image>"],
+    "chat_llava": ["{}", "--temperature", "0.5"],
+    "serve_llava": ["{}", "--port", "0"],
+    "evaluate_llava": ["--model", "{}", "--benchmark", "pope", "--data", ".", "--output", "out"],
+}
+
+
 @pytest.mark.parametrize("shell", ["bash", DASH])
-@pytest.mark.parametrize("name", ["run_inference_llava", "chat_llava", "serve_llava", "evaluate_llava"])
-def test_commands_that_use_a_model_hand_their_words_over(tmp_path: Path, name: str, shell: str):
-    """Python checks them; what is no interpreter is refused before."""
-    script, words = ROOT / f"examples/llava_mcore/{name}.sh", ["a model", "--prompt", "What is 'this'?\n<image>"]
-    made = dry_run(script, words[:2], shell, cwd=tmp_path)
-    assert made[0] == "env" and made[-4:] == ["-u", f"{ROOT}/examples/llava_mcore/{name}.py", *words[:2]]
-    refused = start(script, words, shell, tmp_path, PYTHON=str(tmp_path / "none"))
+@pytest.mark.parametrize("name", ASKED)
+def test_commands_that_use_a_model_hand_their_words_over(inputs: Inputs, name: str, shell: str):
+    """As they are; what is no interpreter is refused before."""
+    script = ROOT / f"examples/llava_mcore/{name}.sh"
+    words = [word.format(inputs.checkpoint) for word in ASKED[name]]
+    result = start(script, words, shell, inputs.folder, DRY_RUN="1")
+    assert result.returncode == 0 and result.stderr == ""
+    made = ["-u", f"{ROOT}/examples/llava_mcore/{name}.py", *words]
+    assert result.stdout.startswith("env\n") and result.stdout.endswith("\n".join(made) + "\n")
+    refused = start(script, words, shell, inputs.folder, PYTHON=str(inputs.folder / "none"))
     assert refused.returncode == 2 and "PYTHON" in refused.stderr and "must be a program" in refused.stderr

@@ -36,14 +36,18 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
     shutil.copytree(ready.clip, models / "clip-vit-large-patch14-336")
     for dataset in ("LLaVA-Pretrain", "LLaVA-Instruct"):
         shutil.copytree(ready.dataset, data / dataset / "wds")
+    (data / "images").mkdir()
+    (data / "prompts.jsonl").touch()
     fake.mkdir()
-    (fake / "scontrol").write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames n[1-2]' ] && printf 'n1\\nn2\\n'\n")
-    (fake / "scontrol").chmod(0o755)
+    # sbatch starts the script, srun the launcher, as SLURM does on the second of two nodes
+    for program, text in {"sbatch": 'exec bash "$@"', "srun": 'exec "$@"'}.items():
+        (fake / program).write_text(f"#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n{text}\n")
+        (fake / program).chmod(0o755)
     results = [out / "llava-7b", out / "stage1/checkpoint", out / "stage2/checkpoint", out / "llava-7b-hf"]
     slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "12345"}
-    environment = slurm | {
+    slurm |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment = {
         "PATH": f"{fake}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "n[1-2]",
         "ACCELERATOR": "cpu",
         "DRY_RUN": "1",
         "MODELS": str(models),
@@ -51,9 +55,10 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
         "OUT": str(out),
     }
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if ".sh \\" in block]
-    assert len(blocks) == 6
-    for block, result in zip(blocks, [*results, None, None], strict=True):
-        done = subprocess.run(["bash", "-c", block], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert len(blocks) == 7
+    for block, result in zip(blocks, [*results, None, None, None], strict=True):
+        of_block = environment | (slurm if "sbatch" in block else {})
+        done = subprocess.run(["bash", "-c", block], cwd=ROOT, env=of_block, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         if result is not None:
             shutil.copytree(ready.checkpoint, result)

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_patch import launch as launching
-from tests.launchers.launching import ROOT, Inputs
+from megatron_patch.launch import processes as launching
+from tests.launchers.launching import ROOT, TINY, Inputs
 
 ENTRY = """
 import os, signal, sys, time
-from megatron_patch import launch
+from megatron_patch.launch import processes as launch
 def end(number, _):
     print("saved by rank", os.environ["RANK"])
     sys.exit(0)
@@ -38,6 +38,12 @@ print("warning of rank", os.environ["RANK"], file=sys.stderr)
 time.sleep(float(os.environ["SECONDS_TO_RUN"]))
 sys.exit(int(os.environ["EXIT_CODE"]))
 """
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    """Of a model whose checkpoints fit on any disk."""
+    return Inputs(tmp_path / "inputs", TINY)
 
 
 @pytest.fixture
@@ -118,7 +124,7 @@ def test_without_arguments_processes_meet_and_leave_nothing(tmp_path: Path):
     words = [
         sys.executable,
         "-m",
-        "megatron_patch.launch",
+        "megatron_patch.launch.processes",
         "--nproc_per_node",
         "2",
         tmp_path / "program.py",

@@ -99,7 +99,7 @@ def run_and_kill(workspace: Workspace, output: Path, at_iteration: int, **change
             assert process.poll() is None, printed.read_text()[-4000:]
             assert time.monotonic() < deadline, printed.read_text()[-4000:]
             time.sleep(0.02)
-        # launch.py, its processes and theirs, all by the path in their words: nobody gets a chance to save
+        # processes.py, its processes and theirs, all by the path in their words: nobody gets a chance to save
         subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)
         process.wait()
     return losses(printed.read_text())

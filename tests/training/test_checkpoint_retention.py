@@ -135,7 +135,7 @@ def test_killed_ten_times_the_weights_are_the_same(workspace: Workspace, tmp_pat
                     time.sleep(0.0005)
             else:
                 time.sleep(generator.random() * 0.3)
-            # launch.py, its processes and theirs, all by the path in their words
+            # processes.py, its processes and theirs, all by the path in their words
             subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "killed")], check=True)
             process.wait()
         during_saves += bool(unfinished(folder))

@@ -25,7 +25,14 @@ atexit.register(tell)
 # Part of a process's command line -> what takes long to import and does nothing there.
 OTHERS = {"scipy", "sklearn", "pandas", "matplotlib", "pyarrow", "torchvision", "transformers.modeling_utils"}
 NOT_IMPORTED = {
-    "-m megatron_patch.launch": {*OTHERS, "torch", "numpy", "transformers", "megatron.core", "megatron.energon"},
+    "launch.processes": {
+        *OTHERS,
+        "torch",
+        "numpy",
+        "transformers",
+        "megatron.core",
+        "megatron.energon",
+    },
     "": {*OTHERS, "transformers.activations", "transformers.generation.utils", "torch._dynamo"},  # a rank
 }
 
@@ -52,7 +59,7 @@ def test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start(
         hook.setenv("PYTHONPATH", str(tmp_path))
         cold = run(workspace, tmp_path / "cold", script=script, **COLD)
     imported = modules_of_processes(tmp_path)
-    assert imported.keys() == NOT_IMPORTED.keys(), "launch.py and one rank, and none for the check or a save"
+    assert imported.keys() == NOT_IMPORTED.keys(), "processes.py and one rank, and none for the check or a save"
     assert {kind: imported[kind] & names for kind, names in NOT_IMPORTED.items()} == {
         kind: set() for kind in NOT_IMPORTED
     }
@@ -63,7 +70,7 @@ def test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start(
 
 @pytest.mark.slow
 def test_ranks_end_with_launch_py(workspace: Workspace, tmp_path: Path) -> None:
-    """`kill -9` of launch.py alone: nobody is left to train on and write where the next start writes."""
+    """`kill -9` of processes.py alone: nobody is left to train on and write where the next start writes."""
     settings = {**COLD, "TRAIN_ITERS": 100000, "CHECK": "false", "NPROC_PER_NODE": 2}
     started = Started(workspace, tmp_path / "out", **settings)
     started.wait_for(r"iteration +2/")

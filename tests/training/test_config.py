@@ -47,18 +47,18 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_tokens": "576"}, "SEQ_LEN is 576.*makes 16 tokens"),
-        ({"seq_length": "4096"}, "DECODER_SEQ_LEN is 4096.*512 positions"),
-        ({"model_size": "7B"}, "MODEL_SIZE 7B.*pass tiny"),
-        ({"tensor_model_parallel_size": "3"}, "TP 3 cannot cut"),
-        ({"pipeline_model_parallel_size": "3"}, "PP 3 does not divide"),
+        ({"image_tokens": "576"}, "SEQ_LEN=576 must be 16: so many tokens"),
+        ({"seq_length": "4096"}, "DECODER_SEQ_LEN=4096 must be at most 512: so many positions"),
+        ({"model_size": "7B"}, "MODEL_SIZE=7B.*pass tiny"),
+        ({"tensor_model_parallel_size": "3"}, "TP=3 cannot cut"),
+        ({"pipeline_model_parallel_size": "3"}, "PP=3 does not divide"),
         ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not offered"),
         ({"use_megatron_fsdp": ""}, "--use-megatron-fsdp is not offered"),
         ({"fp8_format": "hybrid"}, "PR=fp8 needs Transformer Engine"),
         ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*needs a GPU"),
-        ({"train_dataset_path": "/nonexistent"}, "TRAIN_DATASET_PATH.*no .nv-meta"),
+        ({"train_dataset_path": "/nonexistent"}, "DATASET_PATH.*no .nv-meta"),
         ({"init_from": "/nonexistent"}, "PRETRAIN_CHECKPOINT_PATH.*no finished checkpoint"),
-        ({"init_from": "none"}, "TOKENIZER_PATH is not set"),
+        ({"init_from": "none"}, "needs TOKENIZER_PATH"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
@@ -147,20 +147,18 @@ def test_fp32_convolutions_are_in_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
 def test_sliding_window_is_refused_beyond_and_accepted_within(workspace: Workspace) -> None:
     windowed = dataclasses.replace(language(workspace), sliding_window=64)
     assert decoder_arguments(windowed, 64)
-    with pytest.raises(UserError, match="sliding window of 64"):
+    with pytest.raises(UserError, match=r"at most 64: .* sliding window"):
         decoder_arguments(windowed, 65)
 
 
 def test_a_refusal_of_the_entry_is_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
-    """Through the launcher: a checkpoint whose tower is unknown, which only the entry reads."""
+    """Through the launcher: a checkpoint whose images have another size, which only the entry reads."""
     shutil.copytree(workspace.checkpoint, tmp_path / "checkpoint")
-    where = tmp_path / "checkpoint/llava/config.json"
-    config = json.loads(where.read_text())
-    config["vision_config"]["model_type"] = "resnet"
-    where.write_text(json.dumps(config))
+    where = tmp_path / "checkpoint/llava/preprocessor_config.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {"crop_size": 99}))
     other = Workspace(tmp_path / "checkpoint", workspace.dataset)
     printed = run(other, tmp_path / "out", expected_exit=2, CHECK="true", TRAIN_ITERS=3)
-    assert printed.startswith("error: ") and "'resnet'" in printed and printed.count("\n") == 1
+    assert printed.startswith("error: ") and "crop_size 99" in printed and printed.count("\n") == 1
     assert not (tmp_path / "out/checkpoint").exists()
 
 

@@ -189,7 +189,7 @@ def test_random_weights_and_several_folders_are_refused(caches: Callable, damage
     [
         ({"image_aspect_ratio": "pad"}, "image_aspect_ratio: crop, now pad)"),
         ({"image_tiles": "2x1"}, "image_tiles: 1x1, now 2x1)"),
-        ({"ignore_exif_orientation": ""}, "apply_exif_orientation: True, now False)"),
+        ({"no_exif_orientation": ""}, "apply_exif_orientation: True, now False)"),
         ({"bf16": ""}, "dtype: float32, now bfloat16)"),
     ],
 )

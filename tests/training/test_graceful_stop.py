@@ -29,7 +29,7 @@ def processes_of(output: Path) -> dict[int, str]:
 
 
 def ranks_of(output: Path) -> list[int]:
-    """Process ids of the ranks, without launch.py, which names their program too."""
+    """Process ids of the ranks, without processes.py, which names their program too."""
     found = processes_of(output)
     return [
         pid for pid, words in found.items() if "pretrain_llava.py" in words and "megatron_patch.launch" not in words

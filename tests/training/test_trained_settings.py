@@ -54,7 +54,7 @@ def test_another_template_is_refused_on_resume(trained: Path, workspace: Workspa
     [
         ({"image_aspect_ratio": "crop"}, "IMAGE_ASPECT_RATIO is crop, wanted pad"),
         ({"image_tiles": "1x1"}, "IMAGE_TILES is 1x1, wanted 2x1"),
-        ({"no_ignore_exif_orientation": ""}, "EXIF_ORIENTATION is true, wanted false"),
+        ({"exif_orientation": ""}, "EXIF_ORIENTATION is true, wanted false"),
         ({"image_start_end": ""}, "IMAGE_START_END is true, wanted false"),
         (
             {"no_image_conv_front": "", "image_aspect_ratio": "stretch"},
@@ -72,7 +72,7 @@ def test_other_images_are_refused_on_resume(
 
 def test_a_resume_knows_by_itself_and_takes_the_same_words(trained: Path, workspace: Workspace) -> None:
     same = {"conversation_template": "mistral", "image_aspect_ratio": "pad", "image_tiles": "2x1"}
-    for words in ({}, same, same | {"ignore_exif_orientation": "", "image_conv_front": ""}):
+    for words in ({}, same, same | {"no_exif_orientation": "", "image_conv_front": ""}):
         found = read_config(argv(workspace, load=str(trained / "checkpoint"), **words))
         assert (found.trained_with, found.warning) == (SETTINGS, None)
         data = found.data

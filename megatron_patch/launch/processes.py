@@ -1,6 +1,6 @@
 """The processes of this node, with the manners of a batch job:
 
-    python -m megatron_patch.launch [--check] [--max-rollbacks N] [--log-dir FOLDER] ARGUMENTS OF TORCHRUN SCRIPT.py ...
+    python -m megatron_patch.launch.processes [--check] [--max-rollbacks N] [--log-dir FOLDER] TORCHRUN'S SCRIPT.py ...
 
 It has torchrun's arguments for processes and nodes and gives the processes torchrun's variables (RANK, MASTER_ADDR and
 so on), so that torchrun can start them as well.  But torchrun imports torch itself before it starts anything, which
@@ -275,7 +275,7 @@ def _start_again(arguments: argparse.Namespace) -> None:
     script = again.pop("script")
     del again["check"]
     words = [f"--{name}={value}" for name, value in again.items() if value is not None]
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "megatron_patch.launch", *words, *script])
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "megatron_patch.launch.processes", *words, *script])
 
 
 def _free_port() -> int:
@@ -285,7 +285,7 @@ def _free_port() -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_patch.launch", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m megatron_patch.launch.processes", allow_abbrev=False)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--max-rollbacks", "--max_rollbacks", type=int, default=0)
     parser.add_argument("--log-dir", "--log_dir", type=Path)

@@ -1,0 +1,17 @@
+"""The launch room: from what a user types to the processes that run.
+
+    __main__.py       what every launcher (bash) becomes: finds its command, checks, starts
+    commands.py       the commands by name
+    rules.py          what one value must be
+    rows.py           arguments and options; a call of them, and all that is wrong with it
+    tables.py         --help, refusals and the READMEs' tables, from the rows
+    machine.py        nodes, processes and devices of a job
+    training.py       rows of both stages, and the words for Megatron that they become
+    presets.py        published recipes
+    training_rules.py the rules that hold between arguments of a training run
+    conversion.py     rows, rules and words of the checkpoint converter
+    processes.py      the processes of one node while they run
+
+Standard library only, and the modules of megatron_patch that need no more: a wrong call is refused before torch would
+have been imported.
+"""

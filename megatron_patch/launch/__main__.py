@@ -1,0 +1,72 @@
+"""What a launcher becomes: `python megatron_patch/launch/__main__.py COMMAND PROGRAM WORD...`.
+
+COMMAND is a name of commands.py, PROGRAM the script as it was called.  It runs as a file, without site-packages.
+"""
+
+import os
+import signal
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # any python3 of the machine may come here
+    print(f"error: {sys.executable} is Python {sys.version.split()[0]}, 3.10 or newer is needed", file=sys.stderr)
+    sys.exit(2)
+sys.path[0:0] = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+
+from megatron_patch.launch.commands import find_command  # noqa: E402
+from megatron_patch.launch.rows import Call, Command, Program, refuse  # noqa: E402
+from megatron_patch.launch.tables import help_text  # noqa: E402
+
+TYPE_CHECKING = False  # typing's own, without its import
+if TYPE_CHECKING:
+    from megatron_patch.launch.asking import AskingCommand
+
+
+def main(name: str, program: str, words: list[str]) -> None:
+    """Print help, refuse, or become the program."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
+    command = find_command(name)
+    if not isinstance(command, Command):
+        start(_asking(command, words), dry=os.environ.get("DRY_RUN") == "1")
+        return
+    if words[:1] in (["--help"], ["-h"]):
+        print(help_text(command, program))
+        return
+    environment, complaints = os.environ, []
+    if words[:1] in (["--config"], ["--from"]) and command.paths:
+        from megatron_patch.launch.run_file import expand
+
+        words, environment, complaints = expand(command, program, words, os.environ)
+        if complaints:
+            refuse(complaints, program)
+    call = Call(command, program, words, environment)
+    found = command.check(call)
+    call.end_if_wrong()
+    started = command.start(call, found)
+    for note in call.notes:
+        print(note, file=sys.stderr, flush=True)
+    start(started, dry=call["DRY_RUN"] == "1")
+
+
+def _asking(command: "AskingCommand", words: list[str]) -> Program:
+    """The program of a command with options; refuses, and prints its help, as argparse does."""
+    arguments = command.parser().parse_args(words)
+    problems = [*command.environment_problems(os.environ), *command.problems(arguments)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+    return command.start(words, os.environ)
+
+
+def start(program: Program, dry: bool) -> None:
+    """Become the program, or print it, one word per line."""
+    if dry:
+        words = ["env", *(f"{name}={value}" for name, value in program.environment.items()), *program.words]
+        sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\n" for word in words))
+        return
+    sys.stdout.flush()
+    os.execvpe(program.words[0], program.words, os.environ | program.environment)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,80 @@
+"""Published recipes: values of arguments given as `-` and defaults of options, which the environment overrides.
+
+Adam's second beta of Hugging Face's trainer, which LLaVA used, is 0.999.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One stage of a recipe."""
+
+    name: str
+    stage: int
+    source: str
+    values: dict[str, str]
+
+
+def _preset(name: str, stage: int, source: str, values: str) -> Preset:
+    return Preset(name, stage, source, dict(pair.split("=") for pair in values.split()))
+
+
+PRESETS = (
+    _preset(
+        "llava-1.5",
+        1,
+        "LLaVA-1.5, LLaVA-Pretrain 558k",
+        "GLOBAL_BATCH_SIZE=256 LR=1e-3 MIN_LR=0 TRAIN_ITERS=2180 LR_WARMUP_ITERS=65 ADAM_BETA2=0.999",
+    ),
+    _preset(
+        "llava-1.5",
+        2,
+        "LLaVA-1.5, mix665k",
+        "GLOBAL_BATCH_SIZE=128 LR=2e-5 MIN_LR=0 TRAIN_ITERS=5200 LR_WARMUP_ITERS=156 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=pad DATA_ORDER=modality",
+    ),
+    _preset(
+        "pai",
+        1,
+        "Pai-Megatron-Patch's guide",
+        "GLOBAL_BATCH_SIZE=256 LR=0.00015 MIN_LR=1e-5 TRAIN_ITERS=20000 LR_WARMUP_ITERS=200",
+    ),
+    _preset(
+        "neva",
+        1,
+        "NeMo's guide of NeVA",
+        "BATCH_SIZE=32 GLOBAL_BATCH_SIZE=256 LR=2e-3 MIN_LR=2e-5 TRAIN_ITERS=2176 LR_WARMUP_ITERS=65 ADAM_BETA2=0.95",
+    ),
+    _preset(
+        "neva",
+        2,
+        "NeMo's guide of NeVA",
+        "BATCH_SIZE=8 GLOBAL_BATCH_SIZE=128 LR=2e-5 MIN_LR=2e-7 TRAIN_ITERS=5197 LR_WARMUP_ITERS=155 ADAM_BETA2=0.95 "
+        "AC=full CONVERSATION_TEMPLATE=v1 DATA_ORDER=modality IMAGE_CONV_FRONT=true",
+    ),
+    _preset(
+        "neva-notes",
+        1,
+        "NeVA's best-practice notes",
+        "BATCH_SIZE=32 GLOBAL_BATCH_SIZE=128 LR=2e-3 MIN_LR=2e-5 TRAIN_ITERS=4650 LR_WARMUP_ITERS=140 ADAM_BETA2=0.95 "
+        "WEIGHT_DECAY=0 CLIP_GRAD=1.0",
+    ),
+    _preset(
+        "megatron-vlm",
+        1,
+        "Megatron-VLM's guide for Japanese LLaVA",
+        "GLOBAL_BATCH_SIZE=256 LR=1e-3 MIN_LR=0 ADAM_BETA2=0.95",
+    ),
+    _preset(
+        "megatron-vlm",
+        2,
+        "Megatron-VLM's guide for Japanese LLaVA",
+        "GLOBAL_BATCH_SIZE=128 LR=2e-5 MIN_LR=0 ADAM_BETA2=0.95 CONVERSATION_TEMPLATE=japanese_v1",
+    ),
+)
+
+
+def presets_of(stage: int) -> dict[str, dict[str, str]]:
+    """Values by name of the recipe."""
+    return {preset.name: preset.values for preset in PRESETS if preset.stage == stage}
