@@ -10,7 +10,10 @@
     presets.py        published recipes
     training_rules.py the rules that hold between arguments of a training run
     conversion.py     rows, rules and words of the checkpoint converter
+    run_file.py       the values of a run in a file: --config, --from, and beside the checkpoints
+    asking.py         chat, server, prompts and benchmarks: their options and rules
     processes.py      the processes of one node while they run
+    heartbeat.py      the nodes hear of each other
 
 Standard library only, and the modules of megatron_patch that need no more: a wrong call is refused before torch would
 have been imported.

@@ -1,8 +1,10 @@
 """Nodes, processes and devices of a job: where ENV says they come from."""
 
+import contextlib
 import os
 import re
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,6 +15,7 @@ from megatron_patch.launch.rules import COUNT, COUNT_OR_ZERO, HOST, PORT, TEXT, 
 
 NODES, NODE_RANK = whole(1, 99999), whole(0, 99998)
 INTERFACES = "/sys/class/net"
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 PORTS = 10000, 30000  # below the range from which the system lends its own
 
 
@@ -223,6 +226,21 @@ def is_free(port: int) -> bool:
     return True
 
 
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address; None: it cannot be told."""
+    import fcntl
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((socket.gethostbyname(address), 9))  # sends nothing
+        own = socket.inet_aton(way.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(way.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if found[20:24] == own:
+                    return name
+    return None
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     low, high = PORTS
@@ -254,6 +272,10 @@ def process_environment(call: Call, job: Job) -> dict[str, str]:
     """Variables of the processes beside the caller's."""
     threads = max(1, cores() // job.processes)
     variables: Mapping[str, str] = job.device.environment(job.nodes)
+    if job.nodes > 1 and not call.environment.get("GLOO_SOCKET_IFNAME"):
+        # gloo would take the one that the host's name stands for, which often is the loopback
+        interface = interface_towards(job.address)
+        variables = {**variables, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
     return {
         "OMP_NUM_THREADS": call.environment.get("OMP_NUM_THREADS") or str(threads),
         "PYTHONPATH": python_path(call.environment),

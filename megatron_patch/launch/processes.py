@@ -15,6 +15,7 @@ takes seconds, and knows nothing of the rest.
   does this.  Before the check has passed a signal ends everything.
 - When a process dies, the others have SHUTDOWN_SECONDS to end.  The tail of its stderr and one sentence end the output;
   the exit code is that process's own.
+- When another node is lost (heartbeat.py), the processes of this one end, with exit code 69.
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
 """
 
@@ -34,8 +35,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_patch.launch.heartbeat import Heartbeat
+
 ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
 CHECK = "LLAVA_CHECK"  # variable of a process: descriptor by which it tells, or is told, that the check has passed
+LOST = 69  # EX_UNAVAILABLE: another node
 STDERR_TAIL_LINES = 25
 # What the survivors of a death say: theirs is not the cause.
 OF_SURVIVORS = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
@@ -304,23 +308,31 @@ def main(words: Sequence[str]) -> None:
     for number in (*FORWARDED, *ENDING):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _raise_exit)
-    output, processes = _Output(), []
+    output, processes, watch = _Output(), [], None
     to_end = signal.SIGKILL
     try:
         _start(arguments, output, processes)
         to_end = signal.SIGINT
+        watch = Heartbeat(arguments.node_rank, arguments.nnodes, arguments.master_addr, arguments.master_port + 1)
         folder = _new_folder(arguments.log_dir) if arguments.log_dir else None
         output.keep(folder)
         _forward_signals(processes)
         codes: list[int | None] = [None]
-        while None in codes and not any(codes):
+        while None in codes and not any(codes) and not watch.lost:
             time.sleep(POLL_SECONDS)
             codes = [process.exit_code for process in processes]
-        if any(codes):
+        if watch.lost and not any(codes):
+            _end(processes, signal.SIGKILL)  # they wait for the lost node and can save nothing
+        elif any(codes):
             _end(processes, signal.SIGTERM)
     finally:
         _end(processes, to_end)  # none is left unless a signal ends this process
         output.close()
+        if watch is not None:
+            watch.close(failed=any(process.exit_code not in (0, ROLL_BACK) for process in processes))
+    if watch.lost and any(process.exit_code for process in processes):
+        print(f"error: {watch.lost}; the same command on all nodes goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(LOST)
     failed = [process for process in processes if process.exit_code]
     if not failed:
         return
