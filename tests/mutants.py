@@ -41,7 +41,8 @@ DEVICE_CPU, OF_CPU = "megatron_patch/device/cpu.py", "tests/device/test_cpu.py"
 RETENTION = "megatron_patch/training/checkpoint_retention.py"
 CALLBACKS = "megatron_patch/training/callbacks.py"
 GENERATION, OF_SCORES = "megatron_patch/training/generation.py", "tests/training/test_benchmark_scores.py"
-LAUNCHER = "examples/launcher.sh"
+ROWS, RULES = "megatron_patch/launch/rows.py", "megatron_patch/launch/training_rules.py"
+TRAINING, OF_ARGUMENTS = "megatron_patch/launch/training.py", "tests/launchers/test_arguments.py"
 
 PARITY = "tests/model/test_parity.py::test_logits_loss_and_gradients_equal_transformers"
 ONE_PROCESS, CP2, TP2_SP = (f"{PARITY}[{run}]" for run in ("one process, mistral", "CP2, llama", "TP2+SP, llama"))
@@ -629,9 +630,9 @@ DATA_OPTIONS = [
         ),
     ),
     *of(
-        LAUNCHER,
+        ROWS,
         effect("BALANCE_COST=true"),
-        ("the launcher keeps BALANCE_COST", "[[ ${arg[BALANCE_COST]} != true ]] || command+=(--balance-cost)", ":"),
+        ("switches are not handed on", 'return {"true": [option], "false": off}.get(value, [])', "return []"),
     ),
     *of(
         CONFIG,
@@ -744,37 +745,18 @@ DATA_OPTIONS = [
         ("any number of records may be bad", 'if skipped and own["skipped"] > limit:', "if False:"),
     ),
     *of(
-        LAUNCHER,
+        ROWS,
         MAX_SKIPPED,
-        ("the launcher keeps MAX_SKIPPED", '--max-skipped-share "${arg[MAX_SKIPPED]}"', "--max-skipped-share 0.01"),
+        (
+            "options are handed on as their defaults",
+            "return [option, value]",
+            'return [option, getattr(self, "default", value)]',
+        ),
     ),
     *of(
-        LAUNCHER,
-        effect("IMAGE_TILES=2x1"),
-        ("the launcher keeps IMAGE_TILES", '--image-tiles "${arg[IMAGE_TILES]}"', "--image-tiles 1x1"),
-    ),
-    *of(
-        LAUNCHER,
+        ROWS,
         effect("EXIF_ORIENTATION=false with IMAGE_ASPECT_RATIO"),
-        (
-            "EXIF_ORIENTATION the other way round",
-            "false) command+=(--ignore-exif-orientation) ;;",
-            "false) command+=(--no-ignore-exif-orientation) ;;",
-        ),
-    ),
-    *of(
-        LAUNCHER,
-        effect("IMAGE_START_END=true"),
-        (
-            "the launcher keeps IMAGE_START_END",
-            "for name in IMAGE_CONV_FRONT IMAGE_START_END PADDING_FREE; do",
-            "for name in IMAGE_CONV_FRONT PADDING_FREE; do",
-        ),
-    ),
-    *of(
-        LAUNCHER,
-        effect("MEGA_BATCH_MULT=1 with DATA_ORDER"),
-        ("the launcher keeps MEGA_BATCH_MULT", '--mega-batch-mult "${arg[MEGA_BATCH_MULT]}"', "--mega-batch-mult 50"),
+        ("what is auto cannot be switched off", 'off = [f"--no-{option[2:]}"] if', "off = [] if"),
     ),
     *of(
         SAMPLER,
@@ -1079,14 +1061,14 @@ RUNS = [
         ),
     ),
     *of(
-        "examples/llava_mcore/run_mcore_llava.sh",
+        TRAINING,
         f"{FREEZING}[stage 1]",
-        ("stage 1 freezes no language model", 'are frozen." true plain "$@"', 'are frozen." false plain "$@"'),
+        ("stage 1 freezes no language model", '{1: ("true", "plain")', '{1: ("false", "plain")'),
     ),
     *of(
-        "examples/llava_mcore/run_sft_mcore_llava.sh",
+        TRAINING,
         f"{FREEZING}[stage 2]",
-        ("stage 2 freezes the language model", 'tower is frozen." false auto "$@"', 'tower is frozen." true auto "$@"'),
+        ("stage 2 freezes the language model", '2: ("false", "auto")}', '2: ("true", "auto")}'),
     ),
     *of(
         "megatron_patch/training/data_provider.py",
@@ -1184,31 +1166,121 @@ RUNS = [
         ("bf16 is slow on every CPU", "    if bf16_instructions():", "    if False:"),
     ),
     *of(
-        LAUNCHER,
+        "megatron_patch/launch/__main__.py",
         f"{OF_COMMANDS}::test_a_note_says_what_this_machine_lacks",
-        ("notes of a device are not told", 'for row in "${notes[@]}"; do', "for row in; do"),
+        ("notes of a device are not told", "for note in call.notes:", "for note in ():"),
     ),
     *of(
-        LAUNCHER,
-        f"{OF_SCORES}::test_some_questions_are_chosen_and_the_best_score_is_kept",
-        ("BEST_BY is not handed over", '--best-by "${arg[BEST_BY]}"', "--best-by loss"),
-        (
-            "EVAL_BENCHMARK_QUESTIONS is not handed over",
-            '--eval-benchmark-questions "${arg[EVAL_BENCHMARK_QUESTIONS]}"',
-            "--eval-benchmark-questions 64",
-        ),
-    ),
-    *of(
-        LAUNCHER,
+        RULES,
         "tests/launchers/test_arguments.py::test_rules_between_training_arguments",
-        ("a score without a benchmark", "[[ ${arg[BEST_BY]} != score ]] ||", "true ||"),
-        ("a benchmark without its files", "[[ -n ${arg[EVAL_BENCHMARK_DATA]} ]] ||", "true ||"),
-        ("files without a benchmark", "[[ -z ${arg[EVAL_BENCHMARK_DATA]} ]] ||", "true ||"),
+        ("a score without a benchmark", 'if values["BEST_BY"] == "score":', "if False:"),
+        ("a benchmark without its files", 'if not values["EVAL_BENCHMARK_DATA"]:', "if False:"),
+        ("files without a benchmark", '    if values["EVAL_BENCHMARK_DATA"]:', "    if False:"),
+        ("a benchmark without validations", '        if values["EVAL_ITERS"] == "0":', "        if False:"),
+        ("a model that TP cannot cut", "yield from geometry.uncut(", "yield from () and geometry.uncut("),
+        ("records longer than the model's positions", "if text := geometry.language.too_long(", "if text := () and ("),
         (
-            "a benchmark without validations",
-            "((arg[EVAL_ITERS] > 0)) || refuse EVAL_BENCHMARK",
-            "true || refuse EVAL_BENCHMARK",
+            "a size that is not the model's",
+            '        check_model_size(values["MODEL_SIZE"]',
+            '        (values["MODEL_SIZE"]',
         ),
+        (
+            "another number of image tokens",
+            'if int(values["SEQ_LEN"]) != tower.image_tokens:',
+            "if False:",
+        ),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_folders_must_have_the_splits_that_are_read",
+        ("a folder without the split", "if found is not None and split not in found:", "if False:"),
+        ("splits of no shards count", "return [name for name, empty in names if not empty]", "return [*dict(names)]"),
+    ),
+    *of(
+        "megatron_patch/launch/rules.py",
+        f"{OF_ARGUMENTS}::test_a_checkpoint_that_was_not_copied_whole_is_refused",
+        ("a checkpoint that lacks a file", "return min(named - here, default=None)", "return None"),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_stage_2_wants_a_projector_that_stage_1_has_trained",
+        ("stage 2 on a new projector", "if is_stage_2 and not _resumes(call)", "if False and not _resumes(call)"),
+        ("stage 1 wants a trained projector", "if is_stage_2 and not _resumes(call)", "if not _resumes(call)"),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_a_login_of_wandb_counts_where_a_name_is_given",
+        ("W&B is told unasked", "(named and _has_login(environment))", "_has_login(environment)"),
+        ("a login elsewhere is W&B's", 'any(pair == ("machine", service)', 'any(pair[0] == "machine"'),
+    ),
+    *of(
+        RULES,
+        "tests/launchers/test_run_file.py::test_another_run_in_the_output_folder_is_not_continued",
+        ("another run is continued", "if was is not None and was != value and not moved:", "if False:"),
+        ("a checkpoint may not move", "was != value and not moved:", "was != value:"),
+    ),
+    *of(
+        RULES,
+        "tests/launchers/test_run_file.py::test_a_full_disk_is_refused_before_the_start",
+        ("a full disk", "    if free < wanted:", "    if False:"),
+        ("dry runs ask this disk", 'if call["DRY_RUN"] == "0" and call.is_right:', "if call.is_right:"),
+        ("one checkpoint has to fit", "wanted = 2 * checkpoint_bytes", "wanted = checkpoint_bytes"),
+    ),
+    *of(
+        "megatron_patch/launch/run_file.py",
+        "tests/launchers/test_run_file.py",
+        ("the file wins over the environment", "isinstance(rows[name], Option) and environment.get(name)", "False"),
+        ("a file of the other stage", "if launcher not in (None, os.path.basename(program)):", "if False:"),
+        ("names that are none", "            if name not in rows:", "            if False:"),
+        ("paths stay relative", "kept[name] = call.absolute(name)", "pass"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        f"{OF_ARGUMENTS}::test_rules_between_training_arguments",
+        ("each node of a job trains alone", "if value.isdecimal() and is_of_several(int(value)):", "if False:"),
+        ("an interface that is not there", "if not any(found == one or", "if not any(True or"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        f"{OF_ARGUMENTS}::test_what_a_cluster_says_must_fit_together",
+        ("nodes count from 1", "        if rank >= nodes:", "        if rank > nodes:"),
+        ("some processes are on no node", "if rest or not nodes:", "if not nodes:"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        f"{OF_ARGUMENTS}::test_a_port_in_use_is_refused",
+        ("a port in use", "and not is_free(job.port):", "and False:"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        f"{OF_COMMANDS}::test_slurm_tells_a_node_its_place",
+        ("the first node is the list", 'return prefix + re.split("[-,]", numbers)[0] + suffix', "return nodes"),
+        ("jobs of SLURM share a port", "return low + job % (high - low)", "return low"),
+    ),
+    *of(
+        "megatron_patch/launch/heartbeat.py",
+        "tests/launchers/test_heartbeat.py",
+        (
+            "a silent node is waited for",
+            "        except TimeoutError:\n            self._lose(",
+            "        except TimeoutError:\n            print(",
+        ),
+        ("a failure is a farewell", "if FAILURE in heard:", "if False:"),
+        ("a farewell is a loss", "        elif not heard:", "        else:"),
+        ("a node that vanishes is not missed", "        elif not heard:", "        elif False:"),
+    ),
+    *of(
+        "megatron_patch/launch/processes.py",
+        "tests/launchers/test_start.py::test_a_node_whose_launcher_is_killed_ends_the_others",
+        ("a lost node is waited for", "and not any(codes) and not watch.lost:", "and not any(codes):"),
+    ),
+    *of(
+        "megatron_patch/launch/asking.py",
+        "tests/launchers/test_asking.py",
+        ("sampling that means nothing", "*self.own_problems(arguments), *sampling]", "*self.own_problems(arguments)]"),
+        ("the other engine's folder", 'elif arguments.engine not in ("auto", kind):', "elif False:"),
+        ("an output that exists", "    if output.exists():", "    if False:"),
+        ("any part goes", "if not 1 <= int(number) <= int(count):", "if False:"),
     ),
     *of(
         "megatron_patch/data/loading/prompts.py",
@@ -1274,7 +1346,7 @@ RUNS = [
         OF_RUN,
         ("half a line stays", "file.truncate(end)", "file.truncate()"),
         ("a job goes on with other settings", "    if different:", "    if not different and not now:"),
-        ("answers are overwritten", "if job.output.exists():", "if job.output.is_dir():"),
+        ("files of a job are not looked at", "for problem in job_problems(", "for problem in () and job_problems("),
         (
             "a job begins anew",
             "read_lines(job.prompts, job.image_root, done)",
@@ -1313,16 +1385,11 @@ RUNS = [
         ("probabilities are those of the other's token", "told[place][::-1]", "told[place]"),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         FIRST_STEP,
-        ("the launcher keeps WEIGHT_DECAY", '--weight-decay "${arg[WEIGHT_DECAY]}"', "--weight-decay 0"),
-        ("the launcher keeps ADAM_BETA2", '--adam-beta2 "${arg[ADAM_BETA2]}"', "--adam-beta2 0.95"),
-        ("the launcher keeps CLIP_GRAD", '--clip-grad "${arg[CLIP_GRAD]}"', "--clip-grad 1.0"),
-        (
-            "the launcher keeps the tower's learning rate",
-            "for name in VISION_TOWER_LR PROJECTOR_LR VISION",
-            "for name in PROJECTOR_LR VISION",
-        ),
+        ("the launcher keeps WEIGHT_DECAY", 'megatron="--weight-decay"', 'megatron=""'),
+        ("the launcher keeps ADAM_BETA2", 'megatron="--adam-beta2"', 'megatron=""'),
+        ("the launcher keeps CLIP_GRAD", 'megatron="--clip-grad"', 'megatron=""'),
     ),
     *of(
         "megatron_patch/training/parameter_groups.py",
@@ -1350,14 +1417,10 @@ RUNS = [
         ("every rank is traced", "args.trace_iterations and args.rank in args.trace_ranks", "args.trace_iterations"),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         f"{RECOMPUTED}[the first three layers of the decoder, attention of the tower]",
-        (
-            "the launcher keeps RECOMPUTE_LAYERS",
-            '--recompute-num-layers "${arg[RECOMPUTE_LAYERS]}"',
-            "--recompute-num-layers 1",
-        ),
-        ("the launcher keeps DETERMINISTIC", "command+=(--deterministic-mode)", "command+=()"),
+        ("the launcher keeps RECOMPUTE_LAYERS", 'call["RECOMPUTE_LAYERS"]', '"1"'),
+        ("the launcher keeps DETERMINISTIC", 'megatron="--deterministic-mode"', 'megatron=""'),
     ),
     *of(
         "megatron_patch/training/ema.py",
@@ -1492,18 +1555,22 @@ RUNS = [
         ("a refusal has another exit code", "sys.exit(2)", "sys.exit(1)"),
     ),
     *of(
-        CONFIG,
+        "megatron_patch/geometry.py",
         "tests/training/test_config.py::test_sliding_window_is_refused_beyond_and_accepted_within",
         (
             "a row beyond the window is accepted",
-            "and decoder_seq_len > language.sliding_window:",
-            "and decoder_seq_len > 2 * language.sliding_window:",
+            "and length > self.sliding_window:",
+            "and length > 2 * self.sliding_window:",
         ),
     ),
     *of(
         CONFIG,
         "tests/training/test_config.py::test_what_does_not_fit_is_refused",
-        ("SEQ_LEN is not compared", "arguments.image_tokens != tower.image_tokens:", "arguments.image_tokens > 10**6:"),
+        (
+            "a run does not look at the launchers' rules",
+            "    if found:\n        raise UserError(",
+            "    if False:\n        raise UserError(",
+        ),
     ),
 ]
 
@@ -1517,46 +1584,46 @@ OFFLOAD = [
 
 LAUNCHERS = [
     *of(
-        LAUNCHER,
+        ROWS,
         "tests/launchers/test_arguments.py::test_rules_between_training_arguments",
         (
             "one wrong argument alone is accepted",
-            "((${#complaints[@]})) || return 0",
-            "((${#complaints[@]} > 1)) || return 0",
+            "        if self._complaints:",
+            "        if len(self._complaints) > 1:",
         ),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         f"{WORDS}::test_every_layout_and_number_arrives",
-        ("losses are means of means", "        --calculate-per-token-loss", ""),
-        ("the cosine ends too late", '--lr-decay-iters "${arg[TRAIN_ITERS]}"', "--lr-decay-iters 100000"),
+        ("losses are means of means", '        "--calculate-per-token-loss",', ""),
+        ("the cosine ends too late", '"--lr-decay-iters", call["TRAIN_ITERS"]', '"--lr-decay-iters", "100000"'),
         (
             "tensor parallelism without sequence parallelism",
-            "((arg[TP] == 1)) || command+=(--sequence-parallel)",
-            "true",
+            '["--sequence-parallel"] if call.int("TP") > 1 else []',
+            "[]",
         ),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         f"{OF_COMMANDS}::test_fp16_sums_gradients_in_32_bits",
-        ("fp16 sums gradients in 16 bits", "65536 --accumulate-allreduce-grads-in-fp32)", "65536)"),
+        ("fp16 sums gradients in 16 bits", '"65536", "--accumulate-allreduce-grads-in-fp32"]', '"65536"]'),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         f"{OF_COMMANDS}::test_fp8_scales_by_the_present_tensor_unless_told_otherwise",
-        ("no run with fp8 can resume", "FP8_RECIPE|tensorwise|one", "FP8_RECIPE|delayed|one"),
+        ("no run with fp8 can resume", '"--fp8-recipe", call["FP8_RECIPE"]]', '"--fp8-recipe", "delayed"]'),
         (
             "nothing is said of delayed scaling",
-            "from those of this one\\n' >&2",
-            "from those of this one\\n' >/dev/null",
+            'if call["PR"] == "fp8" and call["FP8_RECIPE"] == "delayed":',
+            "if False:",
         ),
     ),
     *of(
-        LAUNCHER,
+        TRAINING,
         f"{WORDS}::test_every_precision_and_memory_saving_together",
         (
             "every rank gathers the optimizer state",
-            "--distrib-optim-fully-reshardable-mem-efficient --ckpt-fully-parallel-load",
+            '*("--distrib-optim-fully-reshardable-mem-efficient", "--ckpt-fully-parallel-load"),',
             "",
         ),
     ),
@@ -1611,9 +1678,9 @@ LAUNCHERS = [
         ("only SIGTERM is passed on", "FORWARDED = (signal.SIGTERM, signal.SIGUSR1)", "FORWARDED = (signal.SIGTERM,)"),
     ),
     *of(
-        LAUNCHER,
+        "megatron_patch/launch/machine.py",
         "tests/launchers/test_start.py::test_two_nodes_of_a_cluster_job_meet",
-        ("nodes share a folder of logs", "%S)-node$node_rank", "%S)"),
+        ("nodes share a folder of logs", "{stamp}-node{job.node_rank}", "{stamp}"),
     ),
     *of(
         "megatron_patch/launch/processes.py",
@@ -1775,11 +1842,6 @@ FEATURE_CACHE = [
         CONFIG,
         f"{CACHED}::test_other_images_or_another_dtype_are_refused",
         ("nobody looks at the cache", "    if arguments.feature_cache is not None:", "    if False:"),
-    ),
-    *of(
-        LAUNCHER,
-        f"{CACHED}::test_images_are_not_decoded",
-        ("FEATURE_CACHE goes nowhere", "[[ -z ${arg[FEATURE_CACHE]} ]] || command", "true || command"),
     ),
     *of(
         "megatron_patch/step_flop.py",
@@ -1973,7 +2035,6 @@ EVALUATION = [
             "if False and any(question.choices for",
         ),
         ("--swap-images goes nowhere", "    if arguments.swap_images:", "    if False:"),
-        ("any part goes", "if not 1 <= found.number <= found.count:", "if False:"),
     ),
     *of(
         "megatron_patch/evaluation/report.py",

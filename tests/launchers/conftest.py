@@ -1,10 +1,11 @@
-"""The one fixture of the launcher tests."""
+"""Fixtures of the launcher tests."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.launchers.launching import Inputs
+from tests.training.conftest import workspace  # noqa: F401  # a small model and its data
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import socket
+import time
 
 import pytest
 
 from megatron_patch.arguments import add_arguments
 from megatron_patch.model_sizes import MODEL_SIZES
-from tests.launchers.launching import CONVERTER, LLAVA_7B, STAGE_1, STAGE_2, Inputs, start, tree
+from tests.launchers.launching import CONVERTER, LLAVA_7B, ROOT, STAGE_1, STAGE_2, Inputs, start, tree
 from tests.launchers.readme_tables import rows_of_help
 
 WRONG_TRAINING = {
@@ -48,6 +50,7 @@ WRONG_CONVERSION = {
 }
 
 
+SERVE = ROOT / "examples/llava_mcore/serve_llava.sh"
 CUDA = {"ACCELERATOR": "cuda", "NPROC_PER_NODE": "4"}
 
 
@@ -193,6 +196,28 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"KEEP_LAST": "-1"}, "environment KEEP_LAST='-1' must be a whole number from 0"),
         ({}, {"KEEP_BEST": "true", "EVAL_ITERS": "0"}, "environment KEEP_BEST='true' needs EVAL_ITERS above 0"),
         ({}, {"DETERMINISTIC": "yes"}, "environment DETERMINISTIC='yes' must be one of true false"),
+        (
+            {"TP": "16"},
+            {},
+            "TP='16' cannot cut this model: num_key_value_heads of the LLM is 8; pass a TP that divides",
+        ),
+        ({"PP": "3"}, {}, "argument 11 PP='3' does not divide the 32 layers of the LLM; pass a PP that divides them"),
+        ({"PP": "2"}, {"VIRTUAL_STAGES": "3"}, "PP='2' x VIRTUAL_STAGES 3 does not divide the 32 layers of the LLM"),
+        ({"PP": "4"}, {"FIRST_STAGE_LAYERS": "4"}, "FIRST_STAGE_LAYERS='4' leaves 28 of 32 layers for the other 3"),
+        ({"DECODER_SEQ_LEN": "65536"}, {}, "DECODER_SEQ_LEN='65536' must be at most 32768: so many positions"),
+        ({"SEQ_LEN": "256"}, {}, "argument 7 SEQ_LEN='256' must be 576: so many tokens the checkpoint's vision tower"),
+        ({"MODEL_SIZE": "13B"}, {}, "argument 2 MODEL_SIZE='13B' must be that of the checkpoint: "),
+        ({}, {"GLOO_SOCKET_IFNAME": "none0"}, "environment GLOO_SOCKET_IFNAME=none0 must be a network interface (kno"),
+        ({}, {"NCCL_SOCKET_IFNAME": "lo,none"}, "environment NCCL_SOCKET_IFNAME=lo,none must be a network interface"),
+        ({}, {"WORLD_SIZE": "8"}, "environment WORLD_SIZE=8 is of a job of several nodes, and ENV=dsw starts 4 pro"),
+        ({}, {"NODE_RANK": "1"}, "environment NODE_RANK=1 is of a job of several nodes"),
+        ({}, {"SLURM_NNODES": "2"}, "environment SLURM_NNODES=2 is of a job of several nodes"),
+        ({"TRAIN_ITERS": "1"}, {}, "LR_WARMUP_ITERS='200' must be less than TRAIN_ITERS=1"),
+        ({"LR": "9" * 400}, {}, "must be a number above 0"),
+        ({"MIN_LR": "1e-400"}, {}, "argument 6 MIN_LR='1e-400' must be a number from 0"),
+        ({}, {"ADAM_BETA2": "0.99999999999999999999"}, "ADAM_BETA2='0.99999999999999999999' must be a number from 0"),
+        ({"DATASET_PATH": "wds/.nv-meta"}, {}, "argument 18 DATASET_PATH='wds/.nv-meta' must be an energon dataset"),
+        ({}, {"FEATURE_CACHE": "wds"}, "environment FEATURE_CACHE='wds' must be a folder of cache_tower_features.py"),
         ({}, {"PYTHON": "no-such-python"}, "environment PYTHON='no-such-python' must be a program"),
         ({}, {"DRY_RUN": "yes"}, "environment DRY_RUN='yes' must be one of 0 1"),
     ],
@@ -333,6 +358,106 @@ def test_cluster_variables_are_required_by_name(inputs: Inputs):
     for name, value in wrong.items():
         result = start(STAGE_1, inputs.training(ENV="dlc"), **CLUSTER | {name: value})
         assert result.returncode == 2 and f"environment {name}='{value}' must be" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "line"),
+    [
+        ("multinode", {"NODE_RANK": "2"}, "NODE_RANK='2' must be less than 2: 16 processes are 2 times 8"),
+        ("multinode", {"WORLD_SIZE": "12"}, "WORLD_SIZE='12' must be a multiple of the 8 processes of this machine"),
+        ("multinode", {"WORLD_SIZE": "4"}, "WORLD_SIZE='4' must be a multiple of the 8 processes of this machine"),
+        ("multinode", {"MASTER_ADDR": ""}, "environment MASTER_ADDR is missing: must be a host name"),
+        ("multinode", {"NODE_RANK": "-1"}, "NODE_RANK='-1' must be a whole number from 0"),
+        ("slurm", {"SLURM_NODEID": "2"}, "SLURM_NODEID='2' must be less than SLURM_NNODES=2 (nodes, counted from 0)"),
+        ("slurm", {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' must be a whole number from 0"),
+        ("slurm", {"SLURM_JOB_NODELIST": ""}, "environment SLURM_JOB_NODELIST is missing: must be text"),
+        ("dlc", {"RANK": "2"}, "environment RANK='2' must be less than WORLD_SIZE=2 (nodes, counted from 0)"),
+        ("dlc", {"MASTER_PORT": "0"}, "environment MASTER_PORT='0' must be a whole number from 1 to 65535"),
+    ],
+)
+def test_what_a_cluster_says_must_fit_together(inputs: Inputs, mode: str, changes: dict, line: str):
+    told = {
+        "dlc": CLUSTER,
+        "multinode": {"WORLD_SIZE": "16", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "23456"}
+        | {"NPROC_PER_NODE": "8"},
+        "slurm": {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
+        | {"SLURM_GPUS_ON_NODE": "8"},
+    }[mode]
+    words = inputs.training(ENV=mode, AC="sel")
+    assert start(STAGE_1, words, DRY_RUN="1", **told).returncode == 0
+    before = tree(inputs.folder)
+    assert_refused(start(STAGE_1, words, **told | changes), inputs.folder, before, line)
+
+
+def test_a_port_in_use_is_refused(inputs: Inputs):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = start(STAGE_1, inputs.training(AC="sel"), MASTER_PORT=port)
+    assert_refused(result, inputs.folder, tree(inputs.folder), f"MASTER_PORT='{port}' is in use on this machine")
+    assert start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1", MASTER_PORT=port).returncode == 0
+
+
+def test_folders_must_have_the_splits_that_are_read(inputs: Inputs):
+    """As energon writes split.yaml, in both forms of a list."""
+    split = inputs.dataset / ".nv-meta/split.yaml"
+    for text, missing in (
+        ("exclude: []\nsplit_parts:\n  test: []\n  train:\n  - a.tar\n  val: [b.tar]\n", None),
+        ("exclude: []\nsplit_parts:\n  test: []\n  train:\n  - a.tar\n  val: []\n", "VALID_DATASET_PATH"),
+        ("split_parts:\n  val:\n  - a.tar\nexclude: []\n", "DATASET_PATH"),
+        ("something: else\n", None),
+    ):
+        split.write_text(text)
+        result = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1")
+        assert (result.returncode == 0) == (missing is None), result.stderr
+        if missing:
+            name = "train" if missing == "DATASET_PATH" else "val"
+            assert f" {missing}='{inputs.dataset}' must have the split {name} (its .nv-meta/split.yaml" in result.stderr
+            without = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1", EVAL_ITERS="0")
+            assert (without.returncode == 0) == (name == "val")
+
+
+def test_a_checkpoint_that_was_not_copied_whole_is_refused(inputs: Inputs):
+    release = inputs.checkpoint / "release"
+    (release / ".metadata").write_bytes(b"\x80\x04...__0_0.distcp\x94...__0_1.distcp\x94...")
+    (release / "__0_0.distcp").touch()
+    result = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1")
+    assert result.returncode == 2 and "its release lacks __0_1.distcp: copy it again" in result.stderr
+    (release / "__0_1.distcp").touch()
+    assert start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1").returncode == 0
+
+
+def test_stage_2_wants_a_projector_that_stage_1_has_trained(inputs: Inputs):
+    (inputs.checkpoint / "llava/provenance.json").write_text('{"projector": {"origin": "new"}}')
+    result = start(STAGE_2, inputs.training(AC="sel"), DRY_RUN="1")
+    assert result.returncode == 2 and "has a new projector, which no stage 1 has trained" in result.stderr
+    assert start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1").returncode == 0
+    words = [*inputs.training(AC="sel"), "--allow-fresh-projector"]
+    assert start(STAGE_2, words, DRY_RUN="1").returncode == 0
+
+
+def test_a_login_of_wandb_counts_where_a_name_is_given(inputs: Inputs):
+    netrc = inputs.folder / "netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    asked = {"DRY_RUN": "1", "NETRC": str(netrc)}
+    made = start(STAGE_1, inputs.training(AC="sel"), WANDB_PROJECT="p", **asked)
+    assert made.returncode == 0 and "--wandb-project\np\n" in made.stdout and "secret" not in made.stdout
+    assert "--wandb-project" not in start(STAGE_1, inputs.training(AC="sel"), **asked).stdout
+    netrc.write_text("machine example.org login user password secret\n")
+    assert start(STAGE_1, inputs.training(AC="sel"), WANDB_PROJECT="p", **asked).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(STAGE_1, ["--config", "none.json"]), (STAGE_1, ["dsw"]), (CONVERTER, ["7B"]), (SERVE, ["none"])],
+)
+def test_a_wrong_call_is_refused_in_half_a_second(script, words: list[str]):
+    """The fastest of three, as other processes may be at work."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        assert start(script, words).returncode == 2
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.5
 
 
 def test_model_sizes_are_those_of_the_converter():

@@ -271,6 +271,37 @@ def test_a_cluster_job_takes_its_layout_from_the_cluster(inputs: Inputs):
     assert result.returncode == 2 and "must be divisible by 512: BATCH_SIZE=64 x data-parallel size 8" in result.stderr
 
 
+def test_plain_machines_count_processes(inputs: Inputs):
+    """NeMo's variables: WORLD_SIZE is the number of GPUs of all machines."""
+    told = {
+        "WORLD_SIZE": "16",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "node-0",
+        "MASTER_PORT": "23456",
+        "NPROC_PER_NODE": "8",
+    }
+    words = dry_run(STAGE_1, inputs.training(ENV="multinode", AC="sel"), **told)
+    first = words.index("--nproc_per_node")
+    expected = "--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr node-0 --master_port 23456"
+    assert words[first : first + 10] == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n[1-2]", "n1"), ("gpu[07,09-12]", "gpu07"), ("login,gpu[1-2]", "login"), ("a-[003-004]-x,b1", "a-003-x")],
+)
+def test_slurm_tells_a_node_its_place(inputs: Inputs, nodes: str, first: str):
+    told = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_ID": "61234"}
+    words = dry_run(STAGE_1, inputs.training(ENV="slurm", AC="sel"), SLURM_GPUS_ON_NODE="8", **told)
+    place = words.index("--nproc_per_node")
+    expected = f"--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr {first} --master_port 11234"
+    assert words[place : place + 10] == expected.split()
+    assert (
+        value_after(dry_run(STAGE_1, inputs.training(ENV="slurm", AC="sel"), MASTER_PORT="7", **told), "--master_port")
+        == "7"
+    )
+
+
 def test_jobs_on_one_machine_meet_at_different_ports(inputs: Inputs):
     ports = {value_after(dry_run(STAGE_1, inputs.training(AC="sel")), "--master_port") for _ in range(4)}
     assert len(ports) >= 3 and all(10000 <= int(port) < 30000 for port in ports)

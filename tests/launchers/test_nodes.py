@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.launch.processes import LOST
-from tests.training.conftest import workspace  # noqa: F401
 from tests.training.launching import ROOT, Workspace, command, losses, run
 
 NETWORK = ROOT / "tests/launchers/network.sh"

@@ -193,6 +193,20 @@ def test_two_nodes_of_a_cluster_job_meet(copy: Path, inputs: Inputs):
         assert log.read_text() == text
 
 
+def test_a_node_whose_launcher_is_killed_ends_the_others(copy: Path, inputs: Inputs):
+    cluster = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "KUBERNETES_CONTAINER_RESOURCE_GPU": "1"}
+    cluster["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
+    words = inputs.training(ENV="dlc", TP="2", AC="sel")
+    nodes = [launch(copy, words, 60, 0, RANK=rank, **cluster) for rank in ("0", "1")]
+    wait_for_ranks(inputs.output, 2)
+    time.sleep(2)  # until they have heard of each other
+    nodes[1].kill()
+    _, err = nodes[0].communicate(timeout=30)
+    assert nodes[0].returncode == launching.LOST, err
+    assert "error: node 1 has gone without a word" in err.splitlines()[-1]
+    nodes[1].communicate(timeout=30)  # its process ends with it: see end_with_parent()
+
+
 def wait_for_ranks(output: Path, count: int) -> None:
     """Until so many have written their first lines to both files."""
     deadline = time.monotonic() + 40
