@@ -16,17 +16,15 @@ from megatron_patch.launch.commands import find_command  # noqa: E402
 from megatron_patch.launch.rows import Call, Command, Program, refuse  # noqa: E402
 from megatron_patch.launch.tables import help_text  # noqa: E402
 
-TYPE_CHECKING = False  # typing's own, without its import
-if TYPE_CHECKING:
-    from megatron_patch.launch.asking import AskingCommand
-
 
 def main(name: str, program: str, words: list[str]) -> None:
     """Print help, refuse, or become the program."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
     command = find_command(name)
-    if not isinstance(command, Command):
-        start(_asking(command, words), dry=os.environ.get("DRY_RUN") == "1")
+    if not isinstance(command, Command):  # it has options of its own
+        started = command.run(words, os.environ)
+        if started is not None:
+            start(started, dry=os.environ.get("DRY_RUN") == "1")
         return
     if words[:1] in (["--help"], ["-h"]):
         print(help_text(command, program))
@@ -45,17 +43,6 @@ def main(name: str, program: str, words: list[str]) -> None:
     for note in call.notes:
         print(note, file=sys.stderr, flush=True)
     start(started, dry=call["DRY_RUN"] == "1")
-
-
-def _asking(command: "AskingCommand", words: list[str]) -> Program:
-    """The program of a command with options; refuses, and prints its help, as argparse does."""
-    arguments = command.parser().parse_args(words)
-    problems = [*command.environment_problems(os.environ), *command.problems(arguments)]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        sys.exit(2)
-    return command.start(words, os.environ)
 
 
 def start(program: Program, dry: bool) -> None:

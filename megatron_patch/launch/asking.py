@@ -5,6 +5,7 @@ Their programs in examples/llava_mcore read the same words with the same parser.
 
 import argparse
 import ast
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,8 +332,13 @@ class AskingCommand:
         sampling = sampling_problems(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
         return [*_engine_problems(arguments), *self.own_problems(arguments), *sampling]
 
-    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> Program:
-        """The program of words that are right."""
+    def run(self, words: Sequence[str], environment: Mapping[str, str]) -> Program:
+        """The program of words that are right; refuses others, and prints its help, as argparse does."""
+        problems = [*self.environment_problems(environment), *self.problems(self.parser().parse_args(words))]
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if problems:
+            sys.exit(2)
         entry = f"{REPOSITORY}/examples/llava_mcore/{self.name}.py"
         python = environment.get("PYTHON") or default_python()
         return Program([python, "-u", entry, *words], {"PYTHONPATH": python_path(environment)})

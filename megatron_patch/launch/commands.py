@@ -1,12 +1,7 @@
 """The launchers by name."""
 
 import importlib
-
-from megatron_patch.launch.rows import Command
-
-TYPE_CHECKING = False  # typing's own, without its import
-if TYPE_CHECKING:
-    from megatron_patch.launch.asking import AskingCommand
+from typing import Any
 
 ASKING = ("chat", "serve", "inference", "evaluate")
 # name -> module and what gives the command; imported when it is asked for
@@ -14,11 +9,14 @@ _COMMANDS = {
     "stage1": ("training", lambda module: module.stage(1)),
     "stage2": ("training", lambda module: module.stage(2)),
     "convert": ("conversion", lambda module: module.COMMAND),
+    "rehearse": ("rehearsal", lambda module: module.COMMAND),
+    "plan": ("plan", lambda module: module.COMMAND),
+    "doctor": ("doctor", lambda module: module.COMMAND),
     **{name: ("asking", lambda module, name=name: module.COMMANDS[name]) for name in ASKING},
 }
 
 
-def find_command(name: str) -> "Command | AskingCommand":
-    """The command of this name."""
+def find_command(name: str) -> Any:
+    """The command of this name: a rows.Command, or one whose run(words, environment) gives the program, or none."""
     module, get = _COMMANDS[name]
     return get(importlib.import_module(f"megatron_patch.launch.{module}"))

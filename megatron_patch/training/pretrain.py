@@ -6,7 +6,9 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
@@ -18,6 +20,9 @@ from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.step_flop import Frozen
 from megatron_patch.training.config import RunConfig, has_checkpoint, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
+
+if TYPE_CHECKING:
+    from megatron_patch.model.llava import LlavaModel
 
 # Of a LLaVA folder given with `none` only configs and tokenizer are taken; untrained_tower.safetensors is no match.
 WEIGHT_FILES = ("model*.safetensors", "*.index.json", "*.bin", "*.pt")
@@ -50,35 +55,12 @@ def _save_run_file(output: Path | None) -> None:
         write_text(output / run_file.FILE, json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n")
 
 
-def train_llava() -> None:
-    """Train as sys.argv says.  Exits with code 2 and one sentence when the arguments do not fit."""
-    try:
-        settings = read_config(sys.argv[1:])
-        patches.check(device.backend().NAME)
-    except UserError as error:
-        refuse(error)
-    if settings.warning and os.environ.get("RANK", "0") == "0":
-        print(settings.warning, file=sys.stderr, flush=True)
-    sys.argv[1:] = settings.megatron_arguments
-    _silence_known_warnings()
-    patches.apply_all(device.backend().NAME)
-
-    import torch
-    from megatron.core.enums import ModelType
-    from megatron.training import training
-    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+def model_builder(settings: RunConfig, frozen: Frozen) -> Callable[..., "LlavaModel"]:
+    """What Megatron calls for each (virtual) stage of this rank, once its parser has run."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.global_vars import get_args
 
-    from megatron_patch.data.loading.loader import TrainLoader
     from megatron_patch.model.llava import LlavaModel
-    from megatron_patch.training.benchmark_scores import BenchmarkScores
-    from megatron_patch.training.callbacks import install_safeguards, reporting
-    from megatron_patch.training.data_provider import build_loaders
-    from megatron_patch.training.ema import track_ema
-    from megatron_patch.training.forward_step import forward_step
-    from megatron_patch.training.parameter_groups import keep_typed, read_overrides, with_modules
-    from megatron_patch.training.strict_load import strict
 
     def build_llava(
         pre_process: bool, post_process: bool, vp_stage=None, config=None, pg_collection=None
@@ -99,6 +81,38 @@ def train_llava() -> None:
             vp_stage=vp_stage,
             tower_recompute=args.vision_tower_recompute,
         )
+
+    return build_llava
+
+
+def train_llava() -> None:
+    """Train as sys.argv says.  Exits with code 2 and one sentence when the arguments do not fit."""
+    try:
+        settings = read_config(sys.argv[1:])
+        patches.check(device.backend().NAME)
+    except UserError as error:
+        refuse(error)
+    if settings.warning and os.environ.get("RANK", "0") == "0":
+        print(settings.warning, file=sys.stderr, flush=True)
+    sys.argv[1:] = settings.megatron_arguments
+    _silence_known_warnings()
+    patches.apply_all(device.backend().NAME)
+
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.global_vars import get_args
+
+    from megatron_patch.data.loading.loader import TrainLoader
+    from megatron_patch.training.benchmark_scores import BenchmarkScores
+    from megatron_patch.training.callbacks import install_safeguards, reporting
+    from megatron_patch.training.data_provider import build_loaders
+    from megatron_patch.training.ema import track_ema
+    from megatron_patch.training.forward_step import forward_step
+    from megatron_patch.training.parameter_groups import keep_typed, read_overrides, with_modules
+    from megatron_patch.training.strict_load import strict
 
     loaders = []  # this process's training iterator, once Megatron has asked for it
 
@@ -141,7 +155,7 @@ def train_llava() -> None:
                 provide_loaders,
                 ModelType.encoder_or_decoder,
                 forward_step,
-                model_provider=build_llava,
+                model_provider=model_builder(settings, frozen),
                 **hooks,
             )
     except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
