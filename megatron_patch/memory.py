@@ -3,6 +3,9 @@
 Counted from the numbers of the model; what torch, its allocator and the libraries hold beside it is not.
 """
 
+import dataclasses
+from dataclasses import dataclass
+
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.step_flop import Frozen
 
@@ -27,3 +30,118 @@ def checkpoint_bytes(geometry: LlavaGeometry, frozen: Frozen, precision: str) ->
     """Of a checkpoint with its optimizer state.  precision: PR of the launchers."""
     weights = BYTES[precision] * sum(parameters(geometry))
     return weights + ADAM_BYTES[precision] * trained_parameters(geometry, frozen)
+
+
+# ---------------------------------------------------------------- of a rank
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at its peak, by what they are for."""
+
+    program: int  # interpreter, libraries and their work space
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    images: int  # pixels and the vision tower's features and layers
+    saving: int  # copies while a checkpoint is written, where the device's memory is the host's
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a rank: its share of the model, and what it sees at once.  Names as the launchers' arguments."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    tokens: int = 2048  # of a micro-batch, padding included
+    labels: int = 1024  # of them trained
+    images: int = 1  # of a micro-batch
+    micro_batches: int = 1  # of a step, for those in flight in a pipeline
+    precision: str = "bf16"
+    recompute: str = "false"
+    distributed_optimizer: bool = False
+
+
+# Bytes of a process beside what is counted.  cpu: measured of a run of almost no weights; gpu: assumed, CUDA's context,
+# the libraries' work space and NCCL's buffers.
+PROGRAM = {"cpu": 760 << 20, "gpu": 2200 << 20}
+# Bytes per trained parameter of a rank that a save holds, measured on CPU: a copy of the weights in 32 bits; with the
+# distributed optimizer the first data-parallel rank gathers the state of all.
+SAVE_BYTES, SHARED_SAVE_BYTES = 4, 20
+GRADIENT_BYTES = 4  # gradients are summed in 32 bits
+
+
+def rank_memory(
+    geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes, stage: int = 0, device: str = "gpu"
+) -> RankMemory:
+    """Of a rank of a pipeline stage; device: a name of PROGRAM.
+
+    Per token and decoder layer the backward pass keeps, in elements: the inputs of both norms (2 H), queries and
+    attention's result (2 Q), keys and values (2 K), both halves of the gated MLP (2 F); where the layer's weights are
+    trained also the inputs of its matrices (2 H + F).  As in Korthikanti et al., arXiv 2205.05198, section 4.1, for a
+    gated MLP and attention that keeps no scores.  Recomputing attention leaves out what only it needs; recomputing
+    layers leaves H per layer, and one layer while it is recomputed.
+    """
+    language, tower = geometry.language, geometry.tower
+    first, last = stage == 0, stage == sizes.pipeline - 1
+    embedding = language.vocabulary * language.hidden
+    layers = language.layers // sizes.pipeline
+    body = language.parameters - embedding * (1 if language.tied_embeddings else 2)
+    decoder = body * layers // language.layers
+    decoder += embedding * (first + last if not (language.tied_embeddings and sizes.pipeline == 1) else 1)
+    parts = (decoder, tower.parameters * first, geometry.projector_parameters * first)
+    kept = (frozen.language_model, frozen.vision_tower, frozen.projector)
+    own = [part / sizes.tensor for part in parts]
+    trained = sum(part for part, is_frozen in zip(own, kept, strict=True) if not is_frozen)
+    shared = sizes.data * sizes.context if sizes.distributed_optimizer else 1
+    value = BYTES[sizes.precision]
+    gradient = GRADIENT_BYTES
+    tokens = sizes.tokens / sizes.context
+    in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
+    query, key = language.heads * language.head_dim, language.groups * language.head_dim
+    width, ffn = language.hidden, language.ffn_hidden
+    of_layer = 2 * width + 2 * query + 2 * key + 2 * ffn + (0 if frozen.language_model else 2 * width + ffn)
+    if sizes.recompute == "sel":
+        of_layer -= query
+    below = first and not (frozen.vision_tower and frozen.projector)
+    has_gradient = not frozen.language_model or below or not first
+    if sizes.recompute == "full":
+        activations = in_flight * layers * width + of_layer
+    else:
+        activations = in_flight * layers * of_layer
+    activations *= tokens * value / sizes.tensor if has_gradient else 0
+    # logits of the trained positions, their softmax and its gradient
+    logits = 3 * sizes.labels / sizes.context * language.vocabulary / sizes.tensor * 4 if last else 0
+    return RankMemory(
+        program=PROGRAM[device],
+        weights=round(sum(own) * value),
+        gradients=round(trained * gradient),
+        optimizer=round(trained * ADAM_BYTES[sizes.precision] / shared),
+        activations=round(activations),
+        logits=round(logits),
+        images=round(_image_bytes(geometry, frozen, sizes)) if first else 0,
+        saving=round(trained * (SHARED_SAVE_BYTES if shared > 1 else SAVE_BYTES)) if device == "cpu" else 0,
+    )
+
+
+def _image_bytes(geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes) -> float:
+    """Pixels in 32 bits, features, and the tower's layers: all of them where it is trained, else one at a time."""
+    tower, value = geometry.tower, BYTES[sizes.precision]
+    pixels = 3 * tower.side_px**2 * 4
+    of_layer = (8 * tower.hidden + 2 * tower.ffn_hidden) / sizes.tensor
+    layers = 1 if frozen.vision_tower else tower.running_layers
+    return sizes.images * (pixels + tower.positions * value * (2 * tower.hidden + layers * of_layer))

@@ -8,6 +8,7 @@ virtual pipeline, context and data parallelism; m: micro-batches of a rank in a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -153,6 +154,14 @@ class StepTime:
 
 def look_at(geometry: LlavaGeometry, plan: Plan, mix: LengthMix, seed: int = 0) -> Lengths:
     """Padding and imbalance of a mix: steps are drawn and dealt to ranks as a run does it (step_balance.py)."""
+    # what does not change the answer, for the cache
+    plain = {"tensor": 1, "pipeline": 1, "virtual_stages": 1, "context": 1, "recompute": "false", "precision": "bf16"}
+    plain |= {"distributed_optimizer": False, "workers": 1, "hidden": frozenset()}
+    return _look_at(geometry, dataclasses.replace(plan, **plain), mix, seed)
+
+
+@functools.lru_cache(64)
+def _look_at(geometry: LlavaGeometry, plan: Plan, mix: LengthMix, seed: int) -> Lengths:
     steps = max(1, min(SAMPLED_STEPS, SAMPLED_RECORDS // plan.global_batch))
     records = mix.sample(steps * plan.global_batch, geometry.tower.image_tokens, plan.longest, seed)
     units = Work(tokens=1), Work(pairs=1), Work(images=1)

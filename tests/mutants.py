@@ -42,6 +42,7 @@ RETENTION = "megatron_patch/training/checkpoint_retention.py"
 CALLBACKS = "megatron_patch/training/callbacks.py"
 GENERATION, OF_SCORES = "megatron_patch/training/generation.py", "tests/training/test_benchmark_scores.py"
 ROWS, RULES = "megatron_patch/launch/rows.py", "megatron_patch/launch/training_rules.py"
+OF_PLAN = "tests/launchers/test_plan.py"
 TRAINING, OF_ARGUMENTS = "megatron_patch/launch/training.py", "tests/launchers/test_arguments.py"
 
 PARITY = "tests/model/test_parity.py::test_logits_loss_and_gradients_equal_transformers"
@@ -1275,6 +1276,43 @@ RUNS = [
         ("a lost node is waited for", "and not any(codes) and not watch.lost:", "and not any(codes):"),
     ),
     *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_what_shares_memory_out_is_seen",
+        ("TP shares nothing out", "own = [part / sizes.tensor for part in parts]", "own = [*parts]"),
+        ("the optimizer is never shared", "if sizes.distributed_optimizer else 1", "if False else 1"),
+        ("recompute keeps everything", 'if sizes.recompute == "full":', "if False:"),
+        ("the tower weighs nothing", "tower.parameters * first, geometry.projector", "0, geometry.projector"),
+    ),
+    *of(
+        "megatron_patch/launch/plan.py",
+        OF_PLAN + "::test_one_that_does_not_fit_ends_with_1_and_what_would",
+        ("what does not fit is proposed", "<= USABLE * card.memory_bytes:", "<= 10 * card.memory_bytes:"),
+        ("the slowest comes first", "key=lambda one: one.step.seconds)", "key=lambda one: -one.step.seconds)"),
+        ("a run that does not fit is right", "sys.exit(0 if one.fits else 1)", "sys.exit(0)"),
+    ),
+    *of(
+        "megatron_patch/launch/job_words.py",
+        OF_PLAN + "::test_rules_hold_for_jobs_that_are_planned_and_rehearsed",
+        (
+            "a job of any size has one node's ranks",
+            'told = {"WORLD_SIZE": str(world)',
+            'told = {"WORLD_SIZE": str(per_node)',
+        ),
+    ),
+    *of(
+        "megatron_patch/launch/doctor.py",
+        OF_PLAN + "::test_the_doctor_shows_real_errors_of_what_does_not_import",
+        ("a broken package is not installed", 'elif "No module named" in error and', "elif error and"),
+        ("what is broken ends with 0", "sys.exit(0 if works else 1)", "sys.exit(0)"),
+        ("what the CPU hides is looked at", "hidden = device.kind", "_ = device.kind"),
+    ),
+    *of(
+        "megatron_patch/training/rehearsal.py",
+        OF_PLAN + "::test_ranks_of_a_job_are_rehearsed",
+        ("all ranks read the first slice", "settings.data, rank, size)", "settings.data, 0, size)"),
+        ("all stages are the first", "model = build(pre_process=first", "model = build(pre_process=True"),
+    ),
+    *of(
         "megatron_patch/launch/asking.py",
         "tests/launchers/test_asking.py",
         ("sampling that means nothing", "*self.own_problems(arguments), *sampling]", "*self.own_problems(arguments)]"),
@@ -1388,7 +1426,7 @@ RUNS = [
         TRAINING,
         FIRST_STEP,
         ("the launcher keeps WEIGHT_DECAY", 'megatron="--weight-decay"', 'megatron=""'),
-        ("the launcher keeps ADAM_BETA2", 'megatron="--adam-beta2"', 'megatron=""'),
+        ("ADAM_BETA2 goes elsewhere", 'megatron="--adam-beta2"', 'megatron="--adam-eps"'),
         ("the launcher keeps CLIP_GRAD", 'megatron="--clip-grad"', 'megatron=""'),
     ),
     *of(

@@ -98,7 +98,8 @@ def test_what_is_no_file_of_values_is_refused(inputs: Inputs, words: list[str], 
 
 def written(inputs: Inputs, script, **changes: str) -> dict:
     """run.json as a run writes it, and a checkpoint with which it goes on."""
-    lines = start(script, inputs.training(AC="sel", **changes), DRY_RUN="1", SEED="7").stdout.splitlines()
+    words = inputs.training(AC="sel", **changes)
+    lines = start(script, words, cwd=inputs.folder, DRY_RUN="1", SEED="7").stdout.splitlines()
     text = next(line for line in lines if line.startswith(f"{run_file.VARIABLE}=")).partition("=")[2]
     (inputs.output / "checkpoint").mkdir(parents=True, exist_ok=True)
     (inputs.output / "checkpoint/latest_checkpointed_iteration.txt").write_text("10")
@@ -107,7 +108,8 @@ def written(inputs: Inputs, script, **changes: str) -> dict:
 
 
 def test_a_run_starts_again_from_its_folder(inputs: Inputs):
-    found = written(inputs, STAGE_2, LR="3e-5")
+    relative = {"DATASET_PATH": "wds", "PRETRAIN_CHECKPOINT_PATH": "checkpoint", "OUTPUT_BASEPATH": "output"}
+    found = written(inputs, STAGE_2, LR="3e-5", **relative)
     assert found["SEED"] == "7" and found["launcher"] == "run_sft_mcore_llava.sh" and "DRY_RUN" not in found
     again = words_of(start(STAGE_2, ["--from", str(inputs.output)], DRY_RUN="1"))
     assert again == words_of(start(STAGE_2, inputs.training(AC="sel", LR="3e-5"), DRY_RUN="1", SEED="7"))

@@ -1,0 +1,208 @@
+"""plan_llava.sh, rehearse_llava.sh and doctor.sh, as a user calls them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.launching import ROOT, Inputs, start, tree
+from tests.training.launching import Workspace, command
+
+EXAMPLES = ROOT / "examples"
+PLAN, REHEARSE = (EXAMPLES / f"llava_mcore/{name}_llava.sh" for name in ("plan", "rehearse"))
+DOCTOR = EXAMPLES / "doctor.sh"
+
+
+def stage_2(inputs: Inputs, **changes: str) -> list[str]:
+    return [
+        "run_sft_mcore_llava.sh",
+        *inputs.training(**{"TP": "1", "AC": "false", "GLOBAL_BATCH_SIZE": "128"} | changes),
+    ]
+
+
+def test_a_run_that_fits_is_planned(inputs: Inputs):
+    """The numbers of parameters are those of Mistral-7B, CLIP-L/14-336 (23 layers) and the projector."""
+    before = tree(inputs.folder)
+    result = start(PLAN, ["--card", "H200x8", *stage_2(inputs)], cwd=inputs.folder)
+    assert result.returncode == 0, result.stderr
+    assert "7,241,740,288 + 290,909,184 (tower) + 20,979,712 (projector) parameters" in result.stdout
+    assert "TP 1  PP 1  CP 1  DP 8  BATCH_SIZE 1  AC false  DO true, on 8 x H200" in result.stdout
+    assert "fits: 129.7 of 141.0 GB are usable" in result.stdout and tree(inputs.folder) == before
+
+
+def test_one_that_does_not_fit_ends_with_1_and_what_would(inputs: Inputs):
+    words = ["--card", "A100-40GBx8", "--json", *stage_2(inputs)]
+    result = start(PLAN, words, cwd=inputs.folder)
+    assert result.returncode == 1, result.stderr
+    found = json.loads(result.stdout)
+    assert not found["run"]["fits"] and found["proposals"]
+    assert all(max(rank["total"] for rank in one["memory_bytes"]) < 0.92 * 40e9 for one in found["proposals"])
+    seconds = [one["step_seconds"] for one in found["proposals"]]
+    assert seconds == sorted(seconds)
+    result = start(PLAN, ["--card", "4090x1", *stage_2(inputs)], cwd=inputs.folder)
+    assert result.returncode == 1 and "DOES NOT FIT: 22.1 of 24.0 GB" in result.stdout
+    assert "no layout fits 1 x RTX4090" in result.stdout
+
+
+def memory(inputs: Inputs, *words: str, **changes: str) -> dict[str, int]:
+    result = start(PLAN, ["--card", "H200x8", "--json", *words, *stage_2(inputs, **changes)], cwd=inputs.folder)
+    return json.loads(result.stdout)["run"]["memory_bytes"][0]
+
+
+def test_what_shares_memory_out_is_seen(inputs: Inputs):
+    """Per parameter 2 bytes of weights, 4 of gradients, 12 of Adam; TP cuts all, DO Adam's, AC=full activations."""
+    trained = 7241740288 + 20979712
+    plain = memory(inputs, DO="false")
+    assert plain["weights"] == 2 * (trained + 290909184)
+    assert (plain["gradients"], plain["optimizer"]) == (4 * trained, 12 * trained)
+    assert memory(inputs)["optimizer"] == pytest.approx(12 * trained / 8, rel=1e-6)
+    cut = memory(inputs, TP="4")
+    assert cut["weights"] == pytest.approx(plain["weights"] / 4, rel=1e-6)
+    assert memory(inputs, AC="full")["activations"] < plain["activations"] / 8
+    short = memory(inputs, "--mix", "40", DECODER_SEQ_LEN="4096")
+    assert short["activations"] < memory(inputs, DECODER_SEQ_LEN="4096")["activations"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--card", "H9000x8"], "'H9000x8': wanted CARDxCOUNT, as H200x8; cards: H200"),
+        (["--card", "H200x0"], "'H200x0': wanted CARDxCOUNT"),
+        (["--card", "H200x8", "--mix", "short"], "'short': wanted "),
+        (["--card", "H200x8", "train.sh"], "wanted a launcher and its arguments behind the options"),
+        (["--card", "H200x8"], "wanted a launcher and its arguments behind the options"),
+        (["--card", "H200x8", "run_mcore_llava.sh", "dsw"], "argument 2 MODEL_SIZE is missing"),
+    ],
+)
+def test_a_wrong_plan_is_refused(inputs: Inputs, words: list[str], line: str):
+    result = start(PLAN, words, cwd=inputs.folder)
+    assert result.returncode == 2 and line in result.stderr
+
+
+def test_rules_hold_for_jobs_that_are_planned_and_rehearsed(inputs: Inputs):
+    for script, of_job in ((PLAN, ["--card", "H100x16"]), (REHEARSE, ["--of", "16"])):
+        result = start(script, [*of_job, *stage_2(inputs, TP="16")], cwd=inputs.folder)
+        assert result.returncode == 2 and "TP='16' cannot cut this model" in result.stderr
+        result = start(script, [*of_job, *stage_2(inputs, GLOBAL_BATCH_SIZE="100")], cwd=inputs.folder)
+        assert result.returncode == 2 and "must be divisible by 16: BATCH_SIZE=1 x data-parallel" in result.stderr
+
+
+# ---------------------------------------------------------------- rehearsal
+
+
+def job(workspace: Workspace, output: Path, **changes: object) -> tuple[list[str], dict[str, str]]:
+    """A launcher's name and arguments, and its environment."""
+    words, environment = command(workspace, output, PYTHON=sys.executable, **changes)
+    return [Path(words[1]).name, *words[2:]], environment
+
+
+def rehearse(options: list[str], words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", REHEARSE, *options, *words], env=environment, capture_output=True, text=True)
+
+
+def test_ranks_of_a_job_are_rehearsed(workspace: Workspace, tmp_path: Path):
+    """Of 8: the last of the first stage, and the last; each with its part of the model and its slice of the data."""
+    words, environment = job(workspace, tmp_path / "out", TP=2, PP=2, PACKING="false", PADDING_FREE="false")
+    done = rehearse(["--ranks", "0,3,7", "--of", "8"], words, environment)
+    assert done.returncode == 0, done.stderr
+    zero, three, seven = re.findall(r"^rank .*(?:\n  .*)*", done.stdout, re.M)
+    assert zero.startswith("rank 0 of 8: TP 0 of 2, PP 0 of 2, CP 0 of 1, DP 0 of 2\n")
+    assert three.startswith(
+        "rank 3 of 8: TP 1 of 2, PP 0 of 2, CP 0 of 1, DP 1 of 2\n  layers      0 to 1 of the decoder"
+    )
+    assert seven.startswith(
+        "rank 7 of 8: TP 1 of 2, PP 1 of 2, CP 0 of 1, DP 1 of 2\n  layers      2 to 3 of the decoder"
+    )
+
+    def reads(text: str) -> str:
+        return next(line for line in text.splitlines() if line.startswith("  reads"))
+
+    assert reads(three) == reads(seven) != reads(zero)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_job_of_1024_is_rehearsed_and_its_planted_errors_are_found(workspace: Workspace, tmp_path: Path):
+    """TP8 x PP4 x DP32; heads that TP does not divide, a missing shard and a batch that is too small are found."""
+    folder = Path(shutil.copytree(workspace.checkpoint / "llava", tmp_path / "llava"))
+    config = json.loads((folder / "config.json").read_text())
+    numbers = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 64}
+    config["text_config"] |= numbers | {"intermediate_size": 176}
+    config["vision_config"] |= {"num_attention_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    dataset = Path(shutil.copytree(workspace.dataset, tmp_path / "wds"))
+    changes = {"TP": 8, "PP": 4, "GLOBAL_BATCH_SIZE": 64, "TOKENIZER_PATH": folder}
+    of_job = Workspace(Path("none"), dataset)
+    ranks = ["--ranks", "0,31,1023", "--of", "1024"]
+    words, environment = job(of_job, tmp_path / "out", **changes)
+    done = rehearse(ranks, words, environment)
+    assert done.returncode == 0, done.stderr
+    assert "rank 31 of 1024: TP 7 of 8, PP 0 of 4, CP 0 of 1, DP 3 of 32" in done.stdout
+    assert "rank 1023 of 1024: TP 7 of 8, PP 3 of 4, CP 0 of 1, DP 31 of 32" in done.stdout
+    refused = rehearse(ranks, *job(of_job, tmp_path / "out", **changes | {"GLOBAL_BATCH_SIZE": 32}))
+    assert refused.returncode == 2 and "must be divisible by 64" in refused.stderr
+    config["text_config"] |= {"num_attention_heads": 12, "num_key_value_heads": 12}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = rehearse(ranks, *job(of_job, tmp_path / "out", **changes))
+    assert refused.returncode == 2 and "TP='8' cannot cut this model: num_attention_heads" in refused.stderr
+    config["text_config"] |= numbers
+    (folder / "config.json").write_text(json.dumps(config))
+    next(dataset.rglob("*.tar")).unlink()
+    refused = rehearse(ranks, *job(of_job, tmp_path / "out", **changes))
+    assert refused.returncode != 0 and ".tar" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--of", "8", "--ranks", "8"], "--ranks 8: wanted whole numbers from 0 to 7"),
+        (["--of", "12", "--per-node", "8"], "--of 12: wanted a multiple of the 8 processes of a node"),
+        ([], "the following arguments are required: --of"),
+    ],
+)
+def test_a_wrong_rehearsal_is_refused(inputs: Inputs, words: list[str], line: str):
+    result = start(REHEARSE, [*words, *stage_2(inputs)], cwd=inputs.folder)
+    assert result.returncode == 2 and line in result.stderr
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def doctor(**environment: str) -> tuple[int, dict]:
+    done = subprocess.run(
+        ["bash", DOCTOR, "--json"], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stderr == "", done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_the_doctor_shows_real_errors_of_what_does_not_import(tmp_path: Path):
+    """A Transformer Engine whose library is another CUDA's, and a broken package that training needs."""
+    for name, error in (
+        ("transformer_engine", "libcudart.so.99: cannot open shared object file"),
+        ("webdataset", "bad"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError({error!r})\n")
+    code, found = doctor(PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+    findings = {one["what"]: one for one in found["findings"]}
+    assert "ImportError: libcudart.so.99: cannot open shared" in findings["transformer_engine.pytorch"]["found"]
+    assert findings["webdataset"]["found"] == "ImportError: bad" and findings["webdataset"]["state"] == "broken"
+    # energon imports it
+    assert code == 1 and found["used"] == "training cannot work here: megatron.energon, webdataset"
+    assert findings["torch"]["state"] == findings["megatron.core"]["state"] == "ok"
+
+
+def test_the_doctor_of_a_machine_without_the_environment(tmp_path: Path):
+    empty = tmp_path / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
+    code, found = doctor(PYTHON=str(empty / "bin/python"))
+    torch = next(one for one in found["findings"] if one["what"] == "torch")
+    assert code == 1 and torch["found"] == "ModuleNotFoundError: No module named 'torch'"
+    assert torch["remedy"] == "bash examples/setup_environment.sh"
