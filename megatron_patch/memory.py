@@ -54,6 +54,11 @@ class RankMemory:
         return sum(self.parts.values())
 
     @property
+    def state(self) -> int:
+        """What a run cannot do without, whatever its records: weights, gradients and the optimizer's."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def parts(self) -> dict[str, int]:
         """Bytes by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

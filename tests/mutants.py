@@ -1259,6 +1259,11 @@ RUNS = [
         ("jobs of SLURM share a port", "return low + job % (high - low)", "return low"),
     ),
     *of(
+        RULES,
+        "tests/launchers/test_start.py::test_a_run_that_cannot_fit_is_warned_of",
+        ("a run that cannot fit is no news", "and least > memory:", "and False:"),
+    ),
+    *of(
         "megatron_patch/launch/heartbeat.py",
         "tests/launchers/test_heartbeat.py",
         (

@@ -93,6 +93,8 @@ def test_the_launcher_leaves_accelerators_and_templates_to_their_files() -> None
     room = [ROOT / "examples/launcher.sh", *tracked("megatron_patch/launch/*.py")]
     assert len(room) > 10
     for path in room:
+        if path.name == "doctor.py":  # it looks at devices and their libraries, whatever they are called
+            continue
         # stage 1's default, presets and remedies may name one
         assert path.name == "presets.py" or not named(path, set(TEMPLATES)) - {"plain", "v1"}, path
         assert not named(path, {"cuda", "gloo", "nccl", "nvidia-smi", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_DISABLE"})
@@ -243,6 +245,7 @@ REFUSED = {"PR=fp8": "needs a chip of the next generation", "OPTIMIZER_OFFLOAD=s
 ATTENTION_BACKENDS = ("flash", "unfused")
 DISTRIBUTED_BACKEND, TRANSFORMER_ENGINE = "xla", False
 def notes(): return {"PR=bf16": "is what it likes best"}
+def memory_here(processes): return 16 * 2**30
 def count(): return int(os.environ.get("TPU_CHIPS", "0"))
 def environment(nodes): return {"TPU_NODES": str(nodes)}
 def is_available(): return True
@@ -356,7 +359,7 @@ def test_what_cuda_says(tmp_path, monkeypatch) -> None:
 
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
-ROWS = """LLM family|vision tower|conversation template|source format of data|benchmark|launcher argument
+ROWS = """LLM family|vision tower|conversation template|source format of data|benchmark|launcher argument|cluster
 engine that answers|accelerator|Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
 
 

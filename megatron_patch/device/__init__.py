@@ -9,6 +9,7 @@ for the launchers:
     DEVICES, COUNTED_BY         what a message calls them, and where their number comes from
     REFUSED                     NAME=VALUE of the launchers' arguments that this kind cannot have -> why
     notes()                     NAME=VALUE of the launchers' arguments -> what to know of them on this machine
+    memory_here(processes)      bytes that each of so many processes has; None: not known
     ATTENTION_BACKENDS          Megatron's for FL=true and for FL=false; None: there is no choice
     environment(nodes)          variables of the processes, name -> value
 for the run:

@@ -53,6 +53,11 @@ def notes() -> dict[str, str]:
     return {"PR=bf16": "this CPU has no instructions for it, so a step takes longer than with PR=fp32"}
 
 
+def memory_here(processes: int) -> int | None:
+    """Bytes that each of so many processes has of this machine's memory."""
+    return memory() // processes
+
+
 def count() -> None:
     """As many processes as a model needs."""
     return None

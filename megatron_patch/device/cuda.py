@@ -41,6 +41,20 @@ def count() -> int:
     return next((index for index, entry in enumerate(ids) if not entry or entry.startswith("-")), len(ids))
 
 
+def memory_here(processes: int) -> int | None:
+    """Bytes of the smallest GPU's memory, as nvidia-smi says; None: it does not."""
+    del processes  # each has a GPU of its own
+    import subprocess
+
+    words = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    sizes = [int(line) for line in asked.stdout.split() if line.isdecimal()]
+    return min(sizes) << 20 if sizes else None
+
+
 def environment(nodes: int) -> dict[str, str]:
     """Variables of the processes; one that is set already stays."""
     del nodes

@@ -19,7 +19,7 @@ from megatron_patch.launch.machine import Job, choose_job
 from megatron_patch.launch.rows import Call
 from megatron_patch.launch.rules import ITERATIONS, TRACKER, grid, newest_iteration
 from megatron_patch.llava_folder import LlavaFolder
-from megatron_patch.memory import checkpoint_bytes
+from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_flop import Frozen
 
@@ -288,6 +288,7 @@ def check_training(call: Call, is_stage_2: bool) -> Job | None:
         # what a checkpoint takes follows from the rest; a dry run may be for another machine
         if call["DRY_RUN"] == "0" and call.is_right:
             _check_disk(call, job)
+            _tell_memory(call, job)
     return job
 
 
@@ -381,10 +382,7 @@ def _check_output(call: Call) -> None:
 
 def _check_disk(call: Call, job: Job) -> None:
     """Room for two checkpoints: a new one is whole before the old one goes."""
-    start = call["PRETRAIN_CHECKPOINT_PATH"]
-    folder = LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
-    frozen = Frozen(*(call[f"FREEZE_{part}"] == "true" for part in ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")))
-    wanted = 2 * checkpoint_bytes(folder.geometry(), frozen, call["PR"])
+    wanted = 2 * checkpoint_bytes(*_model_of(call), call["PR"])
     place = os.path.realpath(call["OUTPUT_BASEPATH"])
     while not os.path.exists(place):
         place = os.path.dirname(place)
@@ -396,6 +394,37 @@ def _check_disk(call: Call, job: Job) -> None:
             f"must have room for two checkpoints, {wanted / 1e9:.1f} GB together ({place} has {free / 1e9:.1f} GB); "
             "name a folder on another disk",
         )
+
+
+def _tell_memory(call: Call, job: Job) -> None:
+    """Warn where the weights, their gradients and Adam's state alone do not fit; activations come to these."""
+    memory = job.device.memory_here(job.processes)
+    if memory is None:
+        return
+    sizes = Sizes(
+        call.int("TP"),
+        call.int("PP"),
+        call.int("CP"),
+        job.world // (call.int("TP") * call.int("PP") * call.int("CP")),
+        precision=call["PR"],
+        distributed_optimizer=call["DO"] == "true",
+    )
+    geometry, frozen = _model_of(call)
+    stages = sorted({0, sizes.pipeline - 1})
+    least = max(rank_memory(geometry, frozen, sizes, stage).state for stage in stages)
+    if call["OPTIMIZER_OFFLOAD"] == "false" and least > memory:
+        call.notes.append(
+            f"note: weights, gradients and Adam's state are {least / 1e9:.1f} GB per process, and there are "
+            f"{memory / 1e9:.1f} GB: the run will not fit; bash examples/llava_mcore/plan_llava.sh proposes what does"
+        )
+
+
+def _model_of(call: Call) -> tuple[LlavaGeometry, Frozen]:
+    """The model that a right call trains, and what of it is kept."""
+    start = call["PRETRAIN_CHECKPOINT_PATH"]
+    folder = LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
+    parts = ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")
+    return folder.geometry(), Frozen(*(call[f"FREEZE_{part}"] == "true" for part in parts))
 
 
 def _check_device(call: Call, job: Job) -> None:

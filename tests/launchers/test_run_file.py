@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.launch import run_file
-from tests.launchers.launching import STAGE_1, STAGE_2, TINY, Inputs, start, tree, value_after
+from tests.launchers.launching import ROOT, STAGE_1, STAGE_2, TINY, Inputs, start, tree, value_after
 
 
 def values(inputs: Inputs, **changes: object) -> dict[str, object]:
@@ -25,6 +25,7 @@ def words_of(result) -> list[str]:
     return [word for before, word in zip(["", *found], found, strict=False) if before not in changing]
 
 
+EXAMPLE = ROOT / "examples/llava_mcore/stage1.yaml"
 FORMS = {
     "run.json": json.dumps,
     "run.yaml": lambda found: "".join(f"{name}: {json.dumps(value)}\n" for name, value in found.items()),
@@ -49,6 +50,17 @@ def test_the_command_line_wins_then_the_environment(inputs: Inputs):
     expected = {"--lr": "0.5", "--seed": "3", "--weight-decay": "0.2", "--adam-beta2": "0.9"}
     assert {name: value_after(made, name) for name in expected} == expected
     assert made[-1] == "--log-throughput"
+
+
+def test_the_example_with_its_preset(inputs: Inputs):
+    given = {"PRETRAIN_CHECKPOINT_PATH": "checkpoint", "DATASET_PATH": "wds", "VALID_DATASET_PATH": "wds", "AC": "sel"}
+    words = ["--config", str(EXAMPLE), *(f"{name}={value}" for name, value in given.items()), "TRAIN_ITERS=100"]
+    made = start(STAGE_1, words, cwd=inputs.folder, DRY_RUN="1").stdout.splitlines()
+    assert (value_after(made, "--lr"), value_after(made, "--global-batch-size")) == ("1e-3", "256")
+    assert (value_after(made, "--train-iters"), value_after(made, "--save")) == (
+        "100",
+        f"{inputs.folder}/stage1/checkpoint",
+    )
 
 
 @pytest.mark.parametrize(

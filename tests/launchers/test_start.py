@@ -11,7 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_patch import device
+from megatron_patch.geometry import read_geometry
 from megatron_patch.launch import processes as launching
+from megatron_patch.model_sizes import size_name
 from tests.launchers.launching import ROOT, TINY, Inputs
 
 ENTRY = """
@@ -80,6 +83,27 @@ def test_output_reaches_console_and_files(copy: Path, inputs: Inputs):
     assert sorted(err.splitlines()) == ["warning of rank 0", "warning of rank 1"]
     found = logs(inputs.output)
     assert found["1/stdout.log"] == "rank 1 of 2 device ''\n" and found["0/stderr.log"] == "warning of rank 0\n"
+
+
+def test_a_run_that_cannot_fit_is_warned_of(copy: Path, tmp_path: Path):
+    """All of it is trained in fp32, 16 bytes a parameter, which are a tenth more than this machine's memory."""
+    rows = int(1.1 * device.kind("cpu").memory() / 16 / TINY["text_config"]["hidden_size"])
+    wide = TINY | {"text_config": TINY["text_config"] | {"vocab_size": rows, "tie_word_embeddings": True}}
+    inputs = Inputs(tmp_path / "wide", wide)
+    size = size_name(read_geometry(wide).language.parameters)
+    words = inputs.training(TP="1", AC="sel", PR="fp32", MODEL_SIZE=size)
+    made = subprocess.run(
+        ["bash", copy / "examples/llava_mcore/run_mcore_llava.sh", *words],
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, "ACCELERATOR": "cpu", "CHECK": "false"}
+        | {"SECONDS_TO_RUN": "0", "EXIT_CODE": "0", "FREEZE_LANGUAGE_MODEL": "false", "HOME": "/"},
+        capture_output=True,
+        text=True,
+        cwd=copy,
+    )
+    if "room for two checkpoints" in made.stderr:
+        pytest.skip("two checkpoints of this size do not fit the disk")
+    assert made.returncode == 0, made.stderr
+    assert "note: weights, gradients and Adam's state are " in made.stderr and "will not fit" in made.stderr
 
 
 def test_a_failure_is_the_exit_status(copy: Path, inputs: Inputs):
