@@ -13,7 +13,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  # any python3 of the machine may 
 sys.path[0:0] = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
 
 from megatron_patch.launch.commands import find_command  # noqa: E402
-from megatron_patch.launch.rows import Call, Command, Program, refuse  # noqa: E402
+from megatron_patch.launch.rows import ANY_PYTHON, Call, Command, Program, refuse  # noqa: E402
+from megatron_patch.launch.rules import REPOSITORY  # noqa: E402
 from megatron_patch.launch.tables import help_text  # noqa: E402
 
 
@@ -45,12 +46,29 @@ def main(name: str, program: str, words: list[str]) -> None:
     start(started, dry=call["DRY_RUN"] == "1")
 
 
+def _has_packages() -> bool:
+    """Has the Python of this process, which was started without them, what training needs?"""
+    import site
+    from importlib.util import find_spec
+
+    site.main()
+    return find_spec("torch") is not None
+
+
 def start(program: Program, dry: bool) -> None:
     """Become the program, or print it, one word per line."""
     if dry:
         words = ["env", *(f"{name}={value}" for name, value in program.environment.items()), *program.words]
         sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\n" for word in words))
         return
+    if program.words[0] == ANY_PYTHON and not _has_packages():
+        setup = os.path.join(REPOSITORY, "examples/setup_environment.sh")
+        print(
+            f"error: this machine's {ANY_PYTHON} ({sys.executable}) has no torch, and there is no environment yet; make "
+            f"it once: bash {setup}; or name a Python that has: PYTHON=...",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     sys.stdout.flush()
     os.execvpe(program.words[0], program.words, os.environ | program.environment)
 

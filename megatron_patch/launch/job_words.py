@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
+from megatron_patch import device
 from megatron_patch.launch.machine import Job
 from megatron_patch.launch.rows import Call, Command
 from megatron_patch.launch.run_file import expand
@@ -25,7 +26,7 @@ def job_call(
         parser.error(f"wanted a launcher and its arguments behind the options; launchers: {', '.join(STAGES)}")
     command, program, given = command_of(words), words[0].rpartition("/")[2], list(words[1:])
     told = {"WORLD_SIZE": str(world), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    told |= {"NPROC_PER_NODE": str(per_node), "ACCELERATOR": "cuda", "DRY_RUN": "1"}
+    told |= {"NPROC_PER_NODE": str(per_node), "ACCELERATOR": device.kinds()[0], "DRY_RUN": "1"}
     around = {name: value for name, value in environment.items() if not name.endswith("_SOCKET_IFNAME")} | told
     complaints: list[str] = []
     if given[:1] in (["--config"], ["--from"]):

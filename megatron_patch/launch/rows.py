@@ -43,6 +43,7 @@ def option(name: str, default: str, rule: Rule, meaning: str, own: str = "", meg
     return Option(name, rule, meaning, own, megatron, default)
 
 
+ANY_PYTHON = "python3"  # the machine's, where there is no environment and none is named
 COMMON_OPTIONS = (
     option("PYTHON", "(.venv or python3)", PROGRAM, "the Python interpreter that runs everything"),
     option("DRY_RUN", "0", one_of("0", "1"), "1: print the command, one argument per line, and write nothing"),
@@ -191,7 +192,7 @@ class Call(Mapping[str, str]):
 def default_python() -> str:
     """The interpreter that runs everything, unless PYTHON names another."""
     own = os.path.join(REPOSITORY, ".venv/bin/python")
-    return own if os.access(own, os.X_OK) else "python3"
+    return own if os.access(own, os.X_OK) else ANY_PYTHON
 
 
 def python_path(environment: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workload import SHAPES, SMALL_TOWER, SMOLLM2, Shape, write_model
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.conversion import convert_to_megatron
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.inference import Engine, Prompt, Request, Sampling, open_engine

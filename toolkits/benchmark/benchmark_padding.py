@@ -19,6 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
+
+# isort: split
 from benchmark_training import WARM_UP, our_command
 from gate import Side
 from tqdm import tqdm

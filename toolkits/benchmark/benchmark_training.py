@@ -29,6 +29,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
+
+# isort: split
 from gate import Block, Side
 from tqdm import tqdm
 from workload import SHAPES, Shape, write_model, write_records

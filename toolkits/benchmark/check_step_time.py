@@ -26,6 +26,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+import toolkits.environment  # noqa: E402, F401
 from megatron_patch.device_cards import Card, cpu_card  # noqa: E402
 from megatron_patch.geometry import LlavaGeometry, read_geometry_of  # noqa: E402
 from megatron_patch.length_mix import even  # noqa: E402

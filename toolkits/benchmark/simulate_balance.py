@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.length_mix import MIX665K
 from megatron_patch.step_balance import Layout, RecordCost, balanced, in_turn, rank_costs
 from megatron_patch.step_flop import Frozen, Work, step_flop

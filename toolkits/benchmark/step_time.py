@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.device_cards import CARDS
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry

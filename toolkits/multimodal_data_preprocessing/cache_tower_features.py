@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch import device
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.data.loading.blend import is_blend

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.data.preparation.sources import LlavaSource
 from toolkits.multimodal_data_preprocessing.command_line import run_on_json
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.data.preparation.sources import QuestionAnswerSource
 from toolkits.multimodal_data_preprocessing.command_line import parser_of, run
 

@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import toolkits.environment  # noqa: F401
 from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError

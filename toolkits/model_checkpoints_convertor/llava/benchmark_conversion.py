@@ -26,6 +26,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
+import toolkits.environment  # noqa: E402, F401
+
+# isort: split
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 

@@ -11,6 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
+import toolkits.environment  # noqa: E402, F401
 from megatron_patch.conversion.convert import PRECISIONS  # noqa: E402
 from megatron_patch.conversion.stage0 import build_stage0  # noqa: E402
 from toolkits.model_checkpoints_convertor.llava.command_line import add_token_arguments, exit_code  # noqa: E402

@@ -12,6 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
+import toolkits.environment  # noqa: E402, F401
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
 from megatron_patch.conversion.convert import FORMATS, PRECISIONS  # noqa: E402
 from megatron_patch.conversion.layouts import LAYOUTS  # noqa: E402
