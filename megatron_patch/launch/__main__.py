@@ -64,7 +64,7 @@ def start(program: Program, dry: bool) -> None:
     if program.words[0] == ANY_PYTHON and not _has_packages():
         setup = os.path.join(REPOSITORY, "examples/setup_environment.sh")
         print(
-            f"error: this machine's {ANY_PYTHON} ({sys.executable}) has no torch, and there is no environment yet; make "
+            f"error: {ANY_PYTHON} ({sys.executable}) has no torch, and there is no environment yet; make "
             f"it once: bash {setup}; or name a Python that has: PYTHON=...",
             file=sys.stderr,
         )
