@@ -78,7 +78,7 @@ PUBLISHED_MIB = {16: 34687, 20: 42359, 24: 49945, 30: 61433}
 
 @pytest.mark.parametrize("image_tokens", [256, 576])
 def test_memory_is_that_of_a_published_table(image_tokens: int):
-    """Its records are not named: 40 tokens of text beside either tower's image.  Figures within 4%, MiB a layer in 6%."""
+    """Its records are not named: 40 tokens of text beside either image.  Figures within 4%, MiB a layer in 6%."""
     whole = llava("llama-7b")
     sizes = Sizes(tensor=2, data=4, tokens=4 * (image_tokens + 40), labels=4 * 40, images=4)
     planned = {}
