@@ -19,13 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.llava_mcore.engine_options import add_sampling_options, exit_code, positive, sampling_of
+from examples.llava_mcore.engine_options import exit_code, sampling_of
 from megatron_patch.atomic_files import write_text
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Request, open_engine
 from megatron_patch.inference.compare import Comparison, compare
 from megatron_patch.inference.engine import DTYPES
 from megatron_patch.inference.prompt_file import count_lines, read_lines
+from megatron_patch.launch.asking import add_sampling_options, positive
 
 AROUND = 4  # token ids shown before a difference
 

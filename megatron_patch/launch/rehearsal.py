@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_patch import device
 from megatron_patch.launch.job_words import JOB, command_of, job_call
 from megatron_patch.launch.rows import Program, default_python, python_path
 from megatron_patch.launch.rules import REPOSITORY
@@ -53,7 +54,7 @@ class Rehearsal:
         python = environment.get("PYTHON") or default_python()
         return Program(
             [python, "-u", entry, arguments.ranks, str(arguments.of), str(per_node), *of_entry],
-            {"PYTHONPATH": python_path(environment), "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+            {"PYTHONPATH": python_path(environment), **device.kind(device.FALLBACK).environment(nodes=1)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port), "OMP_NUM_THREADS": "1"},
         )
 

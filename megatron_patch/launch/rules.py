@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch import llava_folder
 from megatron_patch.model_sizes import MODEL_SIZES
 
 # As it was called: the launchers may be reached through a link, and name their programs beside it.
@@ -224,7 +225,7 @@ def _file_problem(value: str) -> str | None:
 
 
 def _llava_folder_problem(value: str) -> str | None:
-    parts = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    parts = (llava_folder.CONFIG, llava_folder.IMAGE_PROCESSOR, llava_folder.TOKENIZER_CONFIG)
     return next((found for part in parts if (found := missing(value, part))), None)
 
 

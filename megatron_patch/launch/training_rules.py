@@ -322,11 +322,7 @@ def _check_model(call: Call, wrong: Callable[[str], bool], is_stage_2: bool) -> 
     folder = LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
     origin = "TOKENIZER_PATH" if start == "none" else "PRETRAIN_CHECKPOINT_PATH"
     try:
-        size = (
-            folder.provenance.get("arguments", {}).get("model_size")
-            if folder.path.joinpath("provenance.json").is_file()
-            else None
-        )
+        size = folder.provenance.get("arguments", {}).get("model_size")
         if size and not wrong("MODEL_SIZE") and size != call["MODEL_SIZE"]:
             call.refuse("MODEL_SIZE", f"must be {size}: with that {origin} was converted")
         for name, text in model_violations(call, folder, wrong):

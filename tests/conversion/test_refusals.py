@@ -145,7 +145,7 @@ def test_pickles_run_no_code(hub, tmp_path, refused, command):
         (["--model-size", "7b"], ["'7b'", "0.5B", "72B"]),
         (["--tensor-model-parallel-size", "3"], ["TP 3", "num_attention_heads of the LLM is 4"]),
         (["--tensor-model-parallel-size", "4"], ["TP 4", "num_key_value_heads of the LLM is 2"]),
-        (["--tensor-model-parallel-size", "0"], ["TP is 0"]),
+        (["--tensor-model-parallel-size", "0"], ["TP 0 is no degree"]),
         (["--tensor-model-parallel-size", "four"], ["four"]),
         (["--pipeline-model-parallel-size", "3"], ["PP 3", "4 layers"]),
         (["--precision", "bf61"], ["bf61", "fp16"]),

@@ -130,5 +130,5 @@ def test_stage_2_wants_a_trained_projector(workspace, tmp_path):
     provenance.write_text(json.dumps(value))
     fresh = Workspace(made, workspace.dataset)
     printed = run_with(fresh, tmp_path / "out", [], 2, script="run_sft_mcore_llava.sh")
-    assert "its projector is new" in printed and "--allow-fresh-projector" in printed
+    assert "has a new projector" in printed and "--allow-fresh-projector" in printed
     run_with(fresh, tmp_path / "stage1", [])

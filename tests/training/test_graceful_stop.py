@@ -80,13 +80,13 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_signal_saves_within_an_iteration(number, everywhere, workspace, whole: Path, tmp_path: Path) -> None:
     started = Started(workspace, tmp_path / "out", **STEPS)
     started.wait_for(r"iteration +4/")
-    seen = max(losses(started.printed))
     for process in processes_of(tmp_path / "out") if everywhere else [started.process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
+    seen = max(losses(started.printed))  # on a busy machine some have run since the fourth
     assert started.end() == 0, started.printed[-4000:]
     stopped = re.search(rf"stopped after iteration (\d+) of {ITERATIONS}, for a signal asked for it", started.printed)
-    assert stopped and int(stopped[1]) <= seen + 3, (seen, stopped)  # what runs on while the signal is sent included
+    assert stopped and int(stopped[1]) <= seen + 3, (seen, stopped)  # what was not printed yet included
     assert max(losses(started.printed)) == int(stopped[1]) < ITERATIONS
     again = losses(run(workspace, tmp_path / "out", **STEPS))
     assert min(again) == int(stopped[1]) + 1
