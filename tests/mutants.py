@@ -1225,7 +1225,8 @@ RUNS = [
         "tests/launchers/test_run_file.py::test_a_full_disk_is_refused_before_the_start",
         ("a full disk", "    if free < wanted:", "    if False:"),
         ("dry runs ask this disk", 'if call["DRY_RUN"] == "0" and call.is_right:', "if call.is_right:"),
-        ("one checkpoint has to fit", "wanted = 2 * checkpoint_bytes", "wanted = checkpoint_bytes"),
+        ("a run that goes on needs room for two", "if _resumes(call) else (2", "if False else (2"),
+        ("one checkpoint has to fit", "wanted = count * checkpoint_bytes", "wanted = checkpoint_bytes"),
     ),
     *of(
         "megatron_patch/launch/run_file.py",

@@ -377,8 +377,9 @@ def _check_output(call: Call) -> None:
 
 
 def _check_disk(call: Call, job: Job) -> None:
-    """Room for two checkpoints: a new one is whole before the old one goes."""
-    wanted = 2 * checkpoint_bytes(*_model_of(call), call["PR"])
+    """Room for two checkpoints, as a new one is whole before the old one goes; a run that goes on has one already."""
+    count, what = (1, "a checkpoint") if _resumes(call) else (2, "two checkpoints")
+    wanted = count * checkpoint_bytes(*_model_of(call), call["PR"])
     place = os.path.realpath(call["OUTPUT_BASEPATH"])
     while not os.path.exists(place):
         place = os.path.dirname(place)
@@ -387,7 +388,7 @@ def _check_disk(call: Call, job: Job) -> None:
     if free < wanted:
         call.refuse(
             "OUTPUT_BASEPATH",
-            f"must have room for two checkpoints, {wanted / 1e9:.1f} GB together ({place} has {free / 1e9:.1f} GB); "
+            f"must have room for {what}, {wanted / 1e9:.1f} GB ({place} has {free / 1e9:.1f} GB); "
             "name a folder on another disk",
         )
 

@@ -65,6 +65,14 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
     assert "--nnodes\n2\n--node_rank\n1\n--master_addr\nn1\n--master_port\n22345\n" in done.stdout
 
 
+def test_commands_of_the_short_version_are_those_of_the_recipe():
+    short = (ROOT / "examples/llava_mcore/README.zh.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", short, re.S)
+    assert len(blocks) == 9
+    for block in blocks:
+        assert f"```bash\n{block}```" in README
+
+
 def test_files_named_in_the_readme_exist():
     for name in set(re.findall(r"(?:examples|toolkits)/[\w/]+\.(?:sh|py)", README)):
         assert (ROOT / name).is_file(), name

@@ -142,6 +142,9 @@ def test_another_run_in_the_output_folder_is_not_continued(inputs: Inputs):
     assert start(STAGE_1, words, DRY_RUN="1").returncode == 0
     shutil.rmtree(inputs.output / "checkpoint")  # nothing to go on with
     assert start(STAGE_2, words, DRY_RUN="1").returncode == 0
+    (inputs.output / "checkpoint").mkdir(parents=True)
+    (inputs.output / "checkpoint/latest_checkpointed_iteration.txt").write_text("10")
+    assert "must have room for a checkpoint, 769." in start(STAGE_2, words).stderr, "it goes on: one is there"
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path: Path):
