@@ -145,7 +145,12 @@ def test_ranks_of_a_job_are_rehearsed(workspace: Workspace, tmp_path: Path):
     def reads(text: str) -> str:
         return next(line for line in text.splitlines() if line.startswith("  reads"))
 
+    def parameters(text: str) -> int:
+        return int(re.search(r"parameters +([\d,]+),", text)[1].replace(",", ""))
+
     assert reads(three) == reads(seven) != reads(zero)
+    # embedding and tower are the first stage's, the head, of half as many rows, is the last one's
+    assert parameters(zero) == parameters(three) > parameters(seven)
     assert not (tmp_path / "out").exists()
 
 
@@ -208,14 +213,15 @@ def doctor(**environment: str) -> tuple[int, dict]:
 def test_the_doctor_shows_real_errors_of_what_does_not_import(tmp_path: Path):
     """A Transformer Engine whose library is another CUDA's, and a broken package that training needs."""
     for name, error in (
-        ("transformer_engine", "libcudart.so.99: cannot open shared object file"),
+        ("transformer_engine", "libcudart.so.99 of transformer_engine: cannot open"),
         ("webdataset", "bad"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError({error!r})\n")
     code, found = doctor(PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
     findings = {one["what"]: one for one in found["findings"]}
-    assert "ImportError: libcudart.so.99: cannot open shared" in findings["transformer_engine.pytorch"]["found"]
+    engine = "is installed and does not import: ImportError: libcudart.so.99 of transformer_engine: cannot open"
+    assert findings["transformer_engine.pytorch"]["found"] == engine
     assert findings["webdataset"]["found"] == "ImportError: bad" and findings["webdataset"]["state"] == "broken"
     # energon imports it
     assert code == 1 and found["used"] == "training cannot work here: megatron.energon, webdataset"
