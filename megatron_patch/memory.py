@@ -114,7 +114,6 @@ def rank_memory(
     trained = sum(part for part, is_frozen in zip(own, kept, strict=True) if not is_frozen)
     shared = sizes.data * sizes.context if sizes.distributed_optimizer else 1
     value = BYTES[sizes.precision]
-    gradient = GRADIENT_BYTES
     tokens = sizes.tokens / sizes.context
     in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
     query, key = language.heads * language.head_dim, language.groups * language.head_dim
@@ -134,7 +133,7 @@ def rank_memory(
     return RankMemory(
         program=PROGRAM[device],
         weights=round(sum(own) * value),
-        gradients=round(trained * gradient),
+        gradients=round(trained * GRADIENT_BYTES),
         optimizer=round(trained * ADAM_BYTES[sizes.precision] / shared),
         activations=round(activations),
         logits=round(logits),

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from megatron_patch import device
-from megatron_patch.launch.machine import Job
+from megatron_patch.launch.machine import Job, free_port
 from megatron_patch.launch.rows import Call, Command
 from megatron_patch.launch.run_file import expand
 from megatron_patch.launch.training import stage
@@ -25,7 +25,8 @@ def job_call(
     if not words or words[0].rpartition("/")[2] not in STAGES:
         parser.error(f"wanted a launcher and its arguments behind the options; launchers: {', '.join(STAGES)}")
     command, program, given = command_of(words), words[0].rpartition("/")[2], list(words[1:])
-    told = {"WORLD_SIZE": str(world), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    told = {"WORLD_SIZE": str(world), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    told |= {"MASTER_PORT": str(free_port())}  # a run of this machine may have any
     told |= {"NPROC_PER_NODE": str(per_node), "ACCELERATOR": device.kinds()[0], "DRY_RUN": "1"}
     around = {name: value for name, value in environment.items() if not name.endswith("_SOCKET_IFNAME")} | told
     complaints: list[str] = []

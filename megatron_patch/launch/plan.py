@@ -7,15 +7,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_patch.device_cards import CARDS, Card
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.launch.job_words import JOB, STAGES, job_call
-from megatron_patch.launch.rows import Call
+from megatron_patch.launch.training_rules import model_of
 from megatron_patch.length_mix import MIXES, LengthMix, even
-from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.memory import RankMemory, Sizes, checkpoint_bytes, parameters, rank_memory, trained_parameters
 from megatron_patch.step_flop import Frozen
 from megatron_patch.step_time import RECOMPUTES, Plan, StepTime, look_at, predict
@@ -72,12 +70,7 @@ def mix_of(text: str) -> LengthMix:
     return even(int(text))
 
 
-def frozen_of(values: Mapping[str, str]) -> Frozen:
-    """What a run keeps as it is."""
-    return Frozen(*(values[f"FREEZE_{part}"] == "true" for part in ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")))
-
-
-def plan_of(values: Mapping[str, str], world: int) -> Plan:
+def plan_of(values: Mapping[str, str], frozen: Frozen, world: int) -> Plan:
     """The layout of a run of so many processes.  Raises UserError."""
     number = {name: int(values[name]) for name in ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE")}
     recompute = {"true": "sel", "offload": "false"}.get(values["AC"], values["AC"])
@@ -92,7 +85,7 @@ def plan_of(values: Mapping[str, str], world: int) -> Plan:
         values["PR"],
         recompute,
         values["DO"] == "true",
-        frozen_of(values),
+        frozen,
         values["BALANCE_COST"] == "true",
         values["PACKING"] == "true",
         int(values["DECODER_SEQ_LEN"]),
@@ -125,8 +118,11 @@ def memory_of(geometry: LlavaGeometry, plan: Plan, mix: LengthMix) -> list[RankM
 def planned(geometry: LlavaGeometry, plan: Plan, card: Card, mix: LengthMix) -> Planned:
     """Time and memory of one layout.  Raises UserError: it cannot be."""
     ranks = memory_of(geometry, plan, mix)
-    fits = max(rank.total for rank in ranks) <= USABLE * card.memory_bytes
-    return Planned(plan, predict(geometry, plan, card, mix), ranks, fits)
+    return Planned(plan, predict(geometry, plan, card, mix), ranks, _fit(ranks, card))
+
+
+def _fit(ranks: Sequence[RankMemory], card: Card) -> bool:
+    return max(rank.total for rank in ranks) <= USABLE * card.memory_bytes
 
 
 def proposals(geometry: LlavaGeometry, wanted: Plan, card: Card, world: int, mix: LengthMix) -> list[Planned]:
@@ -140,8 +136,9 @@ def proposals(geometry: LlavaGeometry, wanted: Plan, card: Card, world: int, mix
         try:
             layout = dataclasses.replace(wanted, recompute=recompute, distributed_optimizer=data > 1, **changes)
             geometry.check_parallel(tensor, pipeline)
-            if max(rank.total for rank in memory_of(geometry, layout, mix)) <= USABLE * card.memory_bytes:
-                found.append(planned(geometry, layout, card, mix))
+            ranks = memory_of(geometry, layout, mix)
+            if _fit(ranks, card):
+                found.append(Planned(layout, predict(geometry, layout, card, mix), ranks, fits=True))
         except UserError:
             continue
     return sorted(found, key=lambda one: one.step.seconds)[:PROPOSALS]
@@ -231,11 +228,11 @@ class Planner:
         arguments = parser.parse_args(words)
         card, count = arguments.card
         call, _ = job_call(parser, arguments.job, count, min(count, card.devices_per_node), environment)
-        geometry = _geometry(call)
+        geometry, frozen = model_of(call)
         stage = STAGES[arguments.job[0].rpartition("/")[2]]
         mix = arguments.mix or (even(40) if stage == 1 else MIXES["mix665k"])
         try:
-            one = planned(geometry, plan_of(call, count), card, mix)
+            one = planned(geometry, plan_of(call, frozen, count), card, mix)
             others = proposals(geometry, one.plan, card, count, mix) if arguments.propose or not one.fits else []
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -251,11 +248,6 @@ class Planner:
             elif arguments.propose or not one.fits:
                 print(f"\nno layout fits {count} x {card.name}: more cards, or cards with more memory are needed")
         sys.exit(0 if one.fits else 1)
-
-
-def _geometry(call: Call) -> LlavaGeometry:
-    start = call["PRETRAIN_CHECKPOINT_PATH"]
-    return (LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)).geometry()
 
 
 COMMAND = Planner()

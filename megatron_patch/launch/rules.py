@@ -198,15 +198,21 @@ def dataset_problem(value: str) -> str | None:
     return missing(value, ".nv-meta")
 
 
+def existing_part(path: str) -> str:
+    """The path, or the folder above it that is there."""
+    place = os.path.realpath(path)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return place
+
+
 def writable_problem(value: str) -> str | None:
     """Why nothing can be written into this folder, which may have to be made."""
     if not value:
         return "it is empty"
-    place = os.path.realpath(value)
-    if place == "/":
+    if os.path.realpath(value) == "/":
         return "it is the root of the file system"
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
+    place = existing_part(value)
     if not os.path.isdir(place):
         return f"{place} is a file"
     return None if os.access(place, os.W_OK) else f"{place} is not writable"

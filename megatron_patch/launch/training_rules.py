@@ -17,7 +17,7 @@ from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.launch import run_file
 from megatron_patch.launch.machine import Job, choose_job
 from megatron_patch.launch.rows import Call
-from megatron_patch.launch.rules import ITERATIONS, TRACKER, grid, newest_iteration
+from megatron_patch.launch.rules import ITERATIONS, TRACKER, existing_part, grid, newest_iteration
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
@@ -84,8 +84,7 @@ def _fsdp(values: Values) -> Findings:
         yield (
             "FSDP",
             "is not offered: with megatron-core 0.19.2 torch FSDP2 scales the gradients of a per-token loss wrongly "
-            "and "
-            "cannot resume, Megatron-FSDP cannot save a LLaVA; use DO=true, TP or PP",
+            "and cannot resume, Megatron-FSDP cannot save a LLaVA; use DO=true, TP or PP",
         )
 
 
@@ -318,8 +317,7 @@ def _check_model(call: Call, wrong: Callable[[str], bool], is_stage_2: bool) -> 
     """The arguments against the llava/ folder that the run begins with."""
     if wrong("PRETRAIN_CHECKPOINT_PATH") or wrong("TOKENIZER_PATH"):
         return
-    start = call["PRETRAIN_CHECKPOINT_PATH"]
-    folder = LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
+    start, folder = call["PRETRAIN_CHECKPOINT_PATH"], _folder_of(call)
     origin = "TOKENIZER_PATH" if start == "none" else "PRETRAIN_CHECKPOINT_PATH"
     try:
         size = folder.provenance.get("arguments", {}).get("model_size")
@@ -379,10 +377,8 @@ def _check_output(call: Call) -> None:
 def _check_disk(call: Call, job: Job) -> None:
     """Room for two checkpoints, as a new one is whole before the old one goes; a run that goes on has one already."""
     count, what = (1, "a checkpoint") if _resumes(call) else (2, "two checkpoints")
-    wanted = count * checkpoint_bytes(*_model_of(call), call["PR"])
-    place = os.path.realpath(call["OUTPUT_BASEPATH"])
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
+    wanted = count * checkpoint_bytes(*model_of(call), call["PR"])
+    place = existing_part(call["OUTPUT_BASEPATH"])
     found = os.statvfs(place)
     free = found.f_bavail * found.f_frsize
     if free < wanted:
@@ -406,7 +402,7 @@ def _tell_memory(call: Call, job: Job) -> None:
         precision=call["PR"],
         distributed_optimizer=call["DO"] == "true",
     )
-    geometry, frozen = _model_of(call)
+    geometry, frozen = model_of(call)
     stages = sorted({0, sizes.pipeline - 1})
     least = max(rank_memory(geometry, frozen, sizes, stage).state for stage in stages)
     if call["OPTIMIZER_OFFLOAD"] == "false" and least > memory:
@@ -416,12 +412,16 @@ def _tell_memory(call: Call, job: Job) -> None:
         )
 
 
-def _model_of(call: Call) -> tuple[LlavaGeometry, Frozen]:
-    """The model that a right call trains, and what of it is kept."""
-    start = call["PRETRAIN_CHECKPOINT_PATH"]
-    folder = LlavaFolder(Path(call["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
+def _folder_of(values: Values) -> LlavaFolder:
+    """The llava/ folder that a run begins with."""
+    start = values["PRETRAIN_CHECKPOINT_PATH"]
+    return LlavaFolder(Path(values["TOKENIZER_PATH"])) if start == "none" else LlavaFolder.of(start)
+
+
+def model_of(values: Values) -> tuple[LlavaGeometry, Frozen]:
+    """The model that a run trains, and what of it is kept.  Raises UserError: its configuration cannot be read."""
     parts = ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")
-    return folder.geometry(), Frozen(*(call[f"FREEZE_{part}"] == "true" for part in parts))
+    return _folder_of(values).geometry(), Frozen(*(values[f"FREEZE_{part}"] == "true" for part in parts))
 
 
 def _check_device(call: Call, job: Job) -> None:

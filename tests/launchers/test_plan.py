@@ -1,10 +1,12 @@
 """plan_llava.sh, rehearse_llava.sh and doctor.sh, as a user calls them."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +91,12 @@ def test_memory_is_that_of_a_published_table(image_tokens: int):
     of_layer = [(found[30] - found[16]) / 14 for found in (planned, PUBLISHED_MIB)]
     print(f"{image_tokens} tokens of an image: {of_layer[0]:.0f} MiB a layer planned, {of_layer[1]:.0f} published")
     assert of_layer[0] == pytest.approx(of_layer[1], rel=0.06)
+
+
+def test_a_run_of_this_machine_hinders_no_plan(inputs: Inputs):
+    """It may have the port that torch takes by default."""
+    with contextlib.suppress(OSError), socket.create_server(("", 29500)):
+        assert start(PLAN, ["--card", "H200x8", *stage_2(inputs)], cwd=inputs.folder).returncode == 0
 
 
 @pytest.mark.parametrize(
