@@ -48,6 +48,7 @@ def test_mutants_are_many_and_their_tests_exist(request: pytest.FixtureRequest) 
     assert not missing
 
 
+@pytest.mark.slow
 def test_what_survives_is_told(capsys: pytest.CaptureFixture) -> None:
     assert main(["--workers", "2"], [FOUND, EQUIVALENT, BROKEN]) == 1
     printed = capsys.readouterr().out

@@ -31,6 +31,7 @@ def test_both_directions_are_measured_and_everything_is_deleted(tool, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failure_deletes_everything_too(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--size", "tiny", "--work", str(tmp_path)])
     monkeypatch.setattr(tool, "make_source", lambda folder, size: folder.mkdir() or 1)

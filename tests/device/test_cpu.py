@@ -27,6 +27,7 @@ def test_bf16_instructions_are_seen(flags: str | None, found: list[str], tmp_pat
     assert set(cpu.notes()) == (set() if found else {"PR=bf16"})
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_after_install(tmp_path: Path) -> None:
     """Wrapped factories once made `with torch.device("meta")` do nothing: garbage rotary frequencies, no error."""
     from transformers import AutoModelForCausalLM
@@ -70,6 +71,7 @@ print(device.backend().NAME, torch.cuda.device_count())
     assert in_new_process(program, LOCAL_WORLD_SIZE="4").split() == ["cpu", "4"]
 
 
+@pytest.mark.slow
 def test_megatron_computes_with_torch_where_cuda_packages_are_installed(tmp_path: Path) -> None:
     """Transformer Engine's and Apex's norms and optimizers are CUDA kernels, which must not get CPU tensors."""
     of_te = "FusedAdam = FusedSGD = multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = None\n"
@@ -116,6 +118,7 @@ import torch._dynamo
 """
 
 
+@pytest.mark.slow
 def test_nothing_imports_the_compiler_and_who_does_finds_no_duplicates() -> None:
     # AdamW: 1 - 0.5 * 0.01 - 0.5, SGD: w - 0.5 * 4 w
     assert in_new_process(COMPILER, TORCHDYNAMO_DISABLE="1") == "[-0.495, -0.495] False\n"
@@ -126,6 +129,7 @@ def test_the_tests_see_no_gpu() -> None:
     assert in_new_process(program, CUDA_VISIBLE_DEVICES="0") == "''\n"
 
 
+@pytest.mark.slow
 def test_a_missing_symbol_is_named() -> None:
     program = """
 import torch, torch._dynamo

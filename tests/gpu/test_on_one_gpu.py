@@ -3,11 +3,14 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.gpu.on_one_gpu import MICRO_BATCHES, SPEEDS, changes_of, command_of, write_model_folder
 from tests.launchers.test_megatron_arguments import megatron_reads
 from tests.training.launching import Workspace
 
 
+@pytest.mark.slow
 def test_the_throughput_runs_pass_the_parser(tmp_path: Path) -> None:
     (tmp_path / "wds/.nv-meta").mkdir(parents=True)
     lines = []

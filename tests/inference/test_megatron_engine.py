@@ -133,9 +133,10 @@ def test_one_process(folders: Folders, engine: Engine, right: dict, tmp_path: Pa
     check(sampled, by_transformers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "pipeline"),
-    [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)],
+    [(2, 1), (1, 2), (2, 2)],
     ids=["TP2", "PP2", "TP2xPP2"],
 )
 def test_more_processes(folders: Folders, engine: Engine, right: dict, tmp_path: Path, tensor: int, pipeline: int):

@@ -218,6 +218,7 @@ def doctor(**environment: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_doctor_shows_real_errors_of_what_does_not_import(tmp_path: Path):
     """A Transformer Engine whose library is another CUDA's, and a broken package that training needs."""
     for name, error in (

@@ -217,6 +217,7 @@ def test_two_nodes_of_a_cluster_job_meet(copy: Path, inputs: Inputs):
         assert log.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_node_whose_launcher_is_killed_ends_the_others(copy: Path, inputs: Inputs):
     cluster = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "KUBERNETES_CONTAINER_RESOURCE_GPU": "1"}
     cluster["MASTER_PORT"] = str(20000 + os.getpid() % 10000)

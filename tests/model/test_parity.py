@@ -176,13 +176,14 @@ def fits(family: str, parallelism: dict) -> bool:
 
 
 FIRST = "mistral"  # goes first, by itself: what is wrong with all of them shows in seconds
+DEFAULT = ("one process", "TP2 + SP")
 RUNS = [("one process", (FIRST,)), ("one process", tuple(family for family in CASES if family != FIRST))]
 RUNS += [(name, tuple(CASES)) for name in PARALLELISMS if name != "one process"]
 
 
 @pytest.mark.parametrize(
     ("parallelism", "families"),
-    [pytest.param(*run, marks=[pytest.mark.slow] if run[0] in ("TP3", "TP2 x PP2") else []) for run in RUNS],
+    [pytest.param(*run, marks=() if run[0] in DEFAULT else pytest.mark.slow) for run in RUNS],
     ids=[f"{name}, {families[0]}" for name, families in RUNS],
 )
 def test_logits_loss_and_gradients_equal_transformers(

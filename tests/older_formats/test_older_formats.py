@@ -98,6 +98,7 @@ def resume(folder: Path, name: str, settings: dict[str, object], **changes: obje
     return printed
 
 
+@pytest.mark.slow
 def test_the_checkpoint_exports_the_same(folder: Path) -> None:
     older.convert_checkpoint(folder, "plain/checkpoint", "exported_now", to_hub=True)
     before, now = (load_file(folder / name / "model.safetensors") for name in ("exported", "exported_now"))

@@ -154,6 +154,7 @@ def test_installs_finishes_an_interrupted_install_and_then_does_nothing(reposito
     assert "pip could not install requirements.txt" in result.stderr and "pillow" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_gpu_machine_without_a_compiler_is_warned(repository, tools, wheels):
     link(tools, "python3.12")
     (tools / "nvidia-smi").write_text(f"#!{BASH}\n")

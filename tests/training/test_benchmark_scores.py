@@ -24,7 +24,7 @@ LAYOUTS = {
     "PP2, interleaved, TP2": {"PP": 2, "VIRTUAL_STAGES": 2, "TP": 2},
     "CP2 x PP2, bf16": {"CP": 2, "PP": 2, "PR": "bf16"},
 }
-DEFAULT = ("one process", "PP2")
+DEFAULT = ("one process",)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,7 @@ def test_answers_are_scored(layout: str, workspace: Workspace, benchmark_file: P
     assert (tmp_path / "out/benchmark/answers.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_some_questions_are_chosen_and_the_best_score_is_kept(
     workspace: Workspace, benchmark_file: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def counted(workspace: Workspace) -> Work:
     return Work(ITERATIONS * STEP_RECORDS, *found)
 
 
+@pytest.mark.slow
 def test_summary_counts_what_was_trained_on(told: Done, two_ranks: Done, counted: Work) -> None:
     for done in (told, two_ranks):
         assert done.summary["samples"] == counted.records == done.summary["records"]["kept"]
@@ -149,6 +150,7 @@ def test_summary_says_how_it_ended_and_what_is_next(told: Done) -> None:
     assert 2 * seconds["total"] == pytest.approx(sum(seconds.values()), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_summed_up_too(stopped: Done) -> None:
     summary, last = stopped.summary, max(losses(stopped.printed))
     assert 11 <= last < ITERATIONS

@@ -21,6 +21,7 @@ def packed(damaged: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return run(damaged, output, **PACKED, MAX_SKIPPED=0.05), output
 
 
+@pytest.mark.slow
 def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Path], damaged: Workspace) -> None:
     printed, output = packed
     lines = re.findall(r"records: kept (\d+) \| truncated (\d+) \| skipped (\d+)(?: \((.*)\))?", printed)

@@ -24,9 +24,8 @@ def weight(folder: Path, name: str) -> torch.Tensor:
         return reader.read(name, (0,) * len(size), tuple(size))
 
 
-@pytest.mark.parametrize(
-    "parallelism", [{}, pytest.param({"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{}, {"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"}])
 def test_the_average_follows_its_formula_over_a_resume(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     settings = {**SETTINGS, **parallelism, "FREEZE_VISION_TOWER": "true"}
     checkpoints = tmp_path / "out" / "checkpoint"

@@ -42,7 +42,7 @@ CASES = {
     "bf16, TP2": ({"PR": "bf16"}, {"TP": 2}),
     "stage 2": ({"FREEZE_LANGUAGE_MODEL": "false"}, {"TP": 2}),
 }
-SLOW = ("packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16", "bf16, TP2", "PP2, workers")
+SLOW = ("one process", "packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16", "bf16, TP2", "PP2, workers")
 
 
 def cache(workspace: Workspace, output: Path, *words: str, expected_exit: int = 0) -> str:
@@ -124,6 +124,7 @@ def test_images_are_not_decoded(workspace: Workspace, tmp_path: Path) -> None:
     assert "skipped 0" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["cache, then images", "images, then cache"])
 def test_a_resume_may_switch(
     first: bool, caches: Callable, without: Callable, damaged: Workspace, tmp_path: Path

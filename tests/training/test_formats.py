@@ -99,7 +99,9 @@ def edit_metadata(iteration: Path, change) -> None:
     (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("case", ["missing", "extra state", "extra state not written"])
+@pytest.mark.parametrize(
+    "case", ["missing", "extra state", pytest.param("extra state not written", marks=pytest.mark.slow)]
+)
 def test_weights_are_strict_and_extra_states_are_not(case, workspace, tmp_path):
     made = tmp_path / "checkpoint"
     shutil.copytree(workspace.checkpoint, made)

@@ -71,9 +71,9 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize(
     ("number", "everywhere"),
     [
-        (signal.SIGTERM, True),  # schedulers: every process of the job, loader workers and helpers too
+        (signal.SIGUSR1, True),  # schedulers: every process of the job, loader workers and helpers too
         pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
     ],
 )

@@ -56,6 +56,7 @@ def not_finite(data: torch.Tensor) -> bool:
     return not bool(data.view(torch.float32).isfinite().all())
 
 
+@pytest.mark.slow
 def test_the_run_stops_and_goes_on_without_that_iteration(poisoned, skipped, tmp_path: Path) -> None:
     """By default exit code 1; with the window left out on resuming, the weights are those of the run above."""
     output, _, iteration = skipped
@@ -97,6 +98,7 @@ def test_every_layout_decides_alike(parallelism: str, poisoned, skipped, tmp_pat
     assert_same_bits(tensors_of_run(tmp_path / "left out", 6), tensors_of_run(tmp_path / "out", 6))
 
 
+@pytest.mark.slow
 def test_weights_that_are_bad_end_the_run(workspace: Workspace, tmp_path: Path) -> None:
     """No step can be trained on: skipping has an end."""
     spoilt = Workspace(spoilt_checkpoint(tmp_path), workspace.dataset)
@@ -105,7 +107,7 @@ def test_weights_that_are_bad_end_the_run(workspace: Workspace, tmp_path: Path) 
     assert "so were the 10 before, so the weights may be bad" in printed
 
 
-@pytest.mark.parametrize("clip", ["1.0", "0"], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize("clip", ["1.0", pytest.param("0", marks=pytest.mark.slow)], ids=["clipped", "not clipped"])
 def test_a_gradient_that_is_not_finite_moves_nothing(workspace: Workspace, tmp_path: Path, clip: str) -> None:
     """The losses are finite, and the optimizer takes no step; ten such steps in a row end the run."""
     overflowing = Workspace(overflowing_checkpoint(tmp_path), workspace.dataset)

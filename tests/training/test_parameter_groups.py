@@ -44,7 +44,8 @@ def test_modules_learn_at_their_own_rates(workspace: Workspace, tmp_path: Path) 
     assert largest_change(before, after, "vision_projection.encoder.linear_fc2.weight") > 6e-3
 
 
-@pytest.mark.parametrize("parallelism", [{}, pytest.param({"NPROC_PER_NODE": 2, "DO": "true"}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{}, {"NPROC_PER_NODE": 2, "DO": "true"}])
 def test_a_run_goes_on_with_another_learning_rate(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     first = run(workspace, tmp_path / "out", **SETTINGS, **parallelism)
     assert set(rates(first).values()) == {1e-3}

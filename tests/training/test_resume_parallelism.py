@@ -20,7 +20,6 @@ CHANGES = {
     "PP2 to DP2": ({"PP": 2}, {"NPROC_PER_NODE": 2}),
     "TP2 x PP2 to CP2 x DP2": ({"TP": 2, "PP": 2}, {"CP": 2, "NPROC_PER_NODE": 4}),
 }
-DEFAULT = ("PP2 to DP2",)
 RECORDS = re.compile(r"records: kept .*")
 
 
@@ -30,7 +29,8 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> str
     return run(workspace, tmp_path_factory.mktemp("whole") / "out", **SETTINGS)
 
 
-@pytest.mark.parametrize("change", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in CHANGES])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_run_goes_on_under_another_layout(change: str, whole: str, workspace: Workspace, tmp_path: Path) -> None:
     before, after = CHANGES[change]
     # The first half ends by the iteration limit of Megatron's own, so that the schedule is that of the whole run.

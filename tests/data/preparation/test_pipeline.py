@@ -407,6 +407,7 @@ def test_too_many_rejections_stop_early(tmp_path) -> None:
         prepare(LlavaSource(tmp_path / "data.json", []), tmp_path / "wds", Options(workers=0))
 
 
+@pytest.mark.slow
 def test_records_that_are_too_long_are_rejected(tmp_path) -> None:
     root = make_records(tmp_path / "in", 10)
     words = ["--tokenizer", save_tokenizer(tmp_path / "tokenizer", "bytelevel"), "--template", "v1"]
