@@ -6,6 +6,7 @@ Two formats lie below CKPT/release or CKPT/iter_0000010, and both the trainer an
 """
 
 import functools
+import hashlib
 import io
 import math
 import os
@@ -13,6 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 
 from megatron_patch.errors import UserError
 from megatron_patch.file_window import FileWindow
+from megatron_patch.lora import LoraRecord
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import metadata as dcp
@@ -122,6 +125,49 @@ def newest_iteration(checkpoint: Path) -> Path:
             f"{tracker} says {text!r}, but {folder} is no whole checkpoint (neither .metadata nor mp_rank_*)"
         )
     return folder
+
+
+PIECE = 64 << 20  # bytes that one thread hashes at a time
+
+
+def fingerprint(iteration: Path) -> str:
+    """SHA-256 over names and content of an iteration's files, in pieces that all cores share.
+
+    Two folders have the same one when they hold the same files; times and places do not count.
+    """
+    files = sorted(path for path in iteration.rglob("*") if path.is_file())
+    pieces = [(path, begin) for path in files for begin in range(0, max(path.stat().st_size, 1), PIECE)]
+
+    def hash_of(piece: tuple[Path, int]) -> str:
+        path, begin = piece
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), PIECE, begin)
+        return f"{path.relative_to(iteration)} {begin} {hashlib.sha256(data).hexdigest()}\n"
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256("".join(pool.map(hash_of, pieces)).encode()).hexdigest()
+
+
+def base_of(checkpoint: Path, record: LoraRecord, folder: Path | None = None) -> Path:
+    """Folder of the iteration that the adapters in a checkpoint were trained on.
+
+    Args:
+        folder: of the base checkpoint, where it no longer lies where training found it.
+    Raises:
+        UserError: it is not there, or is not the one.
+    """
+    base = (folder or Path(record.base)) / record.iteration
+    if checkpoint_format(base) is None:
+        raise UserError(
+            f"{checkpoint} holds adapters, and their base is not there: no whole checkpoint in {base}; put it back, or "
+            "name its folder (BASE_CKPT_PATH of an export)"
+        )
+    if (found := fingerprint(base)) != record.sha256:
+        raise UserError(
+            f"{base} is not the base that the adapters in {checkpoint} were trained on: its SHA-256 is "
+            f"{found[:12]}..., wanted {record.sha256[:12]}...; name the folder of that one"
+        )
+    return base
 
 
 # ---------------------------------------------------------------- torch_dist

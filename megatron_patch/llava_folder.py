@@ -8,6 +8,7 @@
     provenance.json              what the folder was made of, by which versions
     untrained_tower.safetensors  layers of the tower that do not run, for the export
     llava_training.json          image and prompt settings of the training (TrainingSettings); absent before any
+    lora.json                    of a checkpoint of adapters: their numbers and their base (lora.LoraRecord)
     conversation_template.*      the training's own template, where it is none of the known names
     original/                    config and tokenizer of a source in liuhaotian's layout, as they were
 
@@ -32,6 +33,7 @@ from typing import Any
 from megatron_patch.atomic_files import atomic_file, write_text
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry, read_geometry_of
+from megatron_patch.lora import LoraRecord
 
 NAME = "llava"
 CONFIG = "config.json"
@@ -46,6 +48,7 @@ MODEL_CARD = "README.md"
 PROVENANCE = "provenance.json"
 UNTRAINED_TOWER = "untrained_tower.safetensors"
 TRAINING = "llava_training.json"
+LORA = "lora.json"
 TEMPLATE = "conversation_template"  # with the suffix of the training's file
 ORIGINAL = "original"
 
@@ -195,6 +198,16 @@ class LlavaFolder:
     def write_provenance(self, text: str) -> None:
         """Write the note, JSON, whole or not at all."""
         write_text(self.path / PROVENANCE, text)
+
+    @property
+    def lora(self) -> LoraRecord | None:
+        """What the checkpoint's adapters are; None where it holds whole weights.  Raises UserError: it is damaged."""
+        file = self.path / LORA
+        return LoraRecord.of_json(_read_json(file), file) if file.is_file() else None
+
+    def write_lora(self, record: LoraRecord) -> None:
+        """Write the record, whole or not at all."""
+        write_text(self.path / LORA, json.dumps(record.as_json(), indent=2, ensure_ascii=False) + "\n")
 
     @property
     def training_settings(self) -> TrainingSettings | None:

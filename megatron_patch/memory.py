@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_patch.geometry import LlavaGeometry
+from megatron_patch.lora import PARTS, layers_of
 from megatron_patch.step_flop import Frozen
 
 # Bytes of a parameter in memory and in a checkpoint, by PR: fp8 has its weights in 16 bits, too.
@@ -23,12 +24,15 @@ def parameters(geometry: LlavaGeometry) -> tuple[int, int, int]:
 def trained_parameters(geometry: LlavaGeometry, frozen: Frozen) -> int:
     """Those that an optimizer step changes."""
     kept = (frozen.language_model, frozen.vision_tower, frozen.projector)
-    return sum(count for count, is_frozen in zip(parameters(geometry), kept, strict=True) if not is_frozen)
+    whole = sum(count for count, is_frozen in zip(parameters(geometry), kept, strict=True) if not is_frozen)
+    return whole + sum(frozen.adapter_parameters(geometry, part) for part in PARTS)
 
 
 def checkpoint_bytes(geometry: LlavaGeometry, frozen: Frozen, precision: str) -> int:
     """Of a checkpoint with its optimizer state.  precision: PR of the launchers."""
-    weights = BYTES[precision] * sum(parameters(geometry))
+    # with adapters the frozen weights stay in the base's checkpoint
+    stored = trained_parameters(geometry, frozen) if frozen.lora else sum(parameters(geometry))
+    weights = BYTES[precision] * stored
     return weights + ADAM_BYTES[precision] * trained_parameters(geometry, frozen)
 
 
@@ -111,18 +115,21 @@ def rank_memory(
     parts = (decoder, tower.parameters * first, geometry.projector_parameters * first)
     kept = (frozen.language_model, frozen.vision_tower, frozen.projector)
     own = [part / sizes.tensor for part in parts]
-    trained = sum(part for part, is_frozen in zip(own, kept, strict=True) if not is_frozen)
+    adapters = _adapter_share(geometry, frozen, sizes, first)
+    trained = sum(part for part, is_frozen in zip(own, kept, strict=True) if not is_frozen) + adapters
     shared = sizes.data * sizes.context if sizes.distributed_optimizer else 1
     value = BYTES[sizes.precision]
     tokens = sizes.tokens / sizes.context
     in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
     query, key = language.heads * language.head_dim, language.groups * language.head_dim
     width, ffn = language.hidden, language.ffn_hidden
-    of_layer = 2 * width + 2 * query + 2 * key + 2 * ffn + (0 if frozen.language_model else 2 * width + ffn)
+    of_layer = 2 * width + 2 * query + 2 * key + 2 * ffn
+    if frozen.learns("language_model"):
+        of_layer += 2 * width + ffn  # adapters look at the same inputs
     if sizes.recompute == "sel":
         of_layer -= query
-    below = first and not (frozen.vision_tower and frozen.projector)
-    has_gradient = not frozen.language_model or below or not first
+    below = first and (frozen.learns("vision_tower") or frozen.learns("projector"))
+    has_gradient = frozen.learns("language_model") or below or not first
     if sizes.recompute == "full":
         activations = in_flight * layers * width + of_layer
     else:
@@ -132,7 +139,7 @@ def rank_memory(
     logits = 3 * sizes.labels / sizes.context * language.vocabulary / sizes.tensor * 4 if last else 0
     return RankMemory(
         program=PROGRAM[device],
-        weights=round(sum(own) * value),
+        weights=round((sum(own) + adapters) * value),
         gradients=round(trained * GRADIENT_BYTES),
         optimizer=round(trained * ADAM_BYTES[sizes.precision] / shared),
         activations=round(activations),
@@ -142,10 +149,25 @@ def rank_memory(
     )
 
 
+def _adapter_share(geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes, first: bool) -> float:
+    """Parameters of a rank's adapters: one matrix of each is cut by TP, the other is whole (model/adapters.py)."""
+    if frozen.lora is None:
+        return 0.0
+    total = 0.0
+    for part in frozen.lora.parts:
+        layers = layers_of(geometry, part) / (sizes.pipeline if part == "language_model" else 1)
+        if part != "language_model" and not first:
+            continue
+        for one in frozen.lora.linears(geometry, part):
+            cut, whole = (one.inputs, one.outputs) if one.row_parallel else (one.outputs, one.inputs)
+            total += layers * frozen.lora.rank * (cut / sizes.tensor + whole)
+    return total
+
+
 def _image_bytes(geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes) -> float:
     """Pixels in 32 bits, features, and the tower's layers: all of them where it is trained, else one at a time."""
     tower, value = geometry.tower, BYTES[sizes.precision]
     pixels = 3 * tower.side_px**2 * 4
     of_layer = (8 * tower.hidden + 2 * tower.ffn_hidden) / sizes.tensor
-    layers = 1 if frozen.vision_tower else tower.running_layers
+    layers = tower.running_layers if frozen.learns("vision_tower") else 1
     return sizes.images * (pixels + tower.positions * value * (2 * tower.hidden + layers * of_layer))

@@ -9,21 +9,37 @@ Where LLaVA differs from a plain language model:
 - attention between two tokens costs 4 FLOP per layer and element of the queries' width (scores and mixing), only for
   pairs of which one sees the other: within a record, and for the decoder half of all pairs;
 - the head works at trained positions only, since no other position has a loss;
+- adapters are linear layers beside frozen ones, through which gradients pass to what lies below;
 - norms, activations, softmax and the embedding are left out, as everybody does (below 1%).
 """
 
 import dataclasses
 
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, TowerGeometry
+from megatron_patch.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Which parts keep their weights."""
+    """Which parts keep their weights, and the adapters that are trained beside some of them."""
 
     language_model: bool = False
     vision_tower: bool = False
     projector: bool = False
+    lora: LoraConfig | None = None
+
+    def with_adapters(self, lora: LoraConfig | None) -> "Frozen":
+        """The same, and the parts with adapters frozen."""
+        kept = dict.fromkeys(lora.parts, True) if lora else {}
+        return dataclasses.replace(self, lora=lora, **kept)
+
+    def learns(self, part: str) -> bool:
+        """Is a part of lora.PARTS trained, by itself or by adapters?"""
+        return not getattr(self, part) or (self.lora is not None and part in self.lora.parts)
+
+    def adapter_parameters(self, geometry: LlavaGeometry, part: str) -> int:
+        """Number of parameters of a part's adapters."""
+        return self.lora.parameters(geometry, part) if self.lora else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +95,25 @@ def step_flop(geometry: LlavaGeometry, frozen: Frozen, work: Work) -> int:
 
 def flop_of_parts(geometry: LlavaGeometry, frozen: Frozen, work: Work) -> Parts:
     """FLOP of forward and backward for `work`; with everything frozen there is no backward."""
-    tower_trained, projector_trained = not frozen.vision_tower, not frozen.projector
-    language_trained = not frozen.language_model
-    tower = _Passes(tower_trained, tower_trained)
-    first = _Passes(tower_trained, projector_trained)  # of the projector's layers: its inputs are the tower's features
-    second = _Passes(tower_trained or projector_trained, projector_trained)
-    language = _Passes(tower_trained or projector_trained or language_trained, language_trained)
+    tower_learns, projector_learns = frozen.learns("vision_tower"), frozen.learns("projector")
+    below = tower_learns or projector_learns
+    tower = _Passes(tower_learns, not frozen.vision_tower)
+    first = _Passes(
+        tower_learns, not frozen.projector
+    )  # of the projector's layers: its inputs are the tower's features
+    second = _Passes(below, not frozen.projector)
+    language = _Passes(below or frozen.learns("language_model"), not frozen.language_model)
+    trained = _Passes(True, True)
+    seen = work.images - work.cached
+
+    def adapters(part: str, tokens: int) -> int:
+        return trained.linear(frozen.adapter_parameters(geometry, part), tokens)
+
+    features = work.images * geometry.tower.image_tokens
     return Parts(
-        _tower_flop(geometry.tower, tower, work.images - work.cached),
-        _projector_flop(geometry, first, second, work.images * geometry.tower.image_tokens),
-        _decoder_flop(geometry.language, language, work),
+        _tower_flop(geometry.tower, tower, seen) + adapters("vision_tower", seen * geometry.tower.positions),
+        _projector_flop(geometry, first, second, features) + adapters("projector", features),
+        _decoder_flop(geometry.language, language, work) + adapters("language_model", work.tokens),
         language.linear(geometry.language.hidden * geometry.language.vocabulary, work.labels),
     )
 

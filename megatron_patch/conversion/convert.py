@@ -16,6 +16,13 @@ from torch import Tensor
 
 from megatron_patch.checkpoint_files import NOT_WEIGHTS, TRACKER, newest_iteration
 from megatron_patch.conversion import hub_files, original_layout
+from megatron_patch.conversion.adapters import (
+    ADAPTER_LAYOUTS,
+    PRECISIONS,
+    MergedReader,
+    export_adapters,
+    open_weights,
+)
 from megatron_patch.conversion.additions import Additions, read_tokens
 from megatron_patch.conversion.hub_weights import (
     FileSpan,
@@ -32,7 +39,7 @@ from megatron_patch.conversion.output import check_disk, check_target, progress_
 from megatron_patch.conversion.plan import make_plan, wanted_tensors
 from megatron_patch.conversion.table import HubTensor, Row, extra_states, table_of_weights, untrained_tower
 from megatron_patch.conversion.torch_dist import CheckpointReader, CheckpointWriter, Chunk
-from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter, open_checkpoint
+from megatron_patch.conversion.torch_ranks import RanksReader, RanksWriter
 from megatron_patch.conversion.transforms import QueryKeyValue
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LanguageGeometry, check_known, read_geometry
@@ -40,8 +47,8 @@ from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.weight_names import EMBEDDING, UNKNOWN, WRONG, check_nothing_differs, differences, without_padding
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("torch_dist", "torch")
+Reader = CheckpointReader | RanksReader | MergedReader
 SMALL_SPAN = 64 * 2**10  # bytes; below that reading and writing is as fast as having the kernel copy
 
 
@@ -244,7 +251,7 @@ def convert_to_megatron(
 # ---------------------------------------------------------------- Megatron -> hub
 
 
-def _check_keys(reader: CheckpointReader | RanksReader, rows: list[Row], folder: Path) -> None:
+def _check_keys(reader: Reader, rows: list[Row], folder: Path) -> None:
     """Every key of the checkpoint accounted for, shapes as the table says (the vocabulary may be padded).
 
     Raises:
@@ -293,11 +300,11 @@ def _check_same_llm(ours: dict[str, Any], checkpoint: Path, hf_checkpoint: Path)
 
 
 def _spans(
-    reader: CheckpointReader | RanksReader, row: Row, layer: int | None, part: int, rows: int, dtype: torch.dtype
+    reader: Reader, row: Row, layer: int | None, part: int, rows: int, dtype: torch.dtype
 ) -> list[FileSpan] | None:
     """Where the bytes of a hub tensor's first `rows` rows lie in the checkpoint (an original folder had fewer than a
     vocabulary that grew).  None when they must be cast, reordered or are too small for it to pay."""
-    if not isinstance(reader, CheckpointReader) or reader.tensors[row.key].properties.dtype != dtype:
+    if isinstance(reader, RanksReader) or reader.tensors[row.key].properties.dtype != dtype:
         return None
     shape = row.part_shapes[part]
     begin = row.transform.first_row(part, row.part_shapes)
@@ -320,7 +327,7 @@ def _spans(
 
 
 def _hub_blocks(
-    reader: CheckpointReader | RanksReader, rows: list[Row], carried: dict[str, Stored], dtype: torch.dtype
+    reader: Reader, rows: list[Row], carried: dict[str, Stored], dtype: torch.dtype
 ) -> Callable[[HubTensor], Iterator[Tensor | FileSpan]]:
     """A function that yields the rows of any hub tensor in blocks, or where their bytes lie in the checkpoint."""
     places = {
@@ -367,6 +374,7 @@ def convert_to_huggingface(
     pipeline_parallel: int = 1,
     layout: str = "hub",
     tower_name: str | None = None,
+    base: str | Path | None = None,
     shard_bytes: int = 5 * 10**9,
     progress: bool = False,
 ) -> Report:
@@ -377,8 +385,9 @@ def convert_to_huggingface(
         target: a folder that does not exist yet or is empty.
         model_size, precision, tensor_parallel, pipeline_parallel, progress: as in convert_to_megatron.
         hf_checkpoint: folder of the LLM or LLaVA that the checkpoint came from; another geometry is refused.
-        layout: a name of LAYOUTS.
+        layout: a name of LAYOUTS, which merge adapters, or of ADAPTER_LAYOUTS.
         tower_name: in the original layouts, the vision tower's name; None: found out.
+        base: of adapters: folder of their base checkpoint, where it no longer lies where training found it.
         shard_bytes: largest size of one weight file.
     Raises:
         UserError: nothing was written.
@@ -386,7 +395,7 @@ def convert_to_huggingface(
     began = time.monotonic()
     checkpoint, target = Path(checkpoint), Path(target)
     dtype = precision_dtype(precision)
-    check_known("layout", layout, LAYOUTS)
+    check_known("layout", layout, (*LAYOUTS, *ADAPTER_LAYOUTS))
     check_target(target)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder; wanted a Megatron checkpoint with its llava/ folder")
@@ -395,18 +404,25 @@ def convert_to_huggingface(
     iteration = newest_iteration(checkpoint)
     config = hub_files.read_json(llava.config)
     geometry = read_geometry(config)
+    hf_folder = None if hf_checkpoint is None else Path(hf_checkpoint)
+    if layout in ADAPTER_LAYOUTS:
+        check_model_size(model_size, geometry.language.parameters)
+        if hf_folder is not None:
+            _check_same_llm(config, checkpoint, hf_folder)
+        nbytes, notes = export_adapters(checkpoint, target, layout, dtype, hf_folder)
+        return Report(target, nbytes, time.monotonic() - began, notes)
     export = LAYOUTS[layout](hub, config, geometry, precision, tower_name=tower_name)
     rows = table_of_weights(geometry)
     check_model_size(model_size, geometry.language.parameters)
     geometry.check_parallel(tensor_parallel, pipeline_parallel)
-    if hf_checkpoint is not None:
-        _check_same_llm(config, checkpoint, Path(hf_checkpoint))
+    if hf_folder is not None:
+        _check_same_llm(config, checkpoint, hf_folder)
     tower_file = llava.untrained_tower
     if not tower_file.is_file():
         raise UserError(f"{tower_file} is not there; without it the tower's last layers are unknown")
     carried = account("LLaVA", open_weight_file(tower_file), untrained_tower(geometry.tower))
 
-    with open_checkpoint(iteration, rows) as reader:
+    with open_weights(checkpoint, geometry, None if base is None else Path(base)) as reader:
         _check_keys(reader, rows, iteration)
         tensors, blocks = wanted_tensors(rows, geometry), _hub_blocks(reader, rows, carried, dtype)
         tensors, blocks = export.renamed(tensors, blocks)
@@ -415,7 +431,10 @@ def convert_to_huggingface(
         with staged_folder(target) as folder:
             with progress_bar(nbytes, f"Megatron -> {layout}", progress) as advance:
                 files = write_hub_weights(folder, tensors, dtype, blocks, advance, shard_bytes)
-            notes = [*export.notes, *export.write_text_files(folder, hub)]
+            notes = []
+            if llava.lora is not None:
+                notes.append(f"merged adapters of rank {llava.lora.config.rank} into {llava.lora.base}")
+            notes += [*export.notes, *export.write_text_files(folder, hub)]
             arguments = {"model_size": model_size, "precision": precision, "layout": layout}
             facts = {"iteration": iteration.name, "checkpoint_provenance": llava.provenance or None}
             text = provenance_text("megatron to huggingface", {"checkpoint": iteration}, arguments, facts)

@@ -21,6 +21,7 @@ from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.llava_folder import (
     CONFIG,
     IMAGE_PROCESSOR,
+    LORA,
     PROVENANCE,
     UNTRAINED_TOWER,
     LlavaFolder,
@@ -58,7 +59,7 @@ class _Hub:
 
     def write_text_files(self, folder: Path, hub: Path) -> list[str]:
         for path in sorted(hub.iterdir()):
-            if path.name not in (UNTRAINED_TOWER, PROVENANCE, CONFIG) and path.is_file():
+            if path.name not in (UNTRAINED_TOWER, PROVENANCE, CONFIG, LORA) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
         hub_files.write_json(folder / CONFIG, self.config)
         if self.trained_with is not None:

@@ -10,11 +10,11 @@ import torch
 
 from megatron_patch.atomic_files import atomic_file
 from megatron_patch.checkpoint_files import newest_iteration
+from megatron_patch.conversion.adapters import open_weights
 from megatron_patch.conversion.hub_weights import Stored, hub_name, open_weight_file
 from megatron_patch.conversion.original_layout import original_name
 from megatron_patch.conversion.output import check_disk
-from megatron_patch.conversion.table import projector_rows, table_of_weights
-from megatron_patch.conversion.torch_ranks import open_checkpoint
+from megatron_patch.conversion.table import projector_rows
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.weight_names import check_nothing_differs, differences
@@ -51,7 +51,7 @@ def extract_projector(checkpoint: Path, target: Path, dtype: torch.dtype | None 
     iteration = newest_iteration(checkpoint)
     geometry = LlavaFolder.of(checkpoint).geometry()
     tensors: dict[str, torch.Tensor] = {}
-    with open_checkpoint(iteration, table_of_weights(geometry)) as reader:
+    with open_weights(checkpoint, geometry) as reader:
         wanted = {row.key: row.shape for row in projector_rows(geometry)}
         found = {key: entry.size for key, entry in reader.tensors.items() if key in wanted}
         check_nothing_differs(

@@ -3,10 +3,12 @@
 import json
 import os
 
+from megatron_patch import llava_folder
 from megatron_patch.geometry import PROJECTOR_TYPES
 from megatron_patch.launch.rows import COMMON_OPTIONS, Argument, Call, Command, Program, option, python_path, quoted
 from megatron_patch.launch.rules import (
     BOOLEAN,
+    CHECKPOINT,
     FILE,
     MODEL_FOLDER,
     MODEL_OR_CHECKPOINT,
@@ -22,7 +24,8 @@ from megatron_patch.launch.rules import (
 )
 
 ENTRY = f"{REPOSITORY}/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
-LAYOUTS = ("hub", "original", "original_without_tower")
+ADAPTER_LAYOUTS = ("peft", "original_lora")
+LAYOUTS = ("hub", "original", "original_without_tower", *ADAPTER_LAYOUTS)
 FORMATS = ("torch_dist", "torch")
 FEATURE_LAYERS = ("-2", "-1")
 
@@ -102,7 +105,8 @@ OPTIONS = (
         "EXPORT_LAYOUT",
         "(hub)",
         one_of(*LAYOUTS),
-        "with mg2hf=true: the layout of transformers, or that of the original LLaVA code",
+        "with mg2hf=true: the layout of transformers, or that of the original LLaVA code; a checkpoint of adapters is "
+        "merged into its base, or written as peft or original_lora have adapters",
         own="--layout",
     ),
     option(
@@ -111,6 +115,13 @@ OPTIONS = (
         TEXT,
         "with an original layout: its mm_vision_tower; else the name of the source or of the known CLIP",
         own="--vision-tower-name",
+    ),
+    option(
+        "BASE_CKPT_PATH",
+        "(where it was)",
+        CHECKPOINT,
+        "with mg2hf=true and a checkpoint of adapters: their base, where it was moved to",
+        own="--base-checkpoint",
     ),
     option(
         "CKPT_FORMAT",
@@ -129,8 +140,11 @@ NOT_FOR_EXPORTS = {
     "ADD_TOKENS": "keeps the tokenizer of the checkpoint",
     "CKPT_FORMAT": "sees the checkpoint's format itself",
 }
-ONLY_FOR_EXPORTS = ("EXPORT_LAYOUT", "VISION_TOWER_NAME")
-PATHS = ("SOURCE_LLM_CKPT_PATH", "SOURCE_CLIP_CKPT_PATH", "TARGET_CKPT_PATH", "HF_CKPT_PATH", "PROJECTOR_PATH")
+ONLY_FOR_EXPORTS = ("EXPORT_LAYOUT", "VISION_TOWER_NAME", "BASE_CKPT_PATH")
+PATHS = (
+    *("SOURCE_LLM_CKPT_PATH", "SOURCE_CLIP_CKPT_PATH", "TARGET_CKPT_PATH", "HF_CKPT_PATH", "PROJECTOR_PATH"),
+    "BASE_CKPT_PATH",
+)
 
 
 def _is_llava(folder: str) -> bool:
@@ -157,6 +171,12 @@ def _check_export(call: Call) -> None:
     source = call["SOURCE_LLM_CKPT_PATH"]
     if call.right("SOURCE_LLM_CKPT_PATH") and (problem := checkpoint_problem(source)):
         call.refuse("SOURCE_LLM_CKPT_PATH", f"must be a converted checkpoint with mg2hf=true ({problem})")
+    elif call.right("SOURCE_LLM_CKPT_PATH"):
+        has_adapters = os.path.isfile(os.path.join(source, llava_folder.NAME, llava_folder.LORA))
+        if call["EXPORT_LAYOUT"] in ADAPTER_LAYOUTS and not has_adapters:
+            call.refuse("EXPORT_LAYOUT", "is for a checkpoint of adapters (LORA_RANK), and this one has whole weights")
+        if call["BASE_CKPT_PATH"] and not has_adapters:
+            call.refuse("BASE_CKPT_PATH", "is for a checkpoint of adapters (LORA_RANK), and this one has whole weights")
     for name, instead in NOT_FOR_EXPORTS.items():
         if call[name]:
             call.refuse(name, f"is for mg2hf=false: an export {instead}")

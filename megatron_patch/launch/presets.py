@@ -35,6 +35,13 @@ PRESETS = (
         "IMAGE_ASPECT_RATIO=pad DATA_ORDER=modality",
     ),
     _preset(
+        "llava-1.5-lora",
+        2,
+        "LLaVA-1.5's finetune_lora.sh, mix665k",
+        "GLOBAL_BATCH_SIZE=128 LR=2e-4 MIN_LR=0 TRAIN_ITERS=5200 LR_WARMUP_ITERS=156 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=pad DATA_ORDER=modality LORA_RANK=128 LORA_ALPHA=256 LORA_DROPOUT=0.05 PROJECTOR_LR=2e-5",
+    ),
+    _preset(
         "pai",
         1,
         "Pai-Megatron-Patch's guide",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch import llava_folder
+from megatron_patch.lora import PARTS, PEFT_CONFIG
 from megatron_patch.model_sizes import MODEL_SIZES
 
 # As it was called: the launchers may be reached through a link, and name their programs beside it.
@@ -121,6 +122,18 @@ TEMPLATE = Rule("auto, a built-in template, or a .json or .yaml file", _template
 ACCELERATOR = Rule("auto or an accelerator", lambda value: _listed(value, ["auto", *files_of("device", ".py")]))
 BENCHMARK = Rule(
     "a benchmark of evaluate_llava.sh", lambda value: _listed(value, files_of("evaluation/benchmarks", ".py"))
+)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+NAMES = _rule("names, as q_proj,v_proj, or all", lambda value: bool(re.fullmatch(r"\w+(,\w+)*", value)), _names)
+MODEL_PARTS = Rule(
+    f"of {' '.join(PARTS)}, with commas between",
+    lambda value: None if value and set(value.split(",")) <= PARTS.keys() else "",
+    lambda value: tuple(part for part in PARTS if part in value.split(",")),
 )
 GRID = _rule(
     "COLUMNSxROWS, as 2x2, or auto",
@@ -253,6 +266,7 @@ DATASET = Rule("an energon dataset (folder with .nv-meta, or a .yaml that lists 
 OUTPUT = Rule("a folder to write into, not /", writable_problem, Path)
 NEW_FOLDER = Rule("a new or empty folder, not /", _new_or_empty_problem)
 FEATURES = Rule("a folder of cache_tower_features.py", lambda value: missing(value, "features.json"), Path)
+PEFT_FOLDER = Rule("a folder that peft has saved", lambda value: missing(value, PEFT_CONFIG), Path)
 FOLDER = Rule("a folder", lambda value: None if os.path.isdir(value) else "there is none", Path)
 FILE = Rule("a file", _file_problem, Path)
 FILE_OR_FOLDER = Rule("a file or folder", lambda value: None if os.path.exists(value) else "it does not exist", Path)

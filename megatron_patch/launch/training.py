@@ -27,9 +27,12 @@ from megatron_patch.launch.rules import (
     GRID,
     ITERATIONS,
     LLAVA_FOLDER,
+    MODEL_PARTS,
     MODEL_SIZE,
+    NAMES,
     OUTPUT,
     PARALLEL,
+    PEFT_FOLDER,
     PORT,
     RANKS,
     REPOSITORY,
@@ -157,6 +160,50 @@ def options(stage: int) -> tuple[Option, ...]:
         ),
         option("FREEZE_VISION_TOWER", "true", BOOLEAN, "keep the vision tower as it is", own="--freeze-vision-tower"),
         option("FREEZE_PROJECTOR", "false", BOOLEAN, "keep the projector as it is", own="--freeze-projector"),
+        option(
+            "LORA_RANK",
+            "0",
+            COUNT_OR_ZERO,
+            "rank of low-rank adapters (LoRA), which are trained in place of the weights of LORA_PARTS; checkpoints "
+            "then hold adapters, other trained weights and the optimizer alone; 0: none",
+            own="--lora-rank",
+        ),
+        option(
+            "LORA_ALPHA",
+            "(2 x LORA_RANK)",
+            ABOVE_0,
+            "what the adapters add is scaled by LORA_ALPHA / LORA_RANK",
+            own="--lora-alpha",
+        ),
+        option("LORA_DROPOUT", "0", DECAY, "share of an adapter's inputs that is dropped", own="--lora-dropout"),
+        option(
+            "LORA_TARGETS",
+            "all",
+            NAMES,
+            "linear layers with adapters, by their names in the Hugging Face model",
+            own="--lora-targets",
+        ),
+        option(
+            "LORA_PARTS",
+            "language_model",
+            MODEL_PARTS,
+            "parts of the model with adapters; their own weights are frozen whatever FREEZE_ says",
+            own="--lora-parts",
+        ),
+        option(
+            "LORA_RSLORA",
+            "false",
+            BOOLEAN,
+            "scale by LORA_ALPHA / sqrt(LORA_RANK) (rank-stabilised LoRA)",
+            own="--lora-rslora",
+        ),
+        option(
+            "LORA_ADAPTER",
+            "(new ones)",
+            PEFT_FOLDER,
+            "adapters to begin with, a folder that peft or an export has saved",
+            own="--lora-adapter",
+        ),
         option(
             "FEATURE_CACHE",
             "(none)",
@@ -506,7 +553,7 @@ def options(stage: int) -> tuple[Option, ...]:
 # Values that are paths, which become absolute.
 PATHS = (
     *("DATASET_PATH", "VALID_DATASET_PATH", "PRETRAIN_CHECKPOINT_PATH", "OUTPUT_BASEPATH", "TOKENIZER_PATH"),
-    *("FEATURE_CACHE", "EVAL_BENCHMARK_DATA", "EVAL_BENCHMARK_IMAGES"),
+    *("FEATURE_CACHE", "LORA_ADAPTER", "EVAL_BENCHMARK_DATA", "EVAL_BENCHMARK_IMAGES"),
 )
 
 

@@ -17,8 +17,17 @@ from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.launch import run_file
 from megatron_patch.launch.machine import Job, choose_job
 from megatron_patch.launch.rows import Call
-from megatron_patch.launch.rules import ITERATIONS, TRACKER, existing_part, grid, newest_iteration
+from megatron_patch.launch.rules import (
+    ITERATIONS,
+    MODEL_PARTS,
+    NAMES,
+    TRACKER,
+    existing_part,
+    grid,
+    newest_iteration,
+)
 from megatron_patch.llava_folder import LlavaFolder
+from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_flop import Frozen
@@ -86,6 +95,30 @@ def _fsdp(values: Values) -> Findings:
             "is not offered: with megatron-core 0.19.2 torch FSDP2 scales the gradients of a per-token loss wrongly "
             "and cannot resume, Megatron-FSDP cannot save a LLaVA; use DO=true, TP or PP",
         )
+
+
+LORA_DEFAULTS = {"LORA_ALPHA": "", "LORA_DROPOUT": "0", "LORA_TARGETS": "all", "LORA_PARTS": "language_model"}
+LORA_DEFAULTS |= {"LORA_RSLORA": "false", "LORA_ADAPTER": ""}
+
+
+@_rule("LORA_RANK", *LORA_DEFAULTS)
+def _adapters(values: Values) -> Findings:
+    if values["LORA_RANK"] == "0":
+        for name, default in LORA_DEFAULTS.items():
+            if values[name] != default:
+                yield name, "needs LORA_RANK above 0, the rank of the adapters"
+
+
+@_rule("LORA_RANK", "PRETRAIN_CHECKPOINT_PATH")
+def _base(values: Values) -> Findings:
+    if values["LORA_RANK"] != "0" and values["PRETRAIN_CHECKPOINT_PATH"] == "none":
+        yield "LORA_RANK", "needs a checkpoint as PRETRAIN_CHECKPOINT_PATH: adapters stand beside its weights"
+
+
+@_rule("LORA_RANK", "LORA_PARTS", "FEATURE_CACHE")
+def _adapted_tower(values: Values) -> Findings:
+    if values["LORA_RANK"] != "0" and values["FEATURE_CACHE"] and "vision_tower" in values["LORA_PARTS"]:
+        yield "FEATURE_CACHE", "is not for LORA_PARTS with vision_tower: its adapters change the features at every step"
 
 
 @_rule("PACKING", "DATA_ORDER", "BALANCE_COST")
@@ -250,6 +283,23 @@ def _parallel(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> F
     first = int(values.get("FIRST_STAGE_LAYERS") or 0) if several else 0
     virtual = int(values.get("VIRTUAL_STAGES") or 1) if several else 1
     yield from geometry.uncut(int(values["TP"]), pipeline, first or None, virtual)
+
+
+@_model_rule("PRETRAIN_CHECKPOINT_PATH")
+def _whole_weights(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    if folder.lora is not None:
+        yield (
+            "PRETRAIN_CHECKPOINT_PATH",
+            "must hold whole weights, and it holds adapters: export it (EXPORT_LAYOUT=hub merges them) and convert "
+            "that; or go on with it by the OUTPUT_BASEPATH of its run",
+        )
+
+
+@_model_rule("LORA_RANK", "LORA_TARGETS", "LORA_PARTS")
+def _adapter_targets(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    lora = lora_of(values)
+    if lora is not None and (problem := lora.problem(geometry)):
+        yield f"LORA_{problem[0].upper()}", problem[1]
 
 
 @_model_rule("DECODER_SEQ_LEN")
@@ -421,7 +471,23 @@ def _folder_of(values: Values) -> LlavaFolder:
 def model_of(values: Values) -> tuple[LlavaGeometry, Frozen]:
     """The model that a run trains, and what of it is kept.  Raises UserError: its configuration cannot be read."""
     parts = ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")
-    return _folder_of(values).geometry(), Frozen(*(values[f"FREEZE_{part}"] == "true" for part in parts))
+    kept = Frozen(*(values[f"FREEZE_{part}"] == "true" for part in parts))
+    return _folder_of(values).geometry(), kept.with_adapters(lora_of(values))
+
+
+def lora_of(values: Values) -> LoraConfig | None:
+    """The adapters that the values ask for; None: none."""
+    if values["LORA_RANK"] == "0":
+        return None
+    rank = int(values["LORA_RANK"])
+    return LoraConfig(
+        rank=rank,
+        alpha=float(values["LORA_ALPHA"] or 2 * rank),
+        dropout=float(values["LORA_DROPOUT"]),
+        targets=NAMES.parse(values["LORA_TARGETS"]),
+        parts=MODEL_PARTS.parse(values["LORA_PARTS"]),
+        rslora=values["LORA_RSLORA"] == "true",
+    )
 
 
 def _check_device(call: Call, job: Job) -> None:

@@ -6,9 +6,11 @@ Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeli
 import contextlib
 import functools
 from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -27,6 +29,8 @@ from torch import Tensor
 from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
+from megatron_patch.lora import ADAPTERS, PARTS, LoraConfig
+from megatron_patch.model.adapters import Adapters
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
 from megatron_patch.model.key_value_cache import KeyValueCache
 from megatron_patch.model.layer_specs import (
@@ -202,6 +206,8 @@ class LlavaModel(MegatronModule):
         pg_collection: process groups; None takes Megatron's global ones.
         vp_stage: virtual pipeline stage, of an interleaved schedule.
         tower_recompute: as in tower_config().
+        lora: low-rank adapters, which keep the weights of the parts that have them frozen.
+        seed: of the adapters' first weights.
     """
 
     def __init__(
@@ -217,6 +223,8 @@ class LlavaModel(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         tower_recompute: str | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(config=config)
         self.geometry, self.frozen = geometry, frozen or Frozen()
@@ -250,6 +258,9 @@ class LlavaModel(MegatronModule):
             self._build_tower_and_projector(config, tower_recompute)
             self.pixel_mean, self.pixel_std = of_pixels(pixel_mean), of_pixels(pixel_std)
         self._freeze()
+        self.adapters: Adapters | None = None
+        if lora is not None:
+            self._attach_adapters(lora, seed)
 
     def _build_tower_and_projector(self, config: TransformerConfig, tower_recompute: str | None) -> None:
         tower = self.geometry.tower
@@ -273,6 +284,50 @@ class LlavaModel(MegatronModule):
             if module is not None and freeze:
                 module.requires_grad_(False)
 
+    def _attach_adapters(self, lora: LoraConfig, seed: int) -> None:
+        adapters = Adapters(lora, self.geometry, self.pg_collection.tp)
+        for part in lora.parts:
+            module = getattr(self, PARTS[part])
+            if module is None:  # of the first stage
+                continue
+            module.requires_grad_(False)
+            if part == "projector":
+                adapters.attach(part, 0, module.encoder, module.encoder.config)
+                continue
+            for layer in module.decoder.layers:
+                adapters.attach(part, layer.layer_number - 1, layer, module.config)
+        if self.config.perform_initialization:
+            adapters.reset(seed)
+        self.adapters = adapters
+
+    @property
+    def _tower_learns(self) -> bool:
+        """Do pixels need a gradient's way through the tower?"""
+        adapted = self.adapters is not None and PARTS["vision_tower"] in self.adapters
+        return adapted or not self.frozen.vision_tower
+
+    def adapter_names(self) -> set[str]:
+        """Names of the adapters' weights."""
+        return {name for name, _ in self.named_parameters() if name.startswith(f"{ADAPTERS}.")}
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, weight in self.named_parameters() if weight.requires_grad}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """What a checkpoint of this model holds: everything, or with adapters only what is trained."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.adapters is None:
+            return state
+        trained = {f"{prefix}{name}" for name in self._trained_names()}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def base_sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> ShardedStateDict:
+        """All but the adapters, trained or not: what the checkpoint that training begins with holds."""
+        state = super().sharded_state_dict(metadata=metadata)
+        return {name: value for name, value in state.items() if not name.startswith(f"{ADAPTERS}.")}
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states [S, B, H] from the previous pipeline stage."""
         self.language_model.set_input_tensor(input_tensor)
@@ -286,14 +341,21 @@ class LlavaModel(MegatronModule):
 
         Files of Megatron's format `torch` name a norm after the layers that wrote them, with or without Transformer
         Engine.  `_extra_state` alone may be missing or left over.  Weights may not, whatever `strict` says: Megatron
-        answers a failed strict load with a silent one that is not.
+        answers a failed strict load with a silent one that is not.  With adapters either the base's weights are given,
+        or, and then adapters are among them, those that are trained.
 
         Raises:
             UserError: weights are missing, unknown or of another shape.
         """
         own = self.state_dict()
         given = {own_name(name, own): value for name, value in state_dict.items()}
-        lists = differences(weight_shapes(given), weight_shapes(own), "the model has")
+        wanted = weight_shapes(own)
+        if self.adapters is not None:
+            names = own.keys() - self.adapter_names()
+            if not names.issuperset(given):
+                names = self._trained_names()
+            wanted = {name: shape for name, shape in wanted.items() if name in names}
+        lists = differences(weight_shapes(given), wanted, "the model has")
         check_nothing_differs("the checkpoint's weights are not this model's", lists)
         given = {name: given.get(name, value) for name, value in own.items()}
         return super().load_state_dict(given, strict=strict, assign=assign)
@@ -412,16 +474,19 @@ class LlavaModel(MegatronModule):
         embedded = self._on_this_context_rank(embedded, cu_seqlens).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.pg_collection.tp)
+        if self.adapters is not None and torch.is_grad_enabled() and not embedded.requires_grad:
+            # recomputed layers hand gradients to their weights only when their input asks for one
+            embedded.requires_grad_()
         return embedded
 
     def _features(self, pixels: Tensor | None) -> Tensor:
         """pixels uint8 [N, 3, side, side] -> features [N, P, tower.hidden]; without images those of a blank one."""
         tower, weight = self.geometry.tower, self.vision_model.conv1.weight
         if pixels is None or pixels.shape[0] == 0:
-            if self.frozen.vision_tower:
+            if not self._tower_learns:
                 return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
-        with torch.no_grad() if self.frozen.vision_tower else contextlib.nullcontext():
+        with contextlib.nullcontext() if self._tower_learns else torch.no_grad():
             return self.image_features(pixels)
 
     def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -259,6 +259,11 @@ TOUCH_POINTS = (
                 "--dist-ckpt-strictness works with torch 2.15, and a strict load is never repeated as a lenient one",
             ),
             Layer(
+                "training.adapters",
+                "a run of adapters reads the base's weights at every start, then its own checkpoint",
+                "Megatron loads --pretrained-checkpoint on a resume too, without its own checkpoint's frozen weights",
+            ),
+            Layer(
                 "training.parameter_groups",
                 "the typed learning rates and weight decays hold on a resume, not the saved ones",
                 "--override-opt-param-scheduler covers the overrides of parameter groups",

@@ -20,8 +20,10 @@ from megatron_patch.launch.rules import BOOLEAN
 from megatron_patch.launch.training import ARGUMENTS, options
 from megatron_patch.launch.training_rules import FRESH_PROJECTOR, model_violations, projector_is_fresh, violations
 from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
+from megatron_patch.lora import LoraRecord
 from megatron_patch.step_balance import RecordCost
 from megatron_patch.step_flop import Frozen, Work, step_flop
+from megatron_patch.training.adapters import check_peft, lora_of, read_record
 from megatron_patch.training.benchmark import Benchmark, read_benchmark
 from megatron_patch.training.feature_cache import check_feature_cache
 from megatron_patch.training.offload import offload_arguments
@@ -48,6 +50,7 @@ class RunConfig:
     data: DataConfig
     pixel_std: tuple[float, float, float]
     benchmark: Benchmark | None  # asked at validations
+    lora: LoraRecord | None  # saved there too; None: whole weights are trained
     megatron_arguments: tuple[str, ...]  # for Megatron's parser, derived ones first so that the user's win
 
 
@@ -87,7 +90,7 @@ def typed(arguments: argparse.Namespace) -> dict[str, str]:
         if isinstance(value, bool):
             found[row.name] = str(value).lower()
         elif isinstance(value, tuple):
-            found[row.name] = "x".join(map(str, value))
+            found[row.name] = ("," if isinstance(value[0], str) else "x").join(map(str, value))
         elif value is not None:
             found[row.name] = f"{value:g}" if isinstance(value, float) else str(value)
         elif isinstance(row, Option):
@@ -129,8 +132,8 @@ def _llava_folder(arguments: argparse.Namespace) -> LlavaFolder:
 
 
 def weights_folder(arguments: argparse.Namespace) -> Path | None:
-    """Folder of the iteration whose weights the run begins with; None: drawn at random."""
-    if has_checkpoint(arguments.load):
+    """Folder of the iteration whose weights the run begins with, of adapters their base's; None: drawn at random."""
+    if has_checkpoint(arguments.load) and not arguments.lora_rank:
         step = arguments.ckpt_step
         return newest_iteration(arguments.load) if step is None else arguments.load / f"iter_{step:07}"
     return None if arguments.init_from == "none" else newest_iteration(Path(arguments.init_from))
@@ -299,7 +302,10 @@ def read_config(argv: list[str]) -> RunConfig:
         # loss_spikes.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
         *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
     ]
-    if arguments.init_from != "none":
+    lora = read_record(arguments, folder, resumed=has_checkpoint(arguments.load))
+    if lora is not None and arguments.lora_adapter is not None:
+        check_peft(arguments.lora_adapter, lora.config, geometry)
+    if arguments.init_from != "none" and lora is None:  # else adapters.py reads it at every start
         derived += ["--pretrained-checkpoint", arguments.init_from]
     images = folder.image_processing(tower.side_px)
     pixel_std = images.pop("image_std")
@@ -317,6 +323,7 @@ def read_config(argv: list[str]) -> RunConfig:
         data,
         pixel_std,
         read_benchmark(arguments, folder, trained_with),
+        lora,
         megatron_arguments=(*derived, *argv),
     )
 
@@ -360,6 +367,12 @@ def _data_settings(
     )
 
 
+def frozen_parts(arguments: argparse.Namespace) -> Frozen:
+    """What the run keeps as it is, from our own arguments."""
+    kept = Frozen(arguments.freeze_language_model, arguments.freeze_vision_tower, arguments.freeze_projector)
+    return kept.with_adapters(lora_of(arguments))
+
+
 def _record_cost(arguments: argparse.Namespace, geometry: LlavaGeometry) -> RecordCost:
     """What a token, a pair of tokens and an image cost in this run.  Raises UserError: steps of changing size."""
     schedules = {
@@ -371,7 +384,7 @@ def _record_cost(arguments: argparse.Namespace, geometry: LlavaGeometry) -> Reco
         raise UserError(
             f"BALANCE_COST=true needs steps of one size, and {changing[0]} changes it; leave one of them out"
         )
-    frozen = Frozen(arguments.freeze_language_model, arguments.freeze_vision_tower, arguments.freeze_projector)
+    frozen = frozen_parts(arguments)
     units = Work(tokens=1), Work(pairs=1), Work(images=1)
     return RecordCost(*(step_flop(geometry, frozen, unit) for unit in units))
 

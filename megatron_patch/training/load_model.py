@@ -1,12 +1,10 @@
 """The model of a checkpoint, or its tower, outside the training loop: Megatron's parser, no globals."""
 
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing, mpu
+from megatron.core import mpu
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,19 +12,12 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
-from megatron_patch.checkpoint_files import (
-    RANK_FILE,
-    PlacedTensor,
-    checkpoint_format,
-    newest_iteration,
-    rank_folder_name,
-    read_rank_file,
-)
+from megatron_patch.checkpoint_files import base_of, newest_iteration
 from megatron_patch.geometry import VOCABULARY_STEP, LlavaGeometry
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.model.llava import LlavaModel, build_tower, own_name, tower_config, weight_shapes
+from megatron_patch.training.adapters import load_adapters, load_whole
 from megatron_patch.training.config import decoder_arguments
-from megatron_patch.training.strict_load import check_checkpoint
 from megatron_patch.weight_names import check_nothing_differs, differences
 
 SIXTEEN_BITS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
@@ -73,6 +64,7 @@ def build_model(
         images["image_std"],
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
+        lora=record.config if (record := folder.lora) else None,
     )
     return model.to(device=device.current_device(), dtype=dtype)
 
@@ -80,28 +72,17 @@ def build_model(
 def load_weights(model: LlavaModel, checkpoint: Path) -> None:
     """Read the newest iteration of the checkpoint into the model that build_model() made of it.
 
+    Of adapters the base comes first, from where their training found it.
+
     Raises:
-        UserError: on every rank alike: weights are missing, unknown or of another shape.
+        UserError: on every rank alike: weights are missing, unknown or of another shape; the base is not there.
     """
-    check_checkpoint([model], checkpoint)
-    iteration = newest_iteration(checkpoint)
-    if checkpoint_format(iteration) == "torch":
-        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-        path = iteration / rank_folder_name(*ranks, mpu.get_pipeline_model_parallel_world_size() > 1) / RANK_FILE
-        state = {name: _mapped(path, place) for name, place in read_rank_file(path).items()}
-    else:
-        metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
-        metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
-        wanted = model.sharded_state_dict(metadata=metadata)
-        state = dist_checkpointing.load({"model": wanted}, str(iteration))["model"]
-    model.load_state_dict(state)
-
-
-def _mapped(path: Path, place: PlacedTensor) -> torch.Tensor:
-    """A tensor in a file, read as far as it is looked at; changes to it stay in memory."""
-    count = math.prod(place.shape) * place.dtype.itemsize
-    data = np.memmap(path, np.uint8, "c", place.position, count)
-    return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
+    record = LlavaFolder.of(checkpoint).lora
+    if record is None:
+        load_whole([model], newest_iteration(checkpoint))
+        return
+    load_whole([model], base_of(checkpoint, record))
+    load_adapters(model, checkpoint)
 
 
 def load_tower(geometry: LlavaGeometry, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> CLIPViTModel:

@@ -18,7 +18,8 @@ from megatron_patch.launch import processes, run_file
 from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
 from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.step_flop import Frozen
-from megatron_patch.training.config import RunConfig, has_checkpoint, read_config, refuse
+from megatron_patch.training.adapters import with_base
+from megatron_patch.training.config import RunConfig, frozen_parts, has_checkpoint, read_config, refuse
 from megatron_patch.training.loader_state import DATA_FOLDER
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def _save_llava_folder(settings: RunConfig, save: str | None) -> None:
         left_out = shutil.ignore_patterns(*WEIGHT_FILES, TRAINING, f"{TEMPLATE}.*")
         shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
         LlavaFolder(folder).write_training_settings(settings.trained_with)
+        if settings.lora is not None:
+            LlavaFolder(folder).write_lora(settings.lora)
 
 
 def _save_run_file(output: Path | None) -> None:
@@ -80,6 +83,8 @@ def model_builder(settings: RunConfig, frozen: Frozen) -> Callable[..., "LlavaMo
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             tower_recompute=args.vision_tower_recompute,
+            lora=frozen.lora,
+            seed=args.seed,
         )
 
     return build_llava
@@ -132,13 +137,16 @@ def train_llava() -> None:
     gc.enable()
     args = parse_and_validate_args(add_arguments)
     benchmark = settings.benchmark and BenchmarkScores(settings.benchmark, args.output_path)
-    frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
+    frozen = frozen_parts(args)
     if args.save:
         args.dataloader_save = str(
             Path(args.save) / DATA_FOLDER
         )  # Megatron saves the loaders' state with each checkpoint
     # The order of these lines is that of the layers, as TOUCH_POINTS lists them: innermost first.
     wrap(LOOP, "load_checkpoint", "training.strict_load", strict)
+    if settings.lora is not None:
+        base = Path(args.init_from) / settings.lora.iteration
+        wrap(LOOP, "load_checkpoint", "training.adapters", with_base(base, args.lora_adapter))
     wrap(LOOP, "load_checkpoint", "training.parameter_groups", keep_typed)
     wrap(
         LOOP,

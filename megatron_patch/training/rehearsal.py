@@ -12,13 +12,13 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.data.loading.loader import build_train_loader
 from megatron_patch.errors import UserError
-from megatron_patch.step_flop import Frozen
-from megatron_patch.training.config import RunConfig, read_config
+from megatron_patch.training.config import RunConfig, frozen_parts, read_config
 
 MICRO_BATCHES = 2  # that are read
 SHOWN_RECORDS = 4
@@ -82,13 +82,14 @@ def rehearse(argv: list[str]) -> Rehearsed:
             initialize_megatron(allow_no_cuda=True)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"Megatron refuses these arguments: {error}") from None
-    frozen = Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)
-    build = model_builder(settings, frozen)
+    build = model_builder(settings, frozen_parts(args))
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
     with torch.device("meta"):
         model = build(pre_process=first, post_process=last)
     if (source := source_folder(args.load, args.pretrained_checkpoint)) is not None:
         check_checkpoint([model], source, alone=True)
+    if settings.lora is not None:
+        check_checkpoint([model], Path(args.init_from), settings.lora.iteration, alone=True, base=True)
     place = {
         "TP": (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()),
         "PP": (mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()),

@@ -5,10 +5,12 @@ rank; its other values fail under torch 2.15 (`torch.empty` gets `strides`).  Fo
 strict load with one that is not strict.  So names and shapes are compared here, before anything is read.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -21,6 +23,7 @@ from megatron_patch.checkpoint_files import (
     NOT_WEIGHTS,
     RANK_FILE,
     TRACKER,
+    PlacedTensor,
     checkpoint_format,
     newest_iteration,
     rank_folder_name,
@@ -29,7 +32,7 @@ from megatron_patch.checkpoint_files import (
     read_rank_file,
 )
 from megatron_patch.errors import UserError
-from megatron_patch.model.llava import own_name, weight_shapes
+from megatron_patch.model.llava import LlavaModel, own_name, weight_shapes
 from megatron_patch.weight_names import check_nothing_differs, differences, without_padding
 
 Shapes = dict[str, tuple[int, ...]]
@@ -43,13 +46,14 @@ def source_folder(load: str | None, pretrained: str | None) -> Path | None:
     return None
 
 
-def _distributed_shapes(model: list[torch.nn.Module], iteration: Path) -> tuple[Shapes, Shapes, int]:
+def _distributed_shapes(model: list[LlavaModel], iteration: Path, base: bool) -> tuple[Shapes, Shapes, int]:
     """(wanted by this rank, stored, number of other tensors) of a torch_dist checkpoint, by global name and shape."""
     metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}  # layers stacked or one by one
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
     wanted: Shapes = {}
     for part in model:
-        for value in _flat(part.sharded_state_dict(metadata=metadata)):
+        state = part.base_sharded_state_dict(metadata) if base else part.sharded_state_dict(metadata=metadata)
+        for value in _flat(state):
             if isinstance(value, ShardedTensor) and not value.key.endswith("_extra_state"):
                 wanted[value.key] = tuple(value.global_shape)
     stored: Shapes = {}
@@ -71,7 +75,7 @@ def _flat(value: object) -> list[object]:
     return _flat(value.build()) if hasattr(value, "build") else [value]
 
 
-def _rank_shapes(model: list[torch.nn.Module], iteration: Path) -> tuple[Shapes, Shapes, int]:
+def _rank_shapes(model: list[LlavaModel], iteration: Path, base: bool) -> tuple[Shapes, Shapes, int]:
     """The same for this rank's file of the format `torch`.
 
     Raises:
@@ -88,10 +92,25 @@ def _rank_shapes(model: list[torch.nn.Module], iteration: Path) -> tuple[Shapes,
     name = rank_folder_name(mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank(), pipeline > 1)
     if len(model) > 1:
         raise UserError("the format torch is not read by an interleaved pipeline here; use torch_dist")
-    own = model[0].state_dict()
+    left_out = model[0].adapter_names() if base else ()
+    own = {name: value for name, value in model[0].state_dict().items() if name not in left_out}
     places = read_rank_file(iteration / name / RANK_FILE)
     stored = {own_name(key, own): place.shape for key, place in places.items() if not key.endswith("_extra_state")}
     return weight_shapes(own), stored, 0
+
+
+def read_rank_weights(iteration: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor of this rank's file of the format `torch`, read as far as they are looked at."""
+    ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+    path = iteration / rank_folder_name(*ranks, mpu.get_pipeline_model_parallel_world_size() > 1) / RANK_FILE
+    return {name: _mapped(path, place) for name, place in read_rank_file(path).items()}
+
+
+def _mapped(path: Path, place: PlacedTensor) -> torch.Tensor:
+    """A tensor in a file, read as far as it is looked at; changes to it stay in memory."""
+    count = math.prod(place.shape) * place.dtype.itemsize
+    data = np.memmap(path, np.uint8, "c", place.position, count)
+    return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
 
 
 def _gathered(value: Any) -> list[Any]:
@@ -103,11 +122,12 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def check_checkpoint(
-    model: list[torch.nn.Module], checkpoint: Path, step: int | None = None, alone: bool = False
+    model: list[LlavaModel], checkpoint: Path, name: str | None = None, alone: bool = False, base: bool = False
 ) -> str:
-    """Compare the newest iteration of a checkpoint (or that of `step`) with the model, over all ranks.
+    """Compare the newest iteration of a checkpoint (or the one of that name) with the model, over all ranks.
 
     alone: there are no other ranks to ask; weights that are not this one's are passed over.
+    base: it is what adapters are trained on.
 
     Returns:
         One line: how many weights will be loaded, skipped, newly initialised.
@@ -116,9 +136,9 @@ def check_checkpoint(
     """
     problem, wanted, stored, others = None, {}, {}, 0
     try:
-        iteration = newest_iteration(checkpoint) if step is None else checkpoint / f"iter_{step:07}"
+        iteration = newest_iteration(checkpoint) if name is None else checkpoint / name
         is_torch = checkpoint_format(iteration) == "torch"
-        wanted, stored, others = (_rank_shapes if is_torch else _distributed_shapes)(model, iteration)
+        wanted, stored, others = (_rank_shapes if is_torch else _distributed_shapes)(model, iteration, base)
     except UserError as error:
         problem, is_torch = str(error), False
     if alone:
@@ -151,8 +171,9 @@ def strict(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         settings = get_args()
         folder = source_folder(settings.load, settings.pretrained_checkpoint)
         if folder is not None and settings.ckpt_format in ("torch_dist", "torch"):
-            print_rank_0(check_checkpoint(unwrap_model(ddp_model), folder, settings.ckpt_step))
-        elif folder is None:
+            name = None if settings.ckpt_step is None else f"iter_{settings.ckpt_step:07}"
+            print_rank_0(check_checkpoint(unwrap_model(ddp_model), folder, name))
+        elif folder is None and not settings.lora_rank:  # adapters.py says what it loads
             print_rank_0("weights: 0 loaded, 0 skipped, all newly initialised (no checkpoint given)")
         return load_checkpoint(ddp_model, *args, **kwargs)
 

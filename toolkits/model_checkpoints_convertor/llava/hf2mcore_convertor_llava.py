@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import toolkits.environment  # noqa: E402, F401
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron  # noqa: E402
+from megatron_patch.conversion.adapters import ADAPTER_LAYOUTS  # noqa: E402
 from megatron_patch.conversion.convert import FORMATS, PRECISIONS  # noqa: E402
 from megatron_patch.conversion.layouts import LAYOUTS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
@@ -48,8 +49,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layout",
-        choices=LAYOUTS,
-        help="with --mg2hf: hub (default), what LlavaForConditionalGeneration loads; or liuhaotian's original layout",
+        choices=(*LAYOUTS, *ADAPTER_LAYOUTS),
+        help="with --mg2hf: hub (default), what LlavaForConditionalGeneration loads; or liuhaotian's original layout; "
+        "of adapters also peft or original_lora, the others merge them",
+    )
+    parser.add_argument(
+        "--base-checkpoint", metavar="CKPT", help="with --mg2hf: the base of adapters, where it was moved to"
     )
     parser.add_argument("--vision-tower-name", metavar="NAME", help="mm_vision_tower of an original layout")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -62,7 +67,7 @@ def _folder(text: str) -> Path | None:
 
 # Options of one direction only; "none" and [] are the same as leaving them out.
 TO_MEGATRON = ("source_clip", "projector", "mm_projector", "add_tokens", "vision_feature_layer", "seed", "format")
-FROM_MEGATRON = ("hf_checkpoint", "layout", "vision_tower_name")
+FROM_MEGATRON = ("hf_checkpoint", "layout", "vision_tower_name", "base_checkpoint")
 
 
 def _check_direction(arguments: argparse.Namespace) -> None:
@@ -91,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             hf_checkpoint=_folder(arguments.hf_checkpoint),
             layout=layout,
             tower_name=arguments.vision_tower_name,
+            base=arguments.base_checkpoint,
             **common,
         )
         following = []

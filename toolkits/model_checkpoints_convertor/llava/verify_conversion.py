@@ -32,10 +32,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_patch import device  # noqa: E402
-from megatron_patch.checkpoint_files import newest_iteration  # noqa: E402
 from megatron_patch.conversion import hub_files  # noqa: E402
+from megatron_patch.conversion.adapters import open_weights  # noqa: E402
 from megatron_patch.conversion.table import projector_rows, table_of_weights  # noqa: E402
-from megatron_patch.conversion.torch_ranks import open_checkpoint  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import LlavaGeometry  # noqa: E402
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings  # noqa: E402
@@ -106,7 +105,7 @@ def _copy(parameters: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _projector_of(checkpoint: Path, geometry: LlavaGeometry) -> Iterator[tuple[str, Tensor]]:
     """(name below the projector, tensor) of the checkpoint's own projector."""
-    with open_checkpoint(newest_iteration(checkpoint), table_of_weights(geometry)) as reader:
+    with open_weights(checkpoint, geometry) as reader:
         for row in projector_rows(geometry):
             whole = reader.read(row.key, (0,) * len(row.shape), row.shape)
             yield row.parts[0].name.removeprefix("multi_modal_projector."), whole
@@ -252,7 +251,7 @@ def prepare(arguments: argparse.Namespace) -> Case:
     geometry = folder.geometry()
     geometry.check_parallel(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
     rows = table_of_weights(geometry)
-    with open_checkpoint(newest_iteration(arguments.checkpoint), rows) as reader:
+    with open_weights(arguments.checkpoint, geometry) as reader:
         stored = reader.tensors.get(rows[0].key)
         if stored is None:
             raise UserError(f"{arguments.checkpoint} holds no {rows[0].key}; is it a LLaVA?")
