@@ -174,13 +174,19 @@ class _AsAdapters:
 
 
 def export_adapters(
-    checkpoint: Path, target: Path, layout: str, dtype: torch.dtype, hf_checkpoint: Path | None
+    checkpoint: Path,
+    target: Path,
+    layout: str,
+    dtype: torch.dtype,
+    hf_checkpoint: Path | None,
+    tower_name: str | None = None,
 ) -> tuple[int, list[str]]:
     """Write the adapters of a checkpoint's newest iteration in a layout of ADAPTER_LAYOUTS.
 
     Args:
         target: a folder that does not exist yet or is empty.
         hf_checkpoint: the model it came from, which the folder names as its base.
+        tower_name: in the original layout, the vision tower's name; None: found out.
     Returns:
         Bytes of the weights, notes for the user.
     Raises:
@@ -211,7 +217,7 @@ def export_adapters(
     check_disk(target, nbytes)
     with staged_folder(target) as made:
         if layout == "original_lora":
-            notes += _original_texts(made, folder, geometry, dtype)
+            notes += _original_texts(made, folder, geometry, dtype, tower_name)
             with open(made / NON_LORA, "wb") as file:
                 torch.save(whole, file)
         else:
@@ -289,9 +295,11 @@ def _original(checkpoint: Path, lora: LoraConfig, geometry: LlavaGeometry, with_
     )
 
 
-def _original_texts(made: Path, folder: LlavaFolder, geometry: LlavaGeometry, dtype: torch.dtype) -> list[str]:
+def _original_texts(
+    made: Path, folder: LlavaFolder, geometry: LlavaGeometry, dtype: torch.dtype, tower_name: str | None
+) -> list[str]:
     """Config, tokenizer and the rest of the original layout's texts.  Returns notes for the user."""
     precision = next(name for name, known in PRECISIONS.items() if known == dtype)
     config = hub_files.read_json(folder.config)
-    plan = original_layout.plan_export(folder.path, config, geometry, precision, tower_name=None, with_tower=False)
+    plan = original_layout.plan_export(folder.path, config, geometry, precision, tower_name, with_tower=False)
     return [*plan.notes, *plan.write_text_files(made, folder.path)]

@@ -409,7 +409,7 @@ def convert_to_huggingface(
         check_model_size(model_size, geometry.language.parameters)
         if hf_folder is not None:
             _check_same_llm(config, checkpoint, hf_folder)
-        nbytes, notes = export_adapters(checkpoint, target, layout, dtype, hf_folder)
+        nbytes, notes = export_adapters(checkpoint, target, layout, dtype, hf_folder, tower_name)
         return Report(target, nbytes, time.monotonic() - began, notes)
     export = LAYOUTS[layout](hub, config, geometry, precision, tower_name=tower_name)
     rows = table_of_weights(geometry)

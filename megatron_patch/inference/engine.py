@@ -23,6 +23,7 @@ from megatron_patch.checkpoint_files import (
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Engine
 from megatron_patch.launch.asking import ENGINES, alone, kind_of, no_model
+from megatron_patch.llava_folder import LlavaFolder
 
 EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,8 +88,9 @@ def quiet() -> Iterator[None]:
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """Of the weights of a Megatron checkpoint's newest iteration.  Raises UserError."""
-    iteration = newest_iteration(checkpoint)
+    """Of the weights of a Megatron checkpoint's newest iteration, of adapters of their base's.  Raises UserError."""
+    record = LlavaFolder.of(checkpoint).lora
+    iteration = newest_iteration(checkpoint) if record is None else Path(record.base, record.iteration)
     if checkpoint_format(iteration) == "torch":
         places = read_rank_file(next(iter(rank_folders(iteration).values())))
         return next(iter(places.values())).dtype

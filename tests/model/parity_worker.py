@@ -3,10 +3,12 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py CASES.json
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
-             "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt}]}
+             "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt,
+                                           "adapters": FILE.pt or absent}]}
 A batch holds tokens, labels and pixels, and the same records packed into one row with cu_seqlens.  A result holds
 logits [B, S, V], loss, and of the named weights on this stage the gradients [TP, ...] of the mean loss, those of all
 tensor-parallel ranks behind each other; all of it once more of the packed row, under names that begin with `packed_`.
+adapters holds the whole matrices of the checkpoint's lora.json by their names; their gradients are in the result too.
 """
 
 import itertools
@@ -41,9 +43,22 @@ def build(checkpoint: Path, plan: dict) -> LlavaModel:
     model = build_model(
         checkpoint, LENGTH, plan["tensor"], plan["pipeline"], plan["context"], plan["sequence_parallel"]
     )
-    wanted = model.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
+    wanted = model.base_sharded_state_dict({"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
     model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(checkpoint / "release"))["model"])
     return model
+
+
+@torch.no_grad()
+def set_adapters(model: LlavaModel, file: str) -> list[str]:
+    """Copy this rank's parts of whole matrices; returns the names of this stage's."""
+    whole, rank = torch.load(file, weights_only=True), mpu.get_tensor_model_parallel_rank()
+    names = [name for name, _ in model.named_parameters() if name.startswith("adapters.")]
+    for name in names:
+        value, own = whole[name], model.get_parameter(name)
+        for axis, size in enumerate(own.shape):
+            value = value if value.shape[axis] == size else value.narrow(axis, rank * size, size)
+        own.copy_(value)
+    return names
 
 
 def through_stages(
@@ -145,12 +160,13 @@ def main() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     for case in plan["cases"]:
         model = build(Path(case["checkpoint"]), plan)
+        names = plan["weights"] + (set_adapters(model, case["adapters"]) if "adapters" in case else [])
         batch = torch.load(case["batch"], weights_only=True)
         tokens, labels, pixels = batch["tokens"], batch["labels"], batch["pixels"]
         packed = batch["packed"]
-        result = everything(model, plan["weights"], tokens, labels, pixels, None)
+        result = everything(model, names, tokens, labels, pixels, None)
         text = (packed["tokens"], packed["labels"])
-        again = everything(model, plan["weights"], *text, pixels, packed["cu_seqlens"])
+        again = everything(model, names, *text, pixels, packed["cu_seqlens"])
         result |= {f"packed_{name}": value for name, value in again.items()}
         stage = mpu.get_pipeline_model_parallel_rank()
         if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:

@@ -176,7 +176,7 @@ def fits(family: str, parallelism: dict) -> bool:
 
 
 FIRST = "mistral"  # goes first, by itself: what is wrong with all of them shows in seconds
-DEFAULT = ("one process", "TP2 + SP")
+DEFAULT = ("one process", "TP2+SP")
 RUNS = [("one process", (FIRST,)), ("one process", tuple(family for family in CASES if family != FIRST))]
 RUNS += [(name, tuple(CASES)) for name in PARALLELISMS if name != "one process"]
 
