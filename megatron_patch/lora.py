@@ -161,6 +161,7 @@ class LoraRecord:
     """lora.json: the adapters' numbers, and the frozen weights they were trained on."""
 
     config: LoraConfig
+    trained: tuple[str, ...]  # parts whose own weights are trained beside the adapters, and lie in the checkpoint
     base: str  # folder of the base checkpoint, absolute, where training found it
     iteration: str  # the base's: release or iter_0000010
     sha256: str  # checkpoint_files.fingerprint of that iteration
@@ -184,6 +185,9 @@ class LoraRecord:
             config = LoraConfig(**numbers)
             if config.rank < 1 or not set(config.parts) <= PARTS.keys() or not config.parts:
                 raise ValueError(f"rank {config.rank}, parts {config.parts}")
-            return cls(config, str(value["base"]), str(value["iteration"]), str(value["sha256"]))
+            trained = tuple(map(str, value["trained"]))
+            if not set(trained) <= PARTS.keys():
+                raise ValueError(f"trained {trained}")
+            return cls(config, trained, str(value["base"]), str(value["iteration"]), str(value["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}); copy it again from its source") from None

@@ -423,6 +423,8 @@ def _trained_weights(geometry: LlavaGeometry, plan: Plan) -> float:
     if not frozen.projector:
         ends[0] += tower.hidden * language.hidden
         ends[0] += language.hidden**2 if geometry.projector_type == "mlp2x_gelu" else 0
+    shared += frozen.adapter_parameters(geometry, "language_model") / plan.pipeline
+    ends[0] += sum(frozen.adapter_parameters(geometry, part) for part in ("vision_tower", "projector"))
     most = sum(ends) if plan.pipeline == 1 else max(ends)
     return (shared + most) / plan.tensor
 

@@ -18,6 +18,7 @@ FREE = {
         "file_window",
         "weight_names",
         "llava_folder",
+        "lora",
         "step_flop",
         "step_balance",
         "step_time",

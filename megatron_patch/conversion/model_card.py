@@ -12,7 +12,7 @@ import torch
 from megatron_patch.checkpoint_files import STRANGE, read_arguments
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
-from megatron_patch.llava_folder import CHAT_TEMPLATE, MODEL_CARD, TrainingSettings
+from megatron_patch.llava_folder import CHAT_TEMPLATE, MODEL_CARD, LlavaFolder, TrainingSettings
 
 _BLOCK = 2**24  # bytes hashed at a time
 # Megatron's arguments that make the recipe, by what they are called here.
@@ -157,6 +157,10 @@ def _training(iteration: Path, settings: TrainingSettings | None) -> str:
         rows["turned as their EXIF tag says"] = settings.spelled("exif_orientation")
         rows["between <im_start> and <im_end>"] = settings.spelled("image_start_end")
         rows["images before the conversation"] = settings.spelled("image_conv_front")
+    if (record := LlavaFolder.of(iteration.parent).lora) is not None:
+        config = record.config
+        rows["adapters in"] = f"{', '.join(config.parts).replace('_', ' ')}: {config.spelled('targets')}"
+        rows["adapters' rank, alpha, dropout"] = f"{config.rank}, {config.alpha:g}, {config.dropout:g}"
     rows |= {name: arguments[key] for name, key in _RECIPE.items() if arguments.get(key) is not None}
     rows |= _losses(iteration)
     return _table("Training", ("what", "value"), rows.items())

@@ -169,6 +169,9 @@ def report(one: Planned, geometry: LlavaGeometry, card: Card, iterations: int) -
     language, tower, projector = parameters(geometry)
     trained = trained_parameters(geometry, one.plan.frozen)
     yield f"model       {language:,} + {tower:,} (tower) + {projector:,} (projector) parameters, {trained:,} trained"
+    if (lora := one.plan.frozen.lora) is not None:
+        count = sum(lora.parameters(geometry, part) for part in lora.parts)
+        yield f"adapters    {count:,} of them, rank {lora.rank}, in {', '.join(lora.parts)}"
     yield f"layout      {_layout(one.plan)}, on {one.plan.devices} x {card.name}"
     usable = USABLE * card.memory_bytes
     for stage, rank in zip(("first", "last"), one.ranks, strict=False):

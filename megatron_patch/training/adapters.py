@@ -79,6 +79,13 @@ def read_record(arguments: argparse.Namespace, folder: LlavaFolder, resumed: boo
                 f"{arguments.load}: the run cannot be resumed with other adapters than it was started with ({told}); "
                 "set what is wanted, or name a new OUTPUT_BASEPATH"
             )
+    trained = tuple(part for part in PARTS if part not in lora.parts and not getattr(arguments, f"freeze_{part}"))
+    if saved is not None and saved.trained != trained:
+        raise UserError(
+            f"{arguments.load}: beside adapters it holds the weights of {' '.join(saved.trained) or 'no part'}, and "
+            f"this run trains those of {' '.join(trained) or 'no part'}; set FREEZE_ as it was, or name a new "
+            "OUTPUT_BASEPATH"
+        )
     base = Path(arguments.init_from)
     iteration = base / saved.iteration if saved else newest_iteration(base)
     if checkpoint_format(iteration) is None:
@@ -92,7 +99,7 @@ def read_record(arguments: argparse.Namespace, folder: LlavaFolder, resumed: boo
             f"{arguments.load} were trained on, which was {saved.iteration} of {saved.base} (SHA-256 "
             f"{saved.sha256[:12]}..., this one {sha256[:12]}...); pass that one"
         )
-    return LoraRecord(lora, str(base.absolute()), iteration.name, sha256)
+    return LoraRecord(lora, trained, str(base.absolute()), iteration.name, sha256)
 
 
 # ---------------------------------------------------------------- weights

@@ -15,7 +15,9 @@ from megatron_patch import device
 from megatron_patch.checkpoint_files import base_of, newest_iteration
 from megatron_patch.geometry import VOCABULARY_STEP, LlavaGeometry
 from megatron_patch.llava_folder import LlavaFolder
+from megatron_patch.lora import PARTS
 from megatron_patch.model.llava import LlavaModel, build_tower, own_name, tower_config, weight_shapes
+from megatron_patch.step_flop import Frozen
 from megatron_patch.training.adapters import load_adapters, load_whole
 from megatron_patch.training.config import decoder_arguments
 from megatron_patch.weight_names import check_nothing_differs, differences
@@ -54,6 +56,9 @@ def build_model(
         *device.megatron_arguments(sixteen_bits=False),
     )
     config.perform_initialization = False  # of 7B it takes a minute
+    frozen = Frozen()
+    if (record := folder.lora) is not None:
+        frozen = Frozen(**{part: part not in record.trained for part in PARTS}).with_adapters(record.config)
     images = folder.image_processing(geometry.tower.side_px)
     step = VOCABULARY_STEP * tensor
     model = LlavaModel(
@@ -64,7 +69,8 @@ def build_model(
         images["image_std"],
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
-        lora=record.config if (record := folder.lora) else None,
+        frozen=frozen,
+        lora=frozen.lora,
     )
     return model.to(device=device.current_device(), dtype=dtype)
 

@@ -178,7 +178,7 @@ class RunLog:
             loss=None if self._loss is None else float(self._loss),
             validation_loss=self._validation_loss,
             save=settings.save,
-            stage_1=self._frozen.language_model,
+            stage_1=not self._frozen.learns("language_model"),
             model_size=settings.model_size,
             precision="fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32",
             output=self._output,

@@ -74,6 +74,23 @@ def test_what_shares_memory_out_is_seen(inputs: Inputs):
     assert short["activations"] < memory(inputs, DECODER_SEQ_LEN="4096")["activations"]
 
 
+def test_adapters_are_planned(inputs: Inputs):
+    """Of each layer of Mistral-7B: rank x (inputs + outputs) of seven matrices; TP cuts one matrix of each."""
+    options = {"LORA_RANK": "128", "LORA_ALPHA": "256"}
+    result = start(PLAN, ["--card", "A100-80GBx1", *stage_2(inputs, AC="full")], **options)
+    assert result.returncode == 0, result.stderr
+    widths = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    adapters = 32 * 128 * widths
+    assert f"adapters    {adapters:,} of them, rank 128, in language_model" in result.stdout
+    assert f"{adapters + 20979712:,} trained" in result.stdout
+    found = json.loads(start(PLAN, ["--card", "H200x8", "--json", *stage_2(inputs, TP="4")], **options).stdout)
+    rank = found["run"]["memory_bytes"][0]
+    whole = 32 * 128 * (2 * 4096 + 2 * 4096 + 3 * 4096)  # A of column-parallel layers, B of row-parallel ones
+    cut = (adapters - whole + 20979712) / 4 + whole
+    assert rank["gradients"] == pytest.approx(4 * cut, rel=1e-6)
+    assert rank["weights"] == pytest.approx(2 * ((7241740288 + 290909184) / 4 + cut), rel=1e-6)
+
+
 # NeVA's best-practice notes: decoder layers of LLaMA-7B -> MiB of a GPU at TP2, micro-batch 4, global batch 32.
 PUBLISHED_MIB = {16: 34687, 20: 42359, 24: 49945, 30: 61433}
 

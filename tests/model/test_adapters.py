@@ -85,7 +85,7 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, 
         folder = tmp_path_factory.mktemp(family)
         tiny_models.make_tiny_llava(folder / "hf", family, tower=tower)
         convert_to_megatron(folder / "hf", None, folder / "checkpoint", precision="fp32", model_size="tiny")
-        LlavaFolder.of(folder / "checkpoint").write_lora(LoraRecord(lora, "nowhere", "release", ""))
+        LlavaFolder.of(folder / "checkpoint").write_lora(LoraRecord(lora, (), "nowhere", "release", ""))
         batch = make_batch(json.loads((folder / "checkpoint/llava/config.json").read_text()), seed=4)
         torch.save(batch | {"packed": pack(batch)}, folder / "batch.pt")
         generator = torch.Generator().manual_seed(9)

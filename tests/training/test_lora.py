@@ -22,6 +22,9 @@ from megatron_patch.conversion.torch_dist import CheckpointReader
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.lora import LoraConfig
+from megatron_patch.step_flop import Frozen
+from megatron_patch.training.adapters import lora_of
+from megatron_patch.training.config import frozen_parts, parse_own_arguments, read_config
 from tests.package_cache import installed
 from tests.training.launching import ROOT, Workspace, command, losses, run, run_and_kill
 from tests.training.stored_checkpoint import assert_same_run
@@ -125,6 +128,26 @@ def exported(workspace: Workspace, checkpoint: Path, target: Path, layout: str) 
     return target
 
 
+def test_options_reach_the_model(workspace: Workspace, tmp_path: Path) -> None:
+    """Each option is another than its default; what they do to logits and gradients: tests/model/test_adapters.py."""
+    options = {"LORA_RANK": 3, "LORA_ALPHA": 7.5, "LORA_DROPOUT": 0.25, "LORA_TARGETS": "q_proj,fc2,linear_1"}
+    options |= {"LORA_PARTS": "projector,vision_tower,language_model", "LORA_RSLORA": "true"}
+    words = words_of(workspace, tmp_path / "out", **options)
+    wanted = LoraConfig(
+        3, 7.5, 0.25, ("q_proj", "fc2", "linear_1"), ("language_model", "vision_tower", "projector"), True
+    )
+    assert frozen_parts(parse_own_arguments(words)) == Frozen(True, True, True, wanted)
+    assert read_config(words).lora.config == wanted
+    assert lora_of(parse_own_arguments(words_of(workspace, tmp_path / "out", LORA_RANK=3))).alpha == 6.0
+
+
+def test_everything_frozen_but_adapters_learns(workspace: Workspace, tmp_path: Path) -> None:
+    """Recomputed layers, no trained weight below them: their input must ask for a gradient all the same."""
+    frozen = {f"FREEZE_{part}": "true" for part in ("LANGUAGE_MODEL", "VISION_TOWER", "PROJECTOR")}
+    found = losses(run(workspace, tmp_path / "out", **frozen, AC="full", LORA_RANK=8, LR="5e-3"))
+    assert found[20] < 0.9 * found[1]
+
+
 # ---------------------------------------------------------------- what a checkpoint holds
 
 
@@ -189,6 +212,7 @@ def test_a_run_goes_on_under_another_layout(
     [
         ({"LORA_ALPHA": 8}, "LORA_ALPHA is 8, wanted 12"),
         ({"LORA_TARGETS": "q_proj,v_proj"}, "LORA_TARGETS is q_proj,v_proj, wanted all"),
+        ({"FREEZE_PROJECTOR": "true"}, "it holds the weights of projector, and this run trains those of no part"),
         ({"LORA_RANK": 0, "LORA_ALPHA": ""}, "holds adapters, and LORA_RANK is 0; set LORA_RANK=4"),
     ],
 )
@@ -311,5 +335,5 @@ def test_the_checkpoint_answers_as_the_merged_export(workspace: Workspace, train
         environment = os.environ | {"PYTHON": interpreter.python(), "OMP_NUM_THREADS": "1", "ACCELERATOR": "cpu"}
         done = subprocess.run(["bash", str(script), *map(str, words)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        answers.append([json.loads(line)["text"] for line in output.read_text().splitlines()])
+        answers.append([json.loads(line)["answer"] for line in output.read_text().splitlines()])
     assert answers[0] == answers[1] and answers[0][0]

@@ -40,6 +40,7 @@ IMAGE_TOKENS = 16
 QUESTION = "Which came first?"
 
 # Where the effect of each option is seen; FP8, offloading and Nsight need a GPU, and only their arguments are compared.
+LORA = "tests/training/test_lora.py"
 HERE, ARGUMENTS = "tests/training/test_option_effects.py", "tests/launchers/test_megatron_arguments.py"
 OBSERVED = {
     "PRESET": "tests/launchers/test_arguments.py",
@@ -59,6 +60,7 @@ OBSERVED = {
     "FP8_AMAX_ALGORITHM": HERE,
     **dict.fromkeys(("ON_BAD_LOSS", "SPIKE_FACTOR", "MAX_ROLLBACKS"), "tests/training/test_loss_spikes.py"),
     "FEATURE_CACHE": "tests/training/test_feature_cache.py",
+    **{f"LORA_{name}": LORA for name in ("RANK", "ALPHA", "DROPOUT", "TARGETS", "PARTS", "RSLORA", "ADAPTER")},
     "TIME_LIMIT": ARGUMENTS,
     **dict.fromkeys(("KEEP_LAST", "KEEP_BEST"), "tests/training/test_checkpoint_retention.py"),
     "ASYNC_SAVE": "tests/training/test_resume.py",

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from megatron_patch.geometry import read_geometry_of
+from megatron_patch.lora import LoraConfig
 from megatron_patch.step_flop import Frozen, Work, step_flop
 from tests import tiny_models
 from toolkits.benchmark.known_models import llava
@@ -69,6 +70,23 @@ def test_count_agrees_with_torch_over_transformers(frozen: Frozen, tmp_path) -> 
         model(input_ids=ids, pixel_values=torch.rand(records, 3, side, side), labels=ids).loss.backward()
     work = Work(records, records * tokens, records * tokens, records, records * tokens**2)
     assert step_flop(geometry, frozen, work) == counter.get_total_flops()
+
+
+def test_adapters_cost_their_products_and_what_lies_above_them() -> None:
+    """Of everything frozen nothing is backward; of adapters in the decoder its activations' gradients are."""
+    geometry, work = llava(), one_record(616, 40)
+    lora = LoraConfig(16, 32.0, targets=("q_proj", "down_proj"))
+    nothing = Frozen(True, True, True)
+    adapted = nothing.with_adapters(lora)
+    products = 6 * 616 * 32 * 16 * (4096 + 4096 + 11008 + 4096)
+    through = step_flop(geometry, Frozen(True, True), work) - step_flop(geometry, nothing, work)
+    projector = 2 * 576 * (1024 * 4096 + 2 * 4096**2)  # of which nothing is backward here
+    assert step_flop(geometry, adapted, work) - step_flop(geometry, nothing, work) == products + through - projector
+    tower = Frozen(True, True, True).with_adapters(LoraConfig(16, 32.0, parts=("vision_tower",)))
+    assert tower.learns("vision_tower") and not tower.learns("projector")
+    less = step_flop(geometry, Frozen(True, False, True), work) - step_flop(geometry, tower, work)
+    layers = 23 * 577 * 2 * 12 * 1024**2 + 2 * 3 * 14**2 * 1024 * 576  # gradients of the tower's own weights
+    assert less == layers - 6 * 577 * 23 * 16 * (4 * 2048 + 2 * 5120)
 
 
 def test_a_packed_row_costs_less_than_a_record_of_its_length() -> None:

@@ -28,6 +28,8 @@ CASES = {
     "all trained": {},
     "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
     "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
+    # on what the norm that is fused into the linear layer returns
+    "adapters": {"LORA_RANK": 4, "LORA_ALPHA": 32, "LORA_PARTS": "language_model,vision_tower"},
 }
 LAYOUTS = {
     "TP1": {},
@@ -38,7 +40,8 @@ LAYOUTS = {
     "recompute full": {"AC": "full", "RECOMPUTE_LAYERS": 2},
 }
 ROWS = [("all trained", layout) for layout in LAYOUTS] + [
-    *(("stage 1", "TP1"), ("stage 1", "TP2 + SP"), ("packed", "TP1"), ("packed", "TP2 + SP"))
+    *(("stage 1", "TP1"), ("stage 1", "TP2 + SP"), ("packed", "TP1"), ("packed", "TP2 + SP")),
+    *(("adapters", "TP1"), ("adapters", "TP2 + SP")),
 ]
 DEFAULT = [("packed", "TP1")]
 # Relative, of fp32: ten times what is seen; sums are taken in other orders, and Adam's division magnifies that.
