@@ -117,8 +117,8 @@ MODEL = [
         ),
         (
             "a trained tower gets no gradient",
-            "with torch.no_grad() if self.frozen.vision_tower else",
-            "with torch.no_grad() if True else",
+            "with contextlib.nullcontext() if self._tower_learns else",
+            "with contextlib.nullcontext() if False else",
         ),
     ),
     *of(
@@ -1053,12 +1053,12 @@ RUNS = [
         ("norms outside the layers are torch's among Transformer Engine's", "return TENorm", "return LocalNorm"),
     ),
     *of(
-        "megatron_patch/training/pretrain.py",
+        CONFIG,
         f"{FREEZING}[stage 1]",
         (
             "freezing of tower and projector change places",
-            "Frozen(args.freeze_language_model, args.freeze_vision_tower, args.freeze_projector)",
-            "Frozen(args.freeze_language_model, args.freeze_projector, args.freeze_vision_tower)",
+            "Frozen(arguments.freeze_language_model, arguments.freeze_vision_tower, arguments.freeze_projector)",
+            "Frozen(arguments.freeze_language_model, arguments.freeze_projector, arguments.freeze_vision_tower)",
         ),
     ),
     *of(
@@ -1843,7 +1843,7 @@ FEATURE_CACHE = [
         f"{CACHED}::test_other_weights_are_refused_and_those_of_a_run_are_the_same",
         (
             "a resumed run is judged by the tower it started from",
-            "    if has_checkpoint(arguments.load):\n        step",
+            "    if has_checkpoint(arguments.load) and not arguments.lora_rank:\n        step",
             "    if False:\n        step",
         ),
     ),
@@ -1906,7 +1906,7 @@ FEATURE_CACHE = [
     *of(
         "megatron_patch/step_flop.py",
         "tests/training/test_throughput.py::test_an_image_whose_features_are_cached_costs_no_tower",
-        ("a tower that does not run counts as work", "work.images - work.cached)", "work.images)"),
+        ("a tower that does not run counts as work", "seen = work.images - work.cached", "seen = work.images"),
     ),
     *of(
         "megatron_patch/training/forward_step.py",
@@ -2103,7 +2103,210 @@ EVALUATION = [
     ),
 ]
 
+ADAPTERS = "tests/model/test_adapters.py::test_logits_loss_and_gradients_equal_transformers"
+ADAPTED, ADAPTED_CUT = f"{ADAPTERS}[one process]", f"{ADAPTERS}[TP2+SP]"
+OF_LORA = "tests/training/test_lora.py"
+LORA_OPTIONS, LORA_HELD = (
+    f"{OF_LORA}::test_options_reach_the_model",
+    f"{OF_LORA}::test_a_checkpoint_holds_what_is_trained_alone",
+)
+LORA_EXPORTS = f"{OF_LORA}::test_peft_and_the_merged_export_answer_alike"
+LORA = [
+    *of(
+        "megatron_patch/lora.py",
+        ADAPTED,
+        ("rsLoRA is scaled as LoRA", "(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
+        ("targets are not looked at", "if self.targets == (ALL,) or one.target in self.targets)", "if True)"),
+    ),
+    *of(
+        "megatron_patch/model/adapters.py",
+        ADAPTED,
+        ("nothing is scaled", "self._narrow(states)) * self.lora.scaling", "self._narrow(states))"),
+        (
+            "q, k and v stand behind each other",
+            "blocks = groups if megatron.endswith",
+            "blocks = 1 if megatron.endswith",
+        ),
+        (
+            "the tower's heads are the decoder's groups",
+            "else self._geometry.tower.heads",
+            "else self._geometry.language.groups",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/adapters.py",
+        ADAPTED_CUT,
+        ("A of a part of the tokens is not summed", "weight.sequence_parallel = config.sequence_parallel", "pass"),
+        (
+            "narrow products of sequence parallelism stay apart",
+            "(False, True): gather_from_sequence",
+            "(False, True): copy_to_tensor_model_parallel_region, (9, 9): gather_from_sequence",
+        ),
+        (
+            "row-parallel products are cut, not summed",
+            "(True, True): reduce_scatter_to_seq",
+            "(True, True): gather_from_sequence_parallel_region, (9, 9): reduce_scatter_to_seq",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/adapters.py",
+        f"{OF_LORA}::test_dropout_is_of_training_alone",
+        ("nothing is dropped", "if not self.training or self.lora.dropout == 0:", "if True:"),
+        ("validation drops too", "if not self.training or self.lora.dropout == 0:", "if self.lora.dropout == 0:"),
+    ),
+    *of(
+        "megatron_patch/model/llava.py",
+        f"{OF_LORA}::test_everything_frozen_but_adapters_learns",
+        (
+            "a recomputed layer's input asks for no gradient",
+            "            embedded.requires_grad_()",
+            "            pass",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/llava.py",
+        LORA_HELD,
+        (
+            "a checkpoint of adapters holds the base",
+            "for name, value in state.items() if name in trained}",
+            "for name, value in state.items()}",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/llava.py",
+        ADAPTED,
+        (
+            "no gradient passes through a tower with adapters",
+            "return adapted or not self.frozen.vision_tower",
+            "return not self.frozen.vision_tower",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/adapters.py",
+        LORA_OPTIONS,
+        (
+            "LORA_ALPHA goes nowhere",
+            "if arguments.lora_alpha is None else arguments.lora_alpha",
+            "if True else arguments.lora_alpha",
+        ),
+        ("the default of LORA_ALPHA is LORA_RANK", "alpha=2.0 * arguments", "alpha=1.0 * arguments"),
+        ("LORA_DROPOUT goes nowhere", "dropout=arguments.lora_dropout,", ""),
+        ("LORA_TARGETS goes nowhere", "        targets=arguments.lora_targets,", ""),
+        ("LORA_PARTS goes nowhere", "        parts=arguments.lora_parts,", ""),
+        ("LORA_RSLORA goes nowhere", "        rslora=arguments.lora_rslora,", ""),
+    ),
+    *of(
+        "megatron_patch/step_flop.py",
+        LORA_OPTIONS,
+        ("parts with adapters are not frozen", "dict.fromkeys(lora.parts, True) if lora else {}", "{}"),
+    ),
+    *of(
+        "megatron_patch/step_flop.py",
+        "tests/training/test_throughput.py::test_adapters_cost_their_products_and_what_lies_above_them",
+        ("adapters cost nothing", "return self.lora.parameters(geometry, part) if self.lora else 0", "return 0"),
+        (
+            "nothing passes through frozen layers with adapters",
+            "or (self.lora is not None and part in self.lora.parts)",
+            "or False",
+        ),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        "tests/launchers/test_plan.py::test_adapters_are_planned",
+        ("no memory for adapters", "strict=True) if not is_frozen) + adapters", "strict=True) if not is_frozen)"),
+        ("both matrices are cut", "(cut / sizes.tensor + whole)", "(cut + whole) / sizes.tensor"),
+    ),
+    *of(
+        "megatron_patch/training/adapters.py",
+        f"{OF_LORA}::test_a_resume_on_another_base_is_refused",
+        ("another base is taken", "if saved is not None and sha256 != saved.sha256:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/checkpoint_files.py",
+        f"{OF_LORA}::test_a_resume_on_another_base_is_refused",
+        ("the hash is of names alone", "hashlib.sha256(data).hexdigest()", "len(data)"),
+    ),
+    *of(
+        "megatron_patch/training/adapters.py",
+        f"{OF_LORA}::test_a_resume_with_other_adapters_is_refused",
+        (
+            "other numbers are taken",
+            '        if told:\n            raise UserError(\n                f"{arguments.load}: the run cannot',
+            '        if False:\n            raise UserError(\n                f"{arguments.load}: the run cannot',
+        ),
+        (
+            "whole weights go on from adapters",
+            "    if lora is None:\n        if saved is not None:",
+            "    if lora is None:\n        if False:",
+        ),
+        (
+            "a projector that is no longer trained is taken",
+            "if saved is not None and saved.trained != trained:",
+            "if False:",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/config.py",
+        f"{OF_LORA}::test_adapters_that_do_not_fit_the_run_are_refused",
+        ("peft's folder is not looked at", "if lora is not None and arguments.lora_adapter is not None:", "if False:"),
+    ),
+    *of(
+        RULES,
+        f"{OF_LORA}::test_a_checkpoint_of_adapters_is_no_start",
+        ("a run begins with adapters as if they were weights", "    if folder.lora is not None:", "    if False:"),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_rules_between_training_arguments",
+        ("LORA_ALPHA without LORA_RANK passes", "            if values[name] != default:", "            if False:"),
+        (
+            "adapters beside nothing pass",
+            'values["LORA_RANK"] != "0" and values["PRETRAIN_CHECKPOINT_PATH"] == "none"',
+            "False",
+        ),
+        (
+            "targets that nothing has pass",
+            "if lora is not None and (problem := lora.problem(geometry)):",
+            "if False and (problem := lora.problem(geometry)):",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/adapters.py",
+        LORA_EXPORTS,
+        (
+            "the export leaves the adapters out",
+            "return box.float() + self._last[1]",
+            "return box.float() + 0 * self._last[1]",
+        ),
+        (
+            "the export takes the base's projector",
+            "return self._own.reader if key in self._own.trained else self._base",
+            "return self._base",
+        ),
+        (
+            "peft looks for layers that are not there",
+            'modules = {"language_model": "language_model."',
+            'modules = {"language_model": "language."',
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/layouts.py",
+        LORA_EXPORTS,
+        ("a merged export says that it is of adapters", "PROVENANCE, CONFIG, LORA) and", "PROVENANCE, CONFIG) and"),
+    ),
+    *of(
+        "megatron_patch/checkpoint_files.py",
+        f"{OF_LORA}::test_an_export_without_its_base_is_refused",
+        ("BASE_CKPT_PATH goes nowhere", "(folder or Path(record.base)) / record", "Path(record.base) / record"),
+    ),
+    *of(
+        "megatron_patch/training/load_model.py",
+        f"{OF_LORA}::test_the_checkpoint_answers_as_the_merged_export",
+        ("inference leaves the adapters out", "    load_adapters(model, checkpoint)\n", "    pass\n"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA),
 ]

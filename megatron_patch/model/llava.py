@@ -201,12 +201,11 @@ class LlavaModel(MegatronModule):
         geometry: all numbers of the model.
         padded_vocabulary: rows of the embedding, at least the geometry's; the rows beyond get no probability.
         pixel_mean, pixel_std: [3], of pixels in 0..1.
-        frozen: the parts without gradients.
+        frozen: the parts without gradients, and the low-rank adapters beside their weights.
         pre_process, post_process: this is the pipeline's first, last stage.
         pg_collection: process groups; None takes Megatron's global ones.
         vp_stage: virtual pipeline stage, of an interleaved schedule.
         tower_recompute: as in tower_config().
-        lora: low-rank adapters, which keep the weights of the parts that have them frozen.
         seed: of the adapters' first weights.
     """
 
@@ -223,7 +222,6 @@ class LlavaModel(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         tower_recompute: str | None = None,
-        lora: LoraConfig | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(config=config)
@@ -259,8 +257,8 @@ class LlavaModel(MegatronModule):
             self.pixel_mean, self.pixel_std = of_pixels(pixel_mean), of_pixels(pixel_std)
         self._freeze()
         self.adapters: Adapters | None = None
-        if lora is not None:
-            self._attach_adapters(lora, seed)
+        if self.frozen.lora is not None:
+            self._attach_adapters(self.frozen.lora, seed)
 
     def _build_tower_and_projector(self, config: TransformerConfig, tower_recompute: str | None) -> None:
         tower = self.geometry.tower
@@ -290,7 +288,6 @@ class LlavaModel(MegatronModule):
             module = getattr(self, PARTS[part])
             if module is None:  # of the first stage
                 continue
-            module.requires_grad_(False)
             if part == "projector":
                 adapters.attach(part, 0, module.encoder, module.encoder.config)
                 continue

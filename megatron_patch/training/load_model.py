@@ -70,7 +70,6 @@ def build_model(
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         frozen=frozen,
-        lora=frozen.lora,
     )
     return model.to(device=device.current_device(), dtype=dtype)
 

@@ -83,7 +83,6 @@ def model_builder(settings: RunConfig, frozen: Frozen) -> Callable[..., "LlavaMo
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             tower_recompute=args.vision_tower_recompute,
-            lora=frozen.lora,
             seed=args.seed,
         )
 

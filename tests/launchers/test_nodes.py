@@ -7,6 +7,7 @@ does: the losses are equal to the last digit.
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -141,19 +142,29 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     (folder / "localhost").mkdir()
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
-    ports = 20000 + os.getpid() % 10000
+    with socket.create_server(("", 0)) as first, socket.create_server(("", 0)) as second:
+        port, node_port = first.getsockname()[1], second.getsockname()[1]
     host = os.uname().nodename.partition(".")[0]
-    values = {"host": host, "folder": folder, "port": ports, "node_port": ports + 1, "cpus": os.cpu_count()}
+    values = {"host": host, "folder": folder, "port": port, "node_port": node_port, "cpus": os.cpu_count()}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/key"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
-    daemons = [munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]]
+
+    def says(words: str, text: str) -> bool:
+        done = subprocess.run(words.split(), env=environment, capture_output=True, text=True)
+        return text in done.stdout
+
+    daemons: list[tuple[list[str], Callable[[], bool]]] = [
+        (munge, (folder / "munge.socket").exists),
+        (["slurmctld", "-D"], lambda: says("scontrol ping", "is UP")),
+        (["slurmd", "-D", "-N", "localhost"], lambda: says("sinfo -h -o %T", "idle")),
+    ]
     started = []
     with (folder / "log").open("w") as log:
-        for words in daemons:
+        for words, is_ready in daemons:
             started.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
-            time.sleep(1)
+            wait_until(is_ready, folder / "log", seconds=60)  # a job would wait for ever, and say nothing
     yield environment
     for process in reversed(started):
         process.terminate()
