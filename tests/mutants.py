@@ -2116,6 +2116,10 @@ LORA = [
         "megatron_patch/lora.py",
         ADAPTED,
         ("rsLoRA is scaled as LoRA", "(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
+    ),
+    *of(
+        "megatron_patch/lora.py",
+        "tests/training/test_throughput.py::test_adapters_cost_their_products_and_what_lies_above_them",
         ("targets are not looked at", "if self.targets == (ALL,) or one.target in self.targets)", "if True)"),
     ),
     *of(

@@ -37,6 +37,11 @@ class Option(Argument):
 
     default: str = ""
 
+    @property
+    def initial(self) -> str:
+        """The value where none is given; empty: it is worked out later."""
+        return "" if self.default.startswith("(") else self.default
+
 
 def option(name: str, default: str, rule: Rule, meaning: str, own: str = "", megatron: str = "") -> Option:
     """A row, written as --help shows it."""
@@ -100,8 +105,7 @@ class Call(Mapping[str, str]):
         preset = self._preset()
         self._read_arguments(words, preset)
         for row in command.options:
-            default = "" if row.default.startswith("(") else row.default
-            self._set(row, environment.get(row.name) or preset.get(row.name) or default)
+            self._set(row, environment.get(row.name) or preset.get(row.name) or row.initial)
 
     def __getitem__(self, name: str) -> str:
         return self._values[name]
@@ -214,7 +218,7 @@ def add_to_parser(group: Any, rows: Iterable[Argument]) -> None:
     for row in rows:
         if not row.own:
             continue
-        default = row.default if isinstance(row, Option) and not row.default.startswith("(") else None
+        default = (row.initial or None) if isinstance(row, Option) else None
         named: dict[str, Any] = {"help": row.meaning.replace("%", "%%")}
         if row.rule is BOOLEAN:
             named["action"] = "store_true"  # a launcher says what is true

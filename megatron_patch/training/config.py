@@ -94,7 +94,7 @@ def typed(arguments: argparse.Namespace) -> dict[str, str]:
         elif value is not None:
             found[row.name] = f"{value:g}" if isinstance(value, float) else str(value)
         elif isinstance(row, Option):
-            found[row.name] = "" if row.default.startswith("(") else row.default
+            found[row.name] = row.initial
     return found
 
 
