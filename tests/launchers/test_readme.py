@@ -55,8 +55,8 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
         "OUT": str(out),
     }
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if ".sh \\" in block]
-    assert len(blocks) == 9
-    for block, result in zip(blocks, [*results, *[None] * 5], strict=True):
+    assert len(blocks) == 10
+    for block, result in zip(blocks, [*results, *[None] * 6], strict=True):
         of_block = environment | (slurm if "sbatch" in block else {})
         done = subprocess.run(["bash", "-c", block], cwd=ROOT, env=of_block, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
