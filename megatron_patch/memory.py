@@ -83,6 +83,7 @@ class Sizes:
     precision: str = "bf16"
     recompute: str = "false"
     distributed_optimizer: bool = False
+    fully_sharded: int = 1  # ranks over which weights, gradients and optimizer state are shared out
 
 
 # Bytes of a process beside what is counted.  cpu: measured of a run of almost no weights; gpu: assumed, CUDA's context,
@@ -119,6 +120,11 @@ def rank_memory(
     trained = sum(part for part, is_frozen in zip(own, kept, strict=True) if not is_frozen) + adapters
     shared = sizes.data * sizes.context if sizes.distributed_optimizer else 1
     value = BYTES[sizes.precision]
+    gathered = 0.0
+    if sizes.fully_sharded > 1:
+        # whole are two layers, one computed with and one on its way, and what belongs to no layer of the decoder
+        gathered = own[0] - body / sizes.tensor + 2 * body / language.layers / sizes.tensor + own[2] + adapters
+        gathered += 2 * own[1] / max(1, tower.running_layers)
     tokens = sizes.tokens / sizes.context
     in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
     query, key = language.heads * language.head_dim, language.groups * language.head_dim
@@ -139,9 +145,9 @@ def rank_memory(
     logits = 3 * sizes.labels / sizes.context * language.vocabulary / sizes.tensor * 4 if last else 0
     return RankMemory(
         program=PROGRAM[device],
-        weights=round((sum(own) + adapters) * value),
-        gradients=round(trained * GRADIENT_BYTES),
-        optimizer=round(trained * ADAM_BYTES[sizes.precision] / shared),
+        weights=round((sum(own) + adapters) * value / sizes.fully_sharded + gathered * value),
+        gradients=round(trained * (value if sizes.fully_sharded > 1 else GRADIENT_BYTES) / sizes.fully_sharded),
+        optimizer=round(trained * ADAM_BYTES[sizes.precision] / shared / sizes.fully_sharded),
         activations=round(activations),
         logits=round(logits),
         images=round(_image_bytes(geometry, frozen, sizes)) if first else 0,

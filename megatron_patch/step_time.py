@@ -46,6 +46,7 @@ class Plan:
     packed: bool = False  # rows are full: neither padding nor imbalance
     longest: int = 2048  # DECODER_SEQ_LEN
     workers: int = 2  # loader processes per rank
+    fully_sharded: int = 1  # ranks over which FSDP shares out weights, gradients and optimizer state
     hidden: frozenset[str] = frozenset({"context"})  # traffic behind work, of "tensor", "context", "data"
 
     def __post_init__(self) -> None:
@@ -385,6 +386,10 @@ class _Traffic:
         if n == 1 or not weights:
             return 0.0
         reach = plan.tensor * n
+        if plan.fully_sharded > 1:
+            # every micro-batch gathers weights for forward and backward and scatters gradients, all of it behind work
+            moved = 3 * self._moved(self._bytes * weights, n, reach)
+            return plan.micro_batches * max(0.0, moved - (backward_s if "data" in plan.hidden else 0.0))
         gradients = self._moved(4 * weights, n, reach)
         gathered = self._moved(self._bytes * weights, n, reach) if plan.distributed_optimizer else gradients
         if "data" not in plan.hidden:
@@ -435,6 +440,6 @@ def _optimizer(weights: float, plan: Plan, card: Card) -> float:
     Bytes per weight: gradient read for the norm and for the step (8), both moments and the fp32 weight read and written
     (24), and the 16-bit weight written (2).
     """
-    shared = plan.data * plan.context if plan.distributed_optimizer else 1
+    shared = max(plan.fully_sharded, plan.data * plan.context if plan.distributed_optimizer else 1)
     bytes_each = 32 if plan.precision == "fp32" else 34
     return weights / shared * bytes_each / (card.memory_bandwidth * MEMORY_SHARE)

@@ -12,7 +12,7 @@ from megatron_patch.device_cards import CARDS, Card
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.launch.job_words import JOB, STAGES, job_call
-from megatron_patch.launch.training_rules import model_of
+from megatron_patch.launch.training_rules import fsdp_ranks, model_of
 from megatron_patch.length_mix import MIXES, LengthMix, even
 from megatron_patch.memory import RankMemory, Sizes, checkpoint_bytes, parameters, rank_memory, trained_parameters
 from megatron_patch.step_flop import Frozen
@@ -26,6 +26,7 @@ layouts that fit, the fastest first.
 
 A model and not a measurement; how far it is off stands in toolkits/benchmark/README.md.
 """
+NODE_DEVICES = 8  # of a node, over which FSDP=hybrid shares out
 USABLE = 0.92  # of a card's memory: the allocator's fragments and the driver take the rest
 PARALLEL = (1, 2, 4, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -90,6 +91,7 @@ def plan_of(values: Mapping[str, str], frozen: Frozen, world: int) -> Plan:
         values["PACKING"] == "true",
         int(values["DECODER_SEQ_LEN"]),
         int(values["NUM_WORKERS"]) or 1,
+        fsdp_ranks(values, world, NODE_DEVICES),
     )
 
 
@@ -111,6 +113,7 @@ def memory_of(geometry: LlavaGeometry, plan: Plan, mix: LengthMix) -> list[RankM
         plan.precision,
         plan.recompute,
         plan.distributed_optimizer,
+        plan.fully_sharded,
     )
     return [rank_memory(geometry, plan.frozen, sizes, stage) for stage in sorted({0, plan.pipeline - 1})]
 
@@ -134,7 +137,8 @@ def proposals(geometry: LlavaGeometry, wanted: Plan, card: Card, world: int, mix
             continue
         changes = {"tensor": tensor, "pipeline": pipeline, "virtual_stages": 1, "data": data, "micro_batch": micro}
         try:
-            layout = dataclasses.replace(wanted, recompute=recompute, distributed_optimizer=data > 1, **changes)
+            changes |= {"recompute": recompute, "distributed_optimizer": data > 1, "fully_sharded": 1}
+            layout = dataclasses.replace(wanted, **changes)
             geometry.check_parallel(tensor, pipeline)
             ranks = memory_of(geometry, layout, mix)
             if _fit(ranks, card):
@@ -161,6 +165,7 @@ def _layout(plan: Plan) -> str:
     return (
         f"TP {plan.tensor}  PP {plan.pipeline}  CP {plan.context}  DP {plan.data}  BATCH_SIZE {plan.micro_batch}  "
         f"AC {plan.recompute}  DO {str(plan.distributed_optimizer).lower()}"
+        + (f"  FSDP over {plan.fully_sharded}" if plan.fully_sharded > 1 else "")
     )
 
 

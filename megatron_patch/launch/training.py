@@ -314,7 +314,10 @@ def options(stage: int) -> tuple[Option, ...]:
             "FSDP",
             "false",
             one_of("false", "full", "hybrid", "grad"),
-            "sharded weights or gradients: refused, with the reason; DO=true shares out the optimizer state",
+            "weights, gradients and optimizer state are shared out over the data-parallel ranks (torch FSDP2): full: "
+            "weights are gathered for forward and again for backward; grad: once for both; hybrid: as full, over the "
+            "ranks of a node, each node has them; PR bf16 or fp32, without PP and DO",
+            own="--fsdp",
         ),
         option(
             "FIRST_STAGE_LAYERS",

@@ -87,14 +87,25 @@ def _lowest_rate(values: Values) -> Findings:
         yield "MIN_LR", f"must be at most LR={values['LR']}"
 
 
+NOT_WITH_FSDP = (
+    ("PP", "1", "a pipeline's stages are not shared out; use TP or CP beside it"),
+    ("DO", "false", "the weights' pieces have their optimizer state with them already"),
+    ("OPTIMIZER_OFFLOAD", "false", "that is the distributed optimizer's"),
+    ("EMA_DECAY", "0", "the average is of whole weights"),
+    ("SAMPLE_ANSWERS", "0", "the weights are together within a step alone"),
+    ("EVAL_BENCHMARK", "", "the weights are together within a step alone"),
+    ("ASYNC_SAVE", "false", "it has not been tried"),
+)
+
+
 @_rule("FSDP")
 def _fsdp(values: Values) -> Findings:
-    if values["FSDP"] != "false":
-        yield (
-            "FSDP",
-            "is not offered: with megatron-core 0.19.2 torch FSDP2 scales the gradients of a per-token loss wrongly "
-            "and cannot resume, Megatron-FSDP cannot save a LLaVA; use DO=true, TP or PP",
-        )
+    """Not beside what Megatron's own parser refuses with it, and what would look at weights outside of a step."""
+    if values["FSDP"] == "false":
+        return
+    for name, right, why in NOT_WITH_FSDP:
+        if values.get(name, right) != right:
+            yield name, f"must be {right or 'unset'} with FSDP={values['FSDP']}: {why}"
 
 
 LORA_DEFAULTS = {"LORA_ALPHA": "", "LORA_DROPOUT": "0", "LORA_TARGETS": "all", "LORA_PARTS": "language_model"}
@@ -119,6 +130,15 @@ def _base(values: Values) -> Findings:
 def _adapted_tower(values: Values) -> Findings:
     if values["LORA_RANK"] != "0" and values["FEATURE_CACHE"] and "vision_tower" in values["LORA_PARTS"]:
         yield "FEATURE_CACHE", "is not for LORA_PARTS with vision_tower: its adapters change the features at every step"
+
+
+@_rule("FSDP", "PR", "AC")
+def _fsdp_in_memory(values: Values) -> Findings:
+    if values["FSDP"] != "false":
+        if values["PR"] in ("fp16", "fp8"):
+            yield "PR", f"must be bf16 or fp32 with FSDP={values['FSDP']}: nothing else has been tried with it"
+        if values["AC"] == "offload":
+            yield "AC", f"must not be offload with FSDP={values['FSDP']}: it has not been tried"
 
 
 @_rule("PACKING", "DATA_ORDER", "BALANCE_COST")
@@ -295,6 +315,12 @@ def _whole_weights(values: Values, folder: LlavaFolder, geometry: LlavaGeometry)
         )
 
 
+@_model_rule("FSDP")
+def _untied(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    if values["FSDP"] != "false" and geometry.language.tied_embeddings:
+        yield "FSDP", "is not for this model, whose head is its embedding: use DO=true, TP or PP"
+
+
 @_model_rule("LORA_RANK", "LORA_TARGETS", "LORA_PARTS")
 def _adapter_targets(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
     lora = lora_of(values)
@@ -451,6 +477,7 @@ def _tell_memory(call: Call, job: Job) -> None:
         job.world // (call.int("TP") * call.int("PP") * call.int("CP")),
         precision=call["PR"],
         distributed_optimizer=call["DO"] == "true",
+        fully_sharded=fsdp_ranks(call, job.world, job.processes),
     )
     geometry, frozen = model_of(call)
     stages = sorted({0, sizes.pipeline - 1})
@@ -460,6 +487,13 @@ def _tell_memory(call: Call, job: Job) -> None:
             f"note: weights, gradients and Adam's state are {least / 1e9:.1f} GB per process, and there are "
             f"{memory / 1e9:.1f} GB: the run will not fit; bash examples/llava_mcore/plan_llava.sh proposes what does"
         )
+
+
+def fsdp_ranks(values: Values, world: int, of_node: int) -> int:
+    """Ranks over which FSDP shares the weights out; 1 without it."""
+    tensor = int(values["TP"])
+    ranks = {"false": 1, "hybrid": max(1, min(world, of_node) // tensor)}.get(values["FSDP"], world // tensor)
+    return max(1, ranks)
 
 
 def _folder_of(values: Values) -> LlavaFolder:

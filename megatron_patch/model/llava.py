@@ -25,6 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
@@ -32,6 +33,7 @@ from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
 from megatron_patch.lora import ADAPTERS, PARTS, LoraConfig
 from megatron_patch.model.adapters import Adapters
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
+from megatron_patch.model.fully_sharded import local_part, of_this_rank
 from megatron_patch.model.key_value_cache import KeyValueCache
 from megatron_patch.model.layer_specs import (
     decoder_block,
@@ -207,6 +209,8 @@ class LlavaModel(MegatronModule):
         vp_stage: virtual pipeline stage, of an interleaved schedule.
         tower_recompute: as in tower_config().
         seed: of the adapters' first weights.
+        tower_for_text: a frozen tower runs for text alone, too: where its weights are shared out, every rank must ask
+            for them in every pass.
     """
 
     def __init__(
@@ -223,8 +227,10 @@ class LlavaModel(MegatronModule):
         vp_stage: int | None = None,
         tower_recompute: str | None = None,
         seed: int = 0,
+        tower_for_text: bool = False,
     ) -> None:
         super().__init__(config=config)
+        self.tower_for_text = tower_for_text
         self.geometry, self.frozen = geometry, frozen or Frozen()
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
@@ -314,7 +320,7 @@ class LlavaModel(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """What a checkpoint of this model holds: everything, or with adapters only what is trained."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = of_this_rank(super().sharded_state_dict(prefix, sharded_offsets, metadata))
         if self.adapters is None:
             return state
         trained = {f"{prefix}{name}" for name in self._trained_names()}
@@ -322,7 +328,7 @@ class LlavaModel(MegatronModule):
 
     def base_sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> ShardedStateDict:
         """All but the adapters, trained or not: what the checkpoint that training begins with holds."""
-        state = super().sharded_state_dict(metadata=metadata)
+        state = of_this_rank(super().sharded_state_dict(metadata=metadata))
         return {name: value for name, value in state.items() if not name.startswith(f"{ADAPTERS}.")}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -344,7 +350,7 @@ class LlavaModel(MegatronModule):
         Raises:
             UserError: weights are missing, unknown or of another shape.
         """
-        own = self.state_dict()
+        own = {name: local_part(value) for name, value in self.state_dict().items()}
         given = {own_name(name, own): value for name, value in state_dict.items()}
         wanted = weight_shapes(own)
         if self.adapters is not None:
@@ -354,6 +360,11 @@ class LlavaModel(MegatronModule):
             wanted = {name: shape for name, shape in wanted.items() if name in names}
         lists = differences(weight_shapes(given), wanted, "the model has")
         check_nothing_differs("the checkpoint's weights are not this model's", lists)
+        if any(isinstance(weight, DTensor) for weight in self.parameters()):
+            with torch.no_grad():
+                for name in wanted:
+                    own[name].copy_(given[name])
+            return None
         given = {name: given.get(name, value) for name, value in own.items()}
         return super().load_state_dict(given, strict=strict, assign=assign)
 
@@ -480,7 +491,7 @@ class LlavaModel(MegatronModule):
         """pixels uint8 [N, 3, side, side] -> features [N, P, tower.hidden]; without images those of a blank one."""
         tower, weight = self.geometry.tower, self.vision_model.conv1.weight
         if pixels is None or pixels.shape[0] == 0:
-            if not self._tower_learns:
+            if not self._tower_learns and not self.tower_for_text:
                 return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
         with contextlib.nullcontext() if self._tower_learns else torch.no_grad():

@@ -56,6 +56,11 @@ GROUP_KEYS = Layer(
     "saved parameter groups are found by their learning rates, so no run resumes with another one",
     "test_parameter_groups' resume with another learning rate passes without it",
 )
+FSDP2 = Layer(
+    "patches.torch_fsdp2",
+    "weights that torch's FSDP2 shares out: gradients of a loss per token, checkpoints, resume",
+    "test_parallelism's rows with FSDP, SGD among them, and test_resume's pass without it",
+)
 EMA = Layer(
     "training.ema",
     "the moving average of the weights is loaded, updated and saved with them",
@@ -108,6 +113,22 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint("megatron.core.distributed.torch_fully_sharded_data_parallel", "fully_shard", (FSDP2,)),
+    TouchPoint(
+        "megatron.core.distributed.torch_fully_sharded_data_parallel",
+        "TorchFullyShardedDataParallel.__init__",
+        (FSDP2,),
+    ),
+    TouchPoint(
+        "megatron.core.distributed.torch_fully_sharded_data_parallel",
+        "TorchFullyShardedDataParallel.load_state_dict",
+        (FSDP2,),
+    ),
+    TouchPoint("megatron.core.distributed.data_parallel_base", "_BaseDataParallel.scale_gradients", (FSDP2,)),
+    TouchPoint("megatron.core.dist_checkpointing.optimizer", "to_local_if_dtensor", (FSDP2,)),
+    TouchPoint("megatron.core.optimizer.clip_grads", "get_data_parallel_group_if_dtensor", (FSDP2,)),
+    TouchPoint(OPTIMIZER, "FP32Optimizer.load_state_dict", (FSDP2,)),
+    TouchPoint(OPTIMIZER, "Float16OptimizerWithFloat16Params.load_state_dict", (FSDP2,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "HAVE_APEX_OR_TE", (ADAM_STEP,), read_only=True),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.state_dict", (ADAM_STEP,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.load_state_dict", (ADAM_STEP,)),
@@ -253,6 +274,7 @@ TOUCH_POINTS = (
         LOOP,
         "load_checkpoint",
         (
+            FSDP2,
             Layer(
                 "training.strict_load",
                 "a missing or unknown weight is one sentence before anything is read",

@@ -33,6 +33,13 @@ from megatron_patch.training.offload import offload_arguments
 OFFLOADED_LENGTHS = 256
 # Module -> package that Megatron's activation offload imports at its start, to bind processes to their GPU's cores.
 OFFLOAD_PACKAGES = {"pynvml": "nvidia-ml-py", "cuda": "cuda-python"}
+_FSDP2 = ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion")
+FSDP_ARGUMENTS = {
+    "false": (),
+    "full": _FSDP2,
+    "hybrid": _FSDP2,
+    "grad": (*_FSDP2, "--torch-fsdp2-no-reshard-after-forward"),
+}
 ROWS = (*ARGUMENTS, *options(stage=2))
 FP8_ROWS = 16  # what the rows of a product must be a multiple of, on every rank: B x S / (TP x CP)
 
@@ -258,12 +265,12 @@ def read_config(argv: list[str]) -> RunConfig:
         raise UserError(f"PRETRAIN_CHECKPOINT_PATH {arguments.init_from} {FRESH_PROJECTOR}")
     _check_transformer_engine(arguments)
     _check_offload(arguments)
-    for given, option, reason in (
-        (arguments.use_torch_fsdp2, "--use-torch-fsdp2", "scales the gradients of a per-token loss wrongly, no resume"),
-        (arguments.use_megatron_fsdp, "--use-megatron-fsdp", "cannot save a LLaVA"),
-    ):
-        if given:
-            raise UserError(f"{option} is not offered: with megatron-core 0.19.2 it {reason}; use DO=true, TP or PP")
+    if arguments.use_torch_fsdp2:
+        raise UserError("--use-torch-fsdp2 is not taken by itself: set FSDP to full, grad or hybrid (--fsdp)")
+    if arguments.use_megatron_fsdp:
+        raise UserError(
+            "--use-megatron-fsdp is not offered: with megatron-core 0.19.2 it cannot save a LLaVA; use FSDP=full"
+        )
     if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "
@@ -298,6 +305,7 @@ def read_config(argv: list[str]) -> RunConfig:
             int(os.environ.get("WORLD_SIZE", "1")),
             arguments.context_parallel_size,
         ),
+        *FSDP_ARGUMENTS[arguments.fsdp],
         *("--dataloader-type", "external"),
         # loss_spikes.py looks at losses and gradients; the state machine would rerun the step and end with 16 or 17
         *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
