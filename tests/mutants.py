@@ -2310,7 +2310,47 @@ LORA = [
     ),
 ]
 
+OF_PIECES = "tests/training/test_parallelism.py::test_losses_equal_a_single_process[SGD without clipping-FSDP]"
+FSDP = [
+    *of(
+        "megatron_patch/patches/torch_fsdp2.py",
+        OF_PIECES,
+        ("gradients are means over the ranks", "scaling_factor * mesh.size()", "scaling_factor"),
+        ("gate and up are cut apart", "axes[1:] if id(weight) in gated", "axes[0:] if id(weight) in gated"),
+    ),
+    *of(
+        "megatron_patch/patches/torch_fsdp2.py",
+        "tests/training/test_resume.py::test_kill_and_resume[FSDP]",
+        ("Adam's state is not restored", '"skip_load_to_model_and_opt": False', '"skip_load_to_model_and_opt": True'),
+    ),
+    *of(
+        "megatron_patch/patches/torch_fsdp2.py",
+        "tests/training/test_fsdp.py::test_nodes_hold_the_weights_once_each",
+        ("hybrid is full", 'if get_args().fsdp != "hybrid" or group.size()', "if True or group.size()"),
+    ),
+    *of(
+        "megatron_patch/training/pretrain.py",
+        "tests/training/test_data_options.py::test_text_alone_on_one_rank_hangs_no_other",
+        (
+            "text alone asks for no weights of the tower",
+            'tower_for_text=args.fsdp != "false",',
+            "tower_for_text=False,",
+        ),
+    ),
+    *of(
+        CONFIG,
+        "tests/training/test_config.py::test_ways_of_fsdp_are_torchs_own",
+        ("grad is full", '"grad": (*_FSDP2, "--torch-fsdp2-no-reshard-after-forward"),', '"grad": _FSDP2,'),
+        ("FSDP goes nowhere", "*FSDP_ARGUMENTS[arguments.fsdp],", ""),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_rules_between_training_arguments",
+        ("FSDP beside what it cannot have passes", "if values.get(name, right) != right:", "if False:"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP),
 ]

@@ -95,6 +95,7 @@ NOT_WITH_FSDP = (
     ("SAMPLE_ANSWERS", "0", "the weights are together within a step alone"),
     ("EVAL_BENCHMARK", "", "the weights are together within a step alone"),
     ("ASYNC_SAVE", "false", "it has not been tried"),
+    ("FEATURE_CACHE", "", "ranks with images and ranks without would ask for the tower's weights in different steps"),
 )
 
 

@@ -28,6 +28,14 @@ def _cut(value: DTensor) -> tuple[int, int, int, bool]:
     return placement.dim, coordinates[place], mesh.size(place), writes
 
 
+def piece_of(weight: Tensor, whole: Tensor) -> Tensor:
+    """Of the whole of a weight, what this rank holds."""
+    if not isinstance(weight, DTensor):
+        return whole
+    axis, number, pieces, _ = _cut(weight)
+    return whole.chunk(pieces, dim=axis)[number]
+
+
 def of_this_rank(state: ShardedStateDict) -> ShardedStateDict:
     """The entries of a model's state, each narrowed to what this rank holds."""
     return {name: _narrowed(entry) for name, entry in state.items()}

@@ -468,7 +468,7 @@ class LlavaModel(MegatronModule):
         given = pixels if features is None else features
         text_alone = given is None or given.shape[0] == 0
         embedded = text
-        if not text_alone or torch.is_grad_enabled():
+        if not text_alone or torch.is_grad_enabled() or self.tower_for_text:
             # [N, P, H]; of text alone [1, P, H]
             images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
             if text_alone:

@@ -14,6 +14,7 @@ rotary_in_one_pass.py           rotary positions without Transformer Engine's ke
 scale_in_place.py               gradients are clipped without copies
 skip_compile_helpers.py         no `make` at the start
 synchronous_save_queue.py       synchronous saves start no process
+torch_fsdp2.py                  gradients, checkpoints and resumes of weights that FSDP shares out
 unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex
 whole_tracker.py                the tracker file is written whole
 

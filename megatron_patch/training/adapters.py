@@ -239,6 +239,8 @@ def load_peft(part: "LlavaModel", folder: Path) -> None:
     """Copy this rank's part of peft's matrices, and of a projector that was saved with them, into the model."""
     import torch
 
+    from megatron_patch.model.fully_sharded import local_part, piece_of
+
     rank = part.pg_collection.tp.rank()
     given = read_peft(folder, part.geometry)
     with torch.no_grad():
@@ -249,4 +251,4 @@ def load_peft(part: "LlavaModel", folder: Path) -> None:
             for axis, own in enumerate(weight.shape):
                 if value.shape[axis] != own:
                     value = value.narrow(axis, rank * own, own)
-            weight.copy_(value)
+            local_part(weight).copy_(piece_of(weight, value))

@@ -84,8 +84,7 @@ def model_builder(settings: RunConfig, frozen: Frozen) -> Callable[..., "LlavaMo
             vp_stage=vp_stage,
             tower_recompute=args.vision_tower_recompute,
             seed=args.seed,
-            # with cached features the tower runs nowhere
-            tower_for_text=args.fsdp != "false" and args.feature_cache is None,
+            tower_for_text=args.fsdp != "false",
         )
 
     return build_llava

@@ -52,7 +52,8 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
         ({"model_size": "7B"}, "MODEL_SIZE=7B.*pass tiny"),
         ({"tensor_model_parallel_size": "3"}, "TP=3 cannot cut"),
         ({"pipeline_model_parallel_size": "3"}, "PP=3 does not divide"),
-        ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not offered"),
+        ({"use_torch_fsdp2": ""}, "--use-torch-fsdp2 is not taken by itself: set FSDP"),
+        ({"fsdp": "full", "pipeline_model_parallel_size": "2"}, "PP=2 must be 1 with FSDP=full"),
         ({"use_megatron_fsdp": ""}, "--use-megatron-fsdp is not offered"),
         ({"fp8_format": "hybrid"}, "PR=fp8 needs Transformer Engine"),
         ({"optimizer_offload_policy": "static"}, "OPTIMIZER_OFFLOAD is static.*needs a GPU"),
@@ -64,6 +65,14 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:
     with pytest.raises(UserError, match=message):
         read_config(argv(workspace, **changes))
+
+
+def test_ways_of_fsdp_are_torchs_own(workspace: Workspace) -> None:
+    """grad keeps the gathered weights from forward to backward."""
+    kept = "--torch-fsdp2-no-reshard-after-forward"
+    for way, wanted in {"false": set(), "full": {"--use-torch-fsdp2"}, "grad": {"--use-torch-fsdp2", kept}}.items():
+        words = read_config(argv(workspace, fsdp=way)).megatron_arguments
+        assert {"--use-torch-fsdp2", kept} & set(words) == wanted
 
 
 @pytest.mark.parametrize("schedule", [["--rampup-batch-size", "4", "4", "64"], ["--step-batch-size-schedule", "0:8"]])

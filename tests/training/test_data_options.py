@@ -81,6 +81,13 @@ def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_text_alone_on_one_rank_hangs_no_other(workspace: Workspace, tmp_path: Path) -> None:
+    """FSDP gathers the frozen tower's weights from all ranks, of which some have images and some have not."""
+    settings = {"NPROC_PER_NODE": 2, "FSDP": "full", "BATCH_SIZE": 1, "FREEZE_VISION_TOWER": "true", "TRAIN_ITERS": 4}
+    assert sorted(losses(run(workspace, tmp_path / "out", limit_s=120, **settings))) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("parallelism", [{"NPROC_PER_NODE": 2, "DO": "true"}, {"PP": 2}])
 def test_equal_work_trains_on_the_same_steps(parallelism: dict, workspace: Workspace, tmp_path: Path) -> None:
     """Losses as without BALANCE_COST, within 1e-6 relative: sums are taken in another order, nothing else."""

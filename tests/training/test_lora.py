@@ -41,6 +41,7 @@ LAYOUTS = {
     "PP2": {"PP": 2},
     "CP2": {"CP": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+    "FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"},
     "recompute full": {"AC": "full"},
     "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
 }

@@ -54,7 +54,7 @@ OBSERVED = {
     **dict.fromkeys(("RECOMPUTE_METHOD", "RECOMPUTE_LAYERS", "TOWER_AC", "DETERMINISTIC"), HERE),
     **dict.fromkeys(("WEIGHT_DECAY", "ADAM_BETA2", "CLIP_GRAD"), HERE),
     **{f"{module}_{what}": HERE for module in ("VISION_TOWER", "PROJECTOR") for what in ("LR", "WEIGHT_DECAY")},
-    "FSDP": "tests/launchers/test_arguments.py",
+    "FSDP": "tests/training/test_parallelism.py",
     **dict.fromkeys(("FIRST_STAGE_LAYERS", "VIRTUAL_STAGES"), "tests/training/test_parallelism.py"),
     **dict.fromkeys(("FP8_FORMAT", "FP8_RECIPE", "FP8_MARGIN", "FP8_AMAX_HISTORY", "PROFILER"), ARGUMENTS),
     "FP8_AMAX_ALGORITHM": HERE,

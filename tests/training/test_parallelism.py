@@ -19,6 +19,8 @@ ONE_PROCESS = {
     "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
     "stage 2": {"FREEZE_VISION_TOWER": "true", "PADDING_FREE": "false"},  # the others hold records in one row
     "packed": {"PACKING": "true", "BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4},
+    # Adam divides a gradient by its own size, and clipping by its norm: of a wrong factor neither would show anything
+    "SGD without clipping": {"CLIP_GRAD": 0, "LR": "1e-2", "words": ["--optimizer", "sgd"]},
 }
 PARALLELISMS = {
     "TP2 + SP": {"TP": 2},
@@ -31,19 +33,26 @@ PARALLELISMS = {
     "TP2 x PP2": {"TP": 2, "PP": 2},
     "TP2 x DP2 + distributed optimizer": {"TP": 2, "NPROC_PER_NODE": 4, "DO": "true"},
     "CP2 x TP2": {"CP": 2, "TP": 2},
+    "FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"},
+    "FSDP grad": {"NPROC_PER_NODE": 2, "FSDP": "grad"},
+    "FSDP, recompute full": {"NPROC_PER_NODE": 2, "FSDP": "full", "AC": "full"},
+    "FSDP over 4": {"NPROC_PER_NODE": 4, "FSDP": "full"},
+    "TP2 x FSDP": {"TP": 2, "NPROC_PER_NODE": 4, "FSDP": "full"},
+    "CP2 x FSDP": {"CP": 2, "NPROC_PER_NODE": 4, "FSDP": "full"},
     "recompute selective": {"AC": "sel"},
     "recompute full": {"AC": "full", "RECOMPUTE_LAYERS": 2},
     "recompute full of the tower, selective of the LLM": {"AC": "sel", "TOWER_AC": "full"},
 }
-OF_OTHERS = ("TP2 + SP", "PP2", "CP2", "DP2 + distributed optimizer", "TP2 x PP2")
+OF_OTHERS = ("TP2 + SP", "PP2", "CP2", "DP2 + distributed optimizer", "TP2 x PP2", "FSDP")
 ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
     (case, parallelism) for case in ("stage 1", "stage 2", "packed") for parallelism in OF_OTHERS
 ]
+ROWS += [("SGD without clipping", "DP2"), ("SGD without clipping", "FSDP"), ("SGD without clipping", "TP2 x FSDP")]
 # The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
 DEFAULT = [
     ("all trained", "DP2 + distributed optimizer"),
     ("all trained", "recompute full of the tower, selective of the LLM"),
-    *(("stage 2", "PP2"), ("packed", "CP2")),
+    *(("stage 2", "PP2"), ("packed", "CP2"), ("SGD without clipping", "FSDP")),
 ]
 
 

@@ -22,6 +22,7 @@ SHAPES = {
     "the language model is frozen": (WIDE, {"FREEZE_LANGUAGE_MODEL": "true"}, Sizes()),
     "two stages": (DEEP, {"PP": 2}, Sizes(pipeline=2, micro_batches=4)),
     "bf16 under TP2": (WIDE, {"TP": 2, "PR": "bf16"}, Sizes(tensor=2)),
+    "FSDP": (WIDE, {"NPROC_PER_NODE": 2, "FSDP": "full"}, Sizes(data=2, fully_sharded=2)),
     "shared optimizer": (WIDE, {"NPROC_PER_NODE": 2, "DO": "true"}, Sizes(data=2, distributed_optimizer=True)),
 }
 

@@ -19,11 +19,13 @@ PARALLELISMS = {
     "two loader workers": {"NUM_WORKERS": 2},
     "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
     "asynchronous saves": {"ASYNC_SAVE": "true"},
+    "FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"},
 }
 SLOW = {
     "DP2 + distributed optimizer": pytest.mark.slow,  # test_resume_parallelism has two ranks
     "two loader workers": pytest.mark.slow,  # the loader's own tests cover workers in seconds
     "asynchronous saves": pytest.mark.slow,
+    "FSDP": pytest.mark.slow,
 }
 
 
