@@ -32,7 +32,7 @@ for name in {names}:
 
 
 def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> None:
-    options = {"TRAIN_ITERS": 2, "LR_WARMUP_ITERS": 0, "EMA_DECAY": "0.9", "PROFILE": "1-2"}
+    options = {"TRAIN_ITERS": 2, "LR_WARMUP_ITERS": 0, "EMA_DECAY": "0.9", "PROFILE": "1-2", "LORA_RANK": 2}
     words, environment = command(workspace, tmp_path / "out", **options, DRY_RUN=1)
     printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     start = next(number for number, word in enumerate(printed) if word.endswith("pretrain_llava.py"))
@@ -45,7 +45,7 @@ def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> 
     listed = {
         point.symbol: [layer.place for layer in point.layers]
         for point in TOUCH_POINTS
-        if point.module == LOOP and all(layer.place.startswith("training.") for layer in point.layers)
+        if point.module == LOOP and any(layer.place.startswith("training.") for layer in point.layers)
     }
     assert len(listed) == 10
     said = in_warm_process(PROGRAM.format(names=list(listed)), *printed[start + 1 :], **variables)
@@ -54,7 +54,7 @@ def test_layers_lie_as_listed_in_a_run(workspace: Workspace, tmp_path: Path) -> 
         if line.startswith("LAYERS "):
             _, name, *files = line.split()
             assert "/megatron/" in files.pop()
-            found[name] = [f"training.{Path(file).stem}" for file in reversed(files)]
+            found[name] = [".".join(Path(file).with_suffix("").parts[-2:]) for file in reversed(files)]
     assert found == listed
 
 
