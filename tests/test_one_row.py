@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_patch import device
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.conversion.adapters import ADAPTER_LAYOUTS
 from megatron_patch.conversion.layouts import LAYOUTS
 from megatron_patch.conversion.table import table_of_weights
 from megatron_patch.conversion.torch_ranks import open_checkpoint
@@ -107,7 +108,7 @@ def test_the_rows_name_templates_that_exist() -> None:
 
 def test_the_converter_offers_every_layout() -> None:
     row = next(row for row in conversion.OPTIONS if row.name == "EXPORT_LAYOUT")
-    assert (row.default, row.rule.choices) == (f"({next(iter(LAYOUTS))})", tuple(LAYOUTS))
+    assert (row.default, row.rule.choices) == (f"({next(iter(LAYOUTS))})", (*LAYOUTS, *ADAPTER_LAYOUTS))
 
 
 # ---------------------------------------------------------------- one row more: an LLM family, a tower

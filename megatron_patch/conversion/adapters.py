@@ -206,22 +206,22 @@ def export_adapters(
     notes = [f"exported {iteration.name}: adapters of rank {lora.rank}, {len(adapters.trained)} whole weights beside"]
     way = {"peft": _peft, "original_lora": _original}[layout](checkpoint, lora, geometry, bool(adapters.trained))
     tensors = {
-        f"{way.prefixes[part]}{hub_path(geometry, part, layer, one)}.lora_{which}.weight": cast(
+        f"{way.prefixes[part]}{hub_path(geometry, part, layer, one)}.lora_{which}.weight": _cast(
             adapters.matrix(part, layer, one, which), dtype
         )
         for part, layer, one in lora.places(geometry)
         for which in "AB"
     }
-    whole = {way.whole(projector[key]): cast(adapters.whole(key), dtype) for key in sorted(adapters.trained)}
+    whole = {way.whole(projector[key]): _cast(adapters.whole(key), dtype) for key in sorted(adapters.trained)}
     nbytes = sum(value.nbytes for value in (*tensors.values(), *whole.values()))
     check_disk(target, nbytes)
     with staged_folder(target) as made:
-        if layout == "original_lora":
-            notes += _original_texts(made, folder, geometry, dtype, tower_name)
-            with open(made / NON_LORA, "wb") as file:
-                torch.save(whole, file)
-        else:
+        if way.whole_in is None:
             tensors |= whole
+        else:
+            notes += _original_texts(made, folder, geometry, dtype, tower_name)
+            with open(made / way.whole_in, "wb") as file:  # given a path, torch would write that name into the file
+                torch.save(whole, file)
         save_file(tensors, made / PEFT_WEIGHTS, metadata={"format": "pt"})
         base = None if hf_checkpoint is None else str(hf_checkpoint)
         config = _peft_config(lora) | {"base_model_name_or_path": base} | way.config
@@ -231,7 +231,7 @@ def export_adapters(
     return nbytes, notes
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another type, its values in order."""
     return tensor.to(dtype).contiguous()
 

@@ -404,6 +404,8 @@ def convert_to_huggingface(
     iteration = newest_iteration(checkpoint)
     config = hub_files.read_json(llava.config)
     geometry = read_geometry(config)
+    if base is not None and llava.lora is None:
+        raise UserError(f"{checkpoint} holds whole weights, which have no base; leave the base {base} out")
     hf_folder = None if hf_checkpoint is None else Path(hf_checkpoint)
     if layout in ADAPTER_LAYOUTS:
         check_model_size(model_size, geometry.language.parameters)

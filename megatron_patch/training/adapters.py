@@ -118,14 +118,15 @@ def load_whole(model: list["LlavaModel"], iteration: Path) -> str:
     from megatron_patch.training.strict_load import check_checkpoint, read_rank_weights
 
     told = check_checkpoint(model, iteration.parent, iteration.name, base=True)
+    if checkpoint_format(iteration) == "torch":
+        (part,) = model  # check_checkpoint refuses an interleaved pipeline
+        part.load_state_dict(read_rank_weights(iteration))
+        return told
     metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
     for part in model:
-        if checkpoint_format(iteration) == "torch":
-            state = read_rank_weights(iteration)
-        else:
-            state = dist_checkpointing.load({"model": part.base_sharded_state_dict(metadata)}, str(iteration))["model"]
-        part.load_state_dict(state)
+        wanted = {"model": part.base_sharded_state_dict(metadata)}
+        part.load_state_dict(dist_checkpointing.load(wanted, str(iteration))["model"])
     return told
 
 

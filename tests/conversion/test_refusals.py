@@ -182,6 +182,7 @@ OPTIONS = {
     "--format": (["torch_dist"], "parts llava", "--format"),
     "--layout": (["original"], "hub original", "--layout"),
     "--vision-tower-name": (["x/clip"], "original", "--vision-tower-name|tower's name 'x/clip'"),
+    "--base-checkpoint": (["base"], "", "--base-checkpoint|holds whole weights"),
     "--no-progress": ([], EVERY, ""),
 }
 DIRECTIONS = EVERY.split()
