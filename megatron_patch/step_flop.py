@@ -14,9 +14,12 @@ Where LLaVA differs from a plain language model:
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, TowerGeometry
-from megatron_patch.lora import LoraConfig
+
+if TYPE_CHECKING:
+    from megatron_patch.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Frozen:
     language_model: bool = False
     vision_tower: bool = False
     projector: bool = False
-    lora: LoraConfig | None = None
+    lora: "LoraConfig | None" = None
 
-    def with_adapters(self, lora: LoraConfig | None) -> "Frozen":
+    def with_adapters(self, lora: "LoraConfig | None") -> "Frozen":
         """The same, and the parts with adapters frozen."""
         kept = dict.fromkeys(lora.parts, True) if lora else {}
         return dataclasses.replace(self, lora=lora, **kept)
@@ -98,9 +101,7 @@ def flop_of_parts(geometry: LlavaGeometry, frozen: Frozen, work: Work) -> Parts:
     tower_learns, projector_learns = frozen.learns("vision_tower"), frozen.learns("projector")
     below = tower_learns or projector_learns
     tower = _Passes(tower_learns, not frozen.vision_tower)
-    first = _Passes(
-        tower_learns, not frozen.projector
-    )  # of the projector's layers: its inputs are the tower's features
+    first = _Passes(tower_learns, not frozen.projector)  # of the projector's layers: below it lies the tower
     second = _Passes(below, not frozen.projector)
     language = _Passes(below or frozen.learns("language_model"), not frozen.language_model)
     trained = _Passes(True, True)
