@@ -93,6 +93,11 @@ class LoraConfig:
     parts: tuple[str, ...] = ("language_model",)  # of PARTS
     rslora: bool = False
 
+    @classmethod
+    def asked(cls, rank: int, alpha: float | None, *rest: Any) -> "LoraConfig | None":
+        """What the options ask for, in the fields' order: of rank 0 nothing; without alpha it is twice the rank."""
+        return cls(rank, 2.0 * rank if alpha is None else alpha, *rest) if rank else None
+
     @property
     def scaling(self) -> float:
         """What B (A x) is multiplied with."""

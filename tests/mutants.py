@@ -2188,16 +2188,16 @@ LORA = [
     *of(
         "megatron_patch/training/adapters.py",
         LORA_OPTIONS,
-        (
-            "LORA_ALPHA goes nowhere",
-            "if arguments.lora_alpha is None else arguments.lora_alpha",
-            "if True else arguments.lora_alpha",
-        ),
-        ("the default of LORA_ALPHA is LORA_RANK", "alpha=2.0 * arguments", "alpha=1.0 * arguments"),
-        ("LORA_DROPOUT goes nowhere", "dropout=arguments.lora_dropout,", ""),
-        ("LORA_TARGETS goes nowhere", "        targets=arguments.lora_targets,", ""),
-        ("LORA_PARTS goes nowhere", "        parts=arguments.lora_parts,", ""),
-        ("LORA_RSLORA goes nowhere", "        rslora=arguments.lora_rslora,", ""),
+        ("LORA_ALPHA goes nowhere", "        arguments.lora_alpha,", "        None,"),
+        ("LORA_DROPOUT goes nowhere", "        arguments.lora_dropout,", "        0.0,"),
+        ("LORA_TARGETS goes nowhere", "        arguments.lora_targets,", '        ("all",),'),
+        ("LORA_PARTS goes nowhere", "        arguments.lora_parts,", '        ("language_model",),'),
+        ("LORA_RSLORA goes nowhere", "        arguments.lora_rslora,", "        False,"),
+    ),
+    *of(
+        "megatron_patch/lora.py",
+        LORA_OPTIONS,
+        ("the default of LORA_ALPHA is LORA_RANK", "2.0 * rank if alpha", "1.0 * rank if alpha"),
     ),
     *of(
         "megatron_patch/step_flop.py",

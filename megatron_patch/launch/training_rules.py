@@ -512,16 +512,13 @@ def model_of(values: Values) -> tuple[LlavaGeometry, Frozen]:
 
 def lora_of(values: Values) -> LoraConfig | None:
     """The adapters that the values ask for; None: none."""
-    if values["LORA_RANK"] == "0":
-        return None
-    rank = int(values["LORA_RANK"])
-    return LoraConfig(
-        rank=rank,
-        alpha=float(values["LORA_ALPHA"] or 2 * rank),
-        dropout=float(values["LORA_DROPOUT"]),
-        targets=NAMES.parse(values["LORA_TARGETS"]),
-        parts=MODEL_PARTS.parse(values["LORA_PARTS"]),
-        rslora=values["LORA_RSLORA"] == "true",
+    return LoraConfig.asked(
+        int(values["LORA_RANK"]),
+        float(values["LORA_ALPHA"]) if values["LORA_ALPHA"] else None,
+        float(values["LORA_DROPOUT"]),
+        NAMES.parse(values["LORA_TARGETS"]),
+        MODEL_PARTS.parse(values["LORA_PARTS"]),
+        values["LORA_RSLORA"] == "true",
     )
 
 

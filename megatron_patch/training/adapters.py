@@ -27,15 +27,13 @@ NOT_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "
 
 def lora_of(arguments: argparse.Namespace) -> LoraConfig | None:
     """The adapters that our own arguments ask for; None: none."""
-    if not arguments.lora_rank:
-        return None
-    return LoraConfig(
-        rank=arguments.lora_rank,
-        alpha=2.0 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
-        dropout=arguments.lora_dropout,
-        targets=arguments.lora_targets,
-        parts=arguments.lora_parts,
-        rslora=arguments.lora_rslora,
+    return LoraConfig.asked(
+        arguments.lora_rank,
+        arguments.lora_alpha,
+        arguments.lora_dropout,
+        arguments.lora_targets,
+        arguments.lora_parts,
+        arguments.lora_rslora,
     )
 
 
@@ -64,8 +62,6 @@ def read_record(arguments: argparse.Namespace, folder: LlavaFolder, resumed: boo
             f"{arguments.load} holds whole weights, and LORA_RANK is {lora.rank}; set LORA_RANK=0 to go on with them, "
             "or name a new OUTPUT_BASEPATH"
         )
-    if problem := lora.problem(folder.geometry()):
-        raise UserError(f"LORA_{problem[0].upper()}={lora.spelled(problem[0])} {problem[1]}")
     if arguments.load is None:
         raise UserError("LORA_RANK needs --load: with a checkpoint's folder the base is read")
     if saved is not None:
