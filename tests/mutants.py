@@ -1456,8 +1456,8 @@ RUNS = [
         FIRST_STEP,
         (
             "tower and projector change their rates",
-            '"vision_model": "vision_tower", "vision_projection": "projector"',
-            '"vision_model": "projector", "vision_projection": "vision_tower"',
+            "for part, module in PARTS.items()",
+            'for part, module in zip(PARTS, ("language_model", "vision_projection", "vision_model"))',
         ),
     ),
     *of(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint_files import NOT_WEIGHTS, base_of, newest_iteration
 from megatron_patch.conversion import hub_files, original_layout
-from megatron_patch.conversion.hub_weights import FileSpan
+from megatron_patch.conversion.hub_weights import PRECISIONS, FileSpan, cast
 from megatron_patch.conversion.output import check_disk, staged_folder
 from megatron_patch.conversion.table import Row, projector_rows, table_of_weights
 from megatron_patch.conversion.torch_dist import CheckpointReader
@@ -30,7 +30,6 @@ from megatron_patch.lora import (
     PARTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
-    Linear,
     LoraConfig,
     hub_path,
     linears_of,
@@ -40,7 +39,6 @@ from megatron_patch.weight_names import check_nothing_differs, differences
 
 ADAPTER_LAYOUTS = ("peft", "original_lora")
 NON_LORA = "non_lora_trainables.bin"
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class AdapterWeights:
@@ -57,14 +55,8 @@ class AdapterWeights:
         )
         self.trained = stored.keys() - adapters.keys()  # whole weights that were trained beside the adapters
 
-    def matrix(self, part: str, layer: int, linear: Linear, which: str) -> Tensor:
-        """A [r, in] or B [out, r]."""
-        name = weight_name(part, layer, linear, which)
-        shape = tuple(self.reader.tensors[name].size)
-        return self.reader.read(name, (0,) * len(shape), shape)
-
     def whole(self, key: str) -> Tensor:
-        """A whole weight that was trained."""
+        """A matrix of the adapters or a whole weight, by its name in the checkpoint."""
         shape = tuple(self.reader.tensors[key].size)
         return self.reader.read(key, (0,) * len(shape), shape)
 
@@ -77,7 +69,7 @@ class AdapterWeights:
             if one.megatron != megatron:
                 continue
             if one in adapted:
-                a, b = (self.matrix(part, layer, one, which).float() for which in "AB")
+                a, b = (self.whole(weight_name(part, layer, one, which)).float() for which in "AB")
                 pieces.append((b @ a).mul_(self.lora.scaling))
             else:
                 pieces.append(torch.zeros(one.outputs, one.inputs))
@@ -177,7 +169,7 @@ def export_adapters(
     checkpoint: Path,
     target: Path,
     layout: str,
-    dtype: torch.dtype,
+    precision: str,
     hf_checkpoint: Path | None,
     tower_name: str | None = None,
 ) -> tuple[int, list[str]]:
@@ -185,12 +177,14 @@ def export_adapters(
 
     Args:
         target: a folder that does not exist yet or is empty.
+        precision: a name of PRECISIONS.
         hf_checkpoint: the model it came from, which the folder names as its base.
         tower_name: in the original layout, the vision tower's name; None: found out.
     Returns:
         Bytes of the weights, notes for the user.
     Raises:
-        UserError: the checkpoint has no adapters, or the layout no place for what was trained; nothing was written.
+        UserError: the checkpoint has no adapters, the layout no place for what was trained, or fp16 cannot hold a
+            value; nothing was written.
     """
     folder = LlavaFolder.of(checkpoint)
     record, geometry, iteration = folder.lora, folder.geometry(), newest_iteration(checkpoint)
@@ -205,21 +199,25 @@ def export_adapters(
         )
     notes = [f"exported {iteration.name}: adapters of rank {lora.rank}, {len(adapters.trained)} whole weights beside"]
     way = {"peft": _peft, "original_lora": _original}[layout](checkpoint, lora, geometry, bool(adapters.trained))
-    tensors = {
-        f"{way.prefixes[part]}{hub_path(geometry, part, layer, one)}.lora_{which}.weight": _cast(
-            adapters.matrix(part, layer, one, which), dtype
+    matrices = {
+        f"{way.prefixes[part]}{hub_path(geometry, part, layer, one)}.lora_{which}.weight": weight_name(
+            part, layer, one, which
         )
         for part, layer, one in lora.places(geometry)
         for which in "AB"
     }
-    whole = {way.whole(projector[key]): _cast(adapters.whole(key), dtype) for key in sorted(adapters.trained)}
+    weights = {way.whole(projector[key]): key for key in sorted(adapters.trained)}
+    tensors, whole = (
+        {name: cast(adapters.whole(key), PRECISIONS[precision], name) for name, key in keys.items()}
+        for keys in (matrices, weights)
+    )
     nbytes = sum(value.nbytes for value in (*tensors.values(), *whole.values()))
     check_disk(target, nbytes)
     with staged_folder(target) as made:
         if way.whole_in is None:
             tensors |= whole
         else:
-            notes += _original_texts(made, folder, geometry, dtype, tower_name)
+            notes += _original_texts(made, folder, geometry, precision, tower_name)
             with open(made / way.whole_in, "wb") as file:  # given a path, torch would write that name into the file
                 torch.save(whole, file)
         save_file(tensors, made / PEFT_WEIGHTS, metadata={"format": "pt"})
@@ -229,11 +227,6 @@ def export_adapters(
     if hf_checkpoint is None or hub_files.model_type(hf_checkpoint) != "llava":
         notes.append(f"it is loaded on its base: {record.base}, exported with EXPORT_LAYOUT=hub")
     return nbytes, notes
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another type, its values in order."""
-    return tensor.to(dtype).contiguous()
 
 
 def _peft_config(lora: LoraConfig) -> dict[str, Any]:
@@ -296,10 +289,9 @@ def _original(checkpoint: Path, lora: LoraConfig, geometry: LlavaGeometry, with_
 
 
 def _original_texts(
-    made: Path, folder: LlavaFolder, geometry: LlavaGeometry, dtype: torch.dtype, tower_name: str | None
+    made: Path, folder: LlavaFolder, geometry: LlavaGeometry, precision: str, tower_name: str | None
 ) -> list[str]:
     """Config, tokenizer and the rest of the original layout's texts.  Returns notes for the user."""
-    precision = next(name for name, known in PRECISIONS.items() if known == dtype)
     config = hub_files.read_json(folder.config)
     plan = original_layout.plan_export(folder.path, config, geometry, precision, tower_name, with_tower=False)
     return [*plan.notes, *plan.write_text_files(made, folder.path)]

@@ -18,16 +18,17 @@ from megatron_patch.checkpoint_files import NOT_WEIGHTS, TRACKER, newest_iterati
 from megatron_patch.conversion import hub_files, original_layout
 from megatron_patch.conversion.adapters import (
     ADAPTER_LAYOUTS,
-    PRECISIONS,
     MergedReader,
     export_adapters,
     open_weights,
 )
 from megatron_patch.conversion.additions import Additions, read_tokens
 from megatron_patch.conversion.hub_weights import (
+    PRECISIONS,
     FileSpan,
     Stored,
     account,
+    cast,
     open_weight_file,
     row_blocks,
     write_hub_weights,
@@ -72,20 +73,6 @@ def precision_dtype(precision: str) -> torch.dtype:
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; wanted one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
-
-
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another dtype; the tensor itself when it has that dtype already.
-
-    Raises:
-        UserError: fp16 cannot hold a value.
-    """
-    if tensor.dtype == dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
-        raise UserError(f"{name} holds values up to {tensor.abs().max():g}, which fp16 cannot hold; pass bf16 or fp32")
-    return result
 
 
 # ---------------------------------------------------------------- hub -> Megatron
@@ -411,7 +398,7 @@ def convert_to_huggingface(
         check_model_size(model_size, geometry.language.parameters)
         if hf_folder is not None:
             _check_same_llm(config, checkpoint, hf_folder)
-        nbytes, notes = export_adapters(checkpoint, target, layout, dtype, hf_folder, tower_name)
+        nbytes, notes = export_adapters(checkpoint, target, layout, precision, hf_folder, tower_name)
         return Report(target, nbytes, time.monotonic() - began, notes)
     export = LAYOUTS[layout](hub, config, geometry, precision, tower_name=tower_name)
     rows = table_of_weights(geometry)

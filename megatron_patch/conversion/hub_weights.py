@@ -25,6 +25,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.weight_names import LEFT_OVER, MISSING, UNKNOWN, WRONG, another_shape, check_nothing_differs
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # by the launchers' PR
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Dtypes of things that may lie beside weights: buffers, masks, quantised tensors.  Listed, so that the message can
 # name them; no weight may have one.
@@ -357,6 +358,20 @@ def account(kind: str, source: Mapping[str, Stored], wanted: Iterable[HubTensor]
 
 
 # ---------------------------------------------------------------- writing
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another dtype; the tensor itself when it has that dtype already.
+
+    Raises:
+        UserError: fp16 cannot hold a value.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
+        raise UserError(f"{name} holds values up to {tensor.abs().max():g}, which fp16 cannot hold; pass bf16 or fp32")
+    return result
 
 
 def _file_header(tensors: Sequence[HubTensor], dtype: torch.dtype) -> bytes:

@@ -26,7 +26,6 @@ layouts that fit, the fastest first.
 
 A model and not a measurement; how far it is off stands in toolkits/benchmark/README.md.
 """
-NODE_DEVICES = 8  # of a node, over which FSDP=hybrid shares out
 USABLE = 0.92  # of a card's memory: the allocator's fragments and the driver take the rest
 PARALLEL = (1, 2, 4, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -71,8 +70,8 @@ def mix_of(text: str) -> LengthMix:
     return even(int(text))
 
 
-def plan_of(values: Mapping[str, str], frozen: Frozen, world: int) -> Plan:
-    """The layout of a run of so many processes.  Raises UserError."""
+def plan_of(values: Mapping[str, str], frozen: Frozen, world: int, of_node: int) -> Plan:
+    """The layout of a run of so many processes, so many of them on a node.  Raises UserError."""
     number = {name: int(values[name]) for name in ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE")}
     recompute = {"true": "sel", "offload": "false"}.get(values["AC"], values["AC"])
     return Plan(
@@ -91,7 +90,7 @@ def plan_of(values: Mapping[str, str], frozen: Frozen, world: int) -> Plan:
         values["PACKING"] == "true",
         int(values["DECODER_SEQ_LEN"]),
         int(values["NUM_WORKERS"]) or 1,
-        fsdp_ranks(values, world, NODE_DEVICES),
+        fsdp_ranks(values, world, of_node),
     )
 
 
@@ -240,7 +239,7 @@ class Planner:
         stage = STAGES[arguments.job[0].rpartition("/")[2]]
         mix = arguments.mix or (even(40) if stage == 1 else MIXES["mix665k"])
         try:
-            one = planned(geometry, plan_of(call, frozen, count), card, mix)
+            one = planned(geometry, plan_of(call, frozen, count, card.devices_per_node), card, mix)
             others = proposals(geometry, one.plan, card, count, mix) if arguments.propose or not one.fits else []
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -109,17 +109,16 @@ def load_whole(model: list["LlavaModel"], iteration: Path) -> str:
     Raises:
         UserError: on every rank alike: weights are missing, unknown or of another shape.
     """
-    from megatron.core import dist_checkpointing, mpu
+    from megatron.core import dist_checkpointing
 
-    from megatron_patch.training.strict_load import check_checkpoint, read_rank_weights
+    from megatron_patch.training.strict_load import check_checkpoint, content_metadata, read_rank_weights
 
     told = check_checkpoint(model, iteration.parent, iteration.name, base=True)
     if checkpoint_format(iteration) == "torch":
         (part,) = model  # check_checkpoint refuses an interleaved pipeline
         part.load_state_dict(read_rank_weights(iteration))
         return told
-    metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
-    metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+    metadata = content_metadata(iteration)
     for part in model:
         wanted = {"model": part.base_sharded_state_dict(metadata)}
         part.load_state_dict(dist_checkpointing.load(wanted, str(iteration))["model"])
@@ -132,14 +131,14 @@ def load_adapters(model: "LlavaModel", checkpoint: Path) -> None:
     Raises:
         UserError: as load_whole().
     """
-    from megatron.core import dist_checkpointing, mpu
+    from megatron.core import dist_checkpointing
 
-    from megatron_patch.training.strict_load import check_checkpoint
+    from megatron_patch.training.strict_load import check_checkpoint, content_metadata
 
     check_checkpoint([model], checkpoint)
-    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    wanted = {"model": model.sharded_state_dict(metadata=metadata)}
-    model.load_state_dict(dist_checkpointing.load(wanted, str(newest_iteration(checkpoint)))["model"])
+    iteration = newest_iteration(checkpoint)
+    wanted = {"model": model.sharded_state_dict(metadata=content_metadata(iteration))}
+    model.load_state_dict(dist_checkpointing.load(wanted, str(iteration))["model"])
 
 
 def with_base(base: Path, peft: Path | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -13,13 +13,15 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_patch import device
 from megatron_patch.checkpoint_files import base_of, newest_iteration
+from megatron_patch.errors import UserError
 from megatron_patch.geometry import VOCABULARY_STEP, LlavaGeometry
 from megatron_patch.llava_folder import LlavaFolder
-from megatron_patch.lora import PARTS
+from megatron_patch.lora import PARTS, LoraRecord
 from megatron_patch.model.llava import LlavaModel, build_tower, own_name, tower_config, weight_shapes
 from megatron_patch.step_flop import Frozen
 from megatron_patch.training.adapters import load_adapters, load_whole
 from megatron_patch.training.config import decoder_arguments
+from megatron_patch.training.strict_load import gathered
 from megatron_patch.weight_names import check_nothing_differs, differences
 
 SIXTEEN_BITS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
@@ -86,8 +88,21 @@ def load_weights(model: LlavaModel, checkpoint: Path) -> None:
     if record is None:
         load_whole([model], newest_iteration(checkpoint))
         return
-    load_whole([model], base_of(checkpoint, record))
+    load_whole([model], _base_of_all(checkpoint, record))
     load_adapters(model, checkpoint)
+
+
+def _base_of_all(checkpoint: Path, record: LoraRecord) -> Path:
+    """base_of(), whose reading of the whole base one rank does for all.  Raises UserError, on every rank alike."""
+    problem = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            base_of(checkpoint, record)
+        except UserError as error:
+            problem = str(error)
+    if (told := gathered(problem)[0]) is not None:
+        raise UserError(told)
+    return Path(record.base, record.iteration)
 
 
 def load_tower(geometry: LlavaGeometry, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> CLIPViTModel:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Module of LlavaModel -> name of its options.
-MODULES = {"language_model": None, "vision_model": "vision_tower", "vision_projection": "projector"}
+from megatron_patch.lora import PARTS
+
+LANGUAGE_MODEL = "language_model"  # has the run's own learning rate and weight decay
 TYPED = ("max_lr", "min_lr", "start_wd", "end_wd")  # of a parameter group
 
 
@@ -20,10 +21,10 @@ class ModuleOverrides:
 def read_overrides(args: Any) -> dict[str, ModuleOverrides]:
     """ModuleOverrides by module of LlavaModel from Megatron's arguments."""
     return {
-        module: ModuleOverrides(getattr(args, f"{option}_lr"), getattr(args, f"{option}_weight_decay"))
-        if option
-        else ModuleOverrides()
-        for module, option in MODULES.items()
+        module: ModuleOverrides()
+        if part == LANGUAGE_MODEL
+        else ModuleOverrides(getattr(args, f"{part}_lr"), getattr(args, f"{part}_weight_decay"))
+        for part, module in PARTS.items()
     }
 
 

@@ -46,10 +46,15 @@ def source_folder(load: str | None, pretrained: str | None) -> Path | None:
     return None
 
 
+def content_metadata(iteration: Path) -> dict[str, Any]:
+    """For sharded_state_dict(), of what an iteration of the format torch_dist holds: layers stacked or one by one."""
+    metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}
+    return metadata | {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+
+
 def _distributed_shapes(model: list[LlavaModel], iteration: Path, base: bool) -> tuple[Shapes, Shapes, int]:
     """(wanted by this rank, stored, number of other tensors) of a torch_dist checkpoint, by global name and shape."""
-    metadata = dist_checkpointing.load_content_metadata(str(iteration)) or {}  # layers stacked or one by one
-    metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+    metadata = content_metadata(iteration)
     wanted: Shapes = {}
     for part in model:
         state = part.base_sharded_state_dict(metadata) if base else part.sharded_state_dict(metadata=metadata)
@@ -113,7 +118,8 @@ def _mapped(path: Path, place: PlacedTensor) -> torch.Tensor:
     return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
     if not torch.distributed.is_initialized():
         return [value]
     result: list[Any] = [None] * torch.distributed.get_world_size()
@@ -143,7 +149,7 @@ def check_checkpoint(
         problem, is_torch = str(error), False
     if alone:
         stored = {key: shape for key, shape in stored.items() if key in wanted}
-    reports = [(problem, wanted, stored)] if alone else _gathered((problem, wanted, stored))
+    reports = [(problem, wanted, stored)] if alone else gathered((problem, wanted, stored))
     for text in (report[0] for report in reports):
         if text is not None:
             raise UserError(text)
