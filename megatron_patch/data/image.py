@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_patch.data.image_structure import JPEG_MAGIC, PNG_MAGIC, Structure, examine, examine_with_size
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.tile_plan import AnyResolution
 
 # Those that data sets hold and that are told by their first bytes (TGA is not: Pillow would try it on anything).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -30,6 +31,8 @@ MAX_PIXELS = 8192 * 8192  # 256 MiB once decoded; what is resized or padded neve
 MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
 # Filters without jumps: a rounding error of the last bit in a position leaves the pixel as it is.
 SMOOTH_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+ORIENTATION = 0x0112  # EXIF's tag
+TURNED_ASIDE = (5, 6, 7, 8)  # its values that swap height and width
 ROWS_AT_ONCE = 256  # of deep or transparent images, which need several copies while they are made plain
 
 # Pillow warns of odd metadata and of sizes near its own limit.  What is refused is counted here, the rest is fine.
@@ -110,6 +113,55 @@ def image_to_tiles(
     grid = _channels_first(_fit(image, columns * side_px, rows * side_px, *way))
     tiles = grid.reshape(3, rows, side_px, columns, side_px).transpose(1, 3, 0, 2, 4)
     return np.concatenate([tiles.reshape(-1, 3, side_px, side_px), thumbnail[None]])
+
+
+def image_to_grid(
+    image: Image.Image, rule: AnyResolution, resample: int = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """RGB image -> uint8 [1 + rows * columns, 3, side_px, side_px]: the base tile, then the grid's, row by row.
+
+    The base tile is the image squeezed to a square.  For the grid the image is enlarged or shrunk until it fills the
+    grid of rule.plan() in one direction, in the middle of black.
+    """
+    side, size = rule.side_px, (image.height, image.width)
+    rows_px, columns_px = rule.grid_size(size)
+    height, width = rule.fitted_size(size, (rows_px, columns_px))
+    canvas = Image.new("RGB", (columns_px, rows_px))
+    canvas.paste(image.resize((width, height), resample), ((columns_px - width) // 2, (rows_px - height) // 2))
+    tiles = _channels_first(canvas).reshape(3, rows_px // side, side, columns_px // side, side).transpose(1, 3, 0, 2, 4)
+    base = _channels_first(image.resize((side, side), resample))
+    return np.concatenate([base[None], tiles.reshape(-1, 3, side, side)])
+
+
+def image_size(data: bytes, apply_exif_orientation: bool = True) -> tuple[int, int]:
+    """(height, width) in pixels of the image that open_image() makes of these bytes; read from the header if it can be.
+
+    Raises RecordError as open_image().
+    """
+    size = _size_by_header(data, apply_exif_orientation)
+    if size is None:
+        image = open_image(data, apply_exif_orientation)
+        size = (image.height, image.width)
+    return size
+
+
+def _size_by_header(data: bytes, apply_exif_orientation: bool) -> tuple[int, int] | None:
+    """None where only decoding tells: the header is damaged or cut off, or of a format that Pillow turns by itself."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "WEBP", "BMP"))
+        _refuse_large(*image.size)
+        # a PNG's EXIF block may stand behind its pixels: then Pillow would have to decode those
+        turned = image.format in ("JPEG", "WEBP") or (image.format == "PNG" and b"eXIf" in data)
+        if apply_exif_orientation and turned:
+            if image.format == "PNG":
+                return None
+            if image.getexif().get(ORIENTATION) in TURNED_ASIDE:
+                return image.width, image.height
+        return image.height, image.width
+    except RecordError:
+        raise
+    except Exception:  # whatever it is, decoding will say it
+        return None
 
 
 def _header_is_fine(data: bytes) -> bool:
