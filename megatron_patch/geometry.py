@@ -5,6 +5,7 @@ of towers differ in stands in language_models.py and vision_towers.py.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from megatron_patch.errors import UserError
 from megatron_patch.language_models import LANGUAGE_MODELS, LanguageModel
+from megatron_patch.llava_kinds import LLAVA_KINDS, LlavaKind
+from megatron_patch.tile_plan import AnyResolution, read_candidates
 from megatron_patch.vision_towers import VISION_TOWERS, VisionTower
 
 IGNORE_LABEL = -100  # torch's, Hugging Face's and LLaVA's own mark of a position that is not trained
@@ -121,6 +124,18 @@ class LlavaGeometry:
     tower: TowerGeometry
     projector_type: str
     image_token_id: int
+    model_type: str = "llava"
+    any_resolution: AnyResolution | None = None  # None: an image is one tile, as in LLaVA-1.5
+
+    @property
+    def kind(self) -> LlavaKind:
+        """The row of this model_type."""
+        return LLAVA_KINDS[self.model_type]
+
+    @property
+    def newline_parameters(self) -> int:
+        """Number of parameters of image_newline; 0 where there is none."""
+        return self.language.hidden if self.kind.any_resolution else 0
 
     @property
     def projector_parameters(self) -> int:
@@ -270,13 +285,41 @@ def _tower(config: dict[str, Any], feature_layer: object, strategy: str) -> Towe
     )
 
 
+def _any_resolution(config: dict[str, Any], kind: LlavaKind, tower: TowerGeometry) -> AnyResolution | None:
+    if not kind.any_resolution:
+        return None
+    if not config.get("use_image_newline_parameter", True):
+        raise UserError("use_image_newline_parameter is false; a model without image_newline is not built here")
+    side, aspect = tower.side_px // tower.patch_px, config.get("vision_aspect_ratio", kind.aspect_ratio)
+    if tower.image_tokens != side * side:
+        raise UserError(
+            f"the tower gives {tower.image_tokens} features for {side} x {side} patches, which no grid can be made of; "
+            f"wanted vision_feature_select_strategy {tower.kind.select_strategy!r}"
+        )
+    most = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect or "") if kind.aspect_ratio else None
+    if kind.aspect_ratio and not most:
+        raise UserError(f"vision_aspect_ratio is {aspect!r}; wanted anyres_max_ and a number, as {kind.aspect_ratio}")
+    try:
+        candidates = read_candidates(config.get("image_grid_pinpoints"), tower.side_px)
+    except ValueError as error:
+        raise UserError(f"image_grid_pinpoints {error}") from None
+    return AnyResolution(
+        candidates,
+        side_px=tower.side_px,
+        patches=side,
+        most_tiles=int(most[1]) if most else None,
+        several_plain=kind.several_plain,
+    )
+
+
 def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
     """Geometry of a full LLaVA config.
 
     Raises:
         UserError: a number is missing, or the model is of a kind that is not known; named, with what is known.
     """
-    check_known("model_type", config.get("model_type", "llava"), ("llava",))
+    model_type = config.get("model_type", "llava")
+    check_known("model_type", model_type, LLAVA_KINDS)
     strategy = config.get("vision_feature_select_strategy", "default")
     check_known("vision_feature_select_strategy", strategy, SELECT_STRATEGIES)
     check_known("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
@@ -284,9 +327,12 @@ def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
     check_known("mm_projector_type", projector_type, PROJECTOR_TYPES)
     if not config.get("multimodal_projector_bias", True):
         raise UserError("multimodal_projector_bias is false; LLaVA-1.5's projector has biases")
+    tower = _tower(_value(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2), strategy)
     return LlavaGeometry(
         language=_language(_value(config, "text_config", "config.json")),
-        tower=_tower(_value(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2), strategy),
+        tower=tower,
+        model_type=model_type,
+        any_resolution=_any_resolution(config, LLAVA_KINDS[model_type], tower),
         projector_type=projector_type,
         image_token_id=_value(
             config, "image_token_index" if "image_token_index" in config else "image_token_id", "config.json"

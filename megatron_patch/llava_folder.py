@@ -4,7 +4,8 @@
     tokenizer.json and others    the tokenizer; tokenizer_files.load_tokenizer reads it from the folder
     tokenizer.model              sentencepiece's, where the source had one: not read, for the export
     preprocessor_config.json     pixel statistics, side, crop and filter of the vision tower's images
-    processor_config.json        transformers' LlavaProcessor
+    processor_config.json        transformers' LlavaProcessor, or that of the model's kind
+    video_preprocessor_config.json  of LLaVA-OneVision
     provenance.json              what the folder was made of, by which versions
     untrained_tower.safetensors  layers of the tower that do not run, for the export
     llava_training.json          image and prompt settings of the training (TrainingSettings); absent before any
@@ -41,6 +42,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"

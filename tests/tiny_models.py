@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_patch.llava_kinds import LLAVA_KINDS
+
 FAMILIES = ("llama", "mistral", "qwen2")  # one of each kind that most tests go through
 # The others, each with what sets it apart: rope scaling, GQA, 9 heads in 3 groups, a window of 48 tokens, an untied
 # head beside QKV biases, norms of queries and keys with heads wider than hidden / heads.
@@ -331,9 +333,11 @@ def make_tiny_llava(
     tied: bool | None = None,
     layers: int = 4,
     tower: str = "clip",
+    kind: str = "llava",
 ) -> Path:
     """A whole LLaVA in the hub layout with tokenizer and processor: `LlavaForConditionalGeneration`, `AutoProcessor`.
 
+    kind: of llava_kinds.LLAVA_KINDS; with its own grids of tiles, and at most 2 tiles' features in place of 9.
     The text vocabulary has 336 rows (352 for qwen); `<image>` is token 320.  siglip_last takes the last layer's
     features, the others the last but one's; SigLIP keeps all tokens.
     """
@@ -344,16 +348,22 @@ def make_tiny_llava(
     text = text_config(family, vocab, tied)
     vision = vision_config(layers, tower)
     strategy = "default" if tower.startswith("clip") else "full"
-    config = transformers.LlavaConfig(
+    row, own = LLAVA_KINDS[kind], {"image_seq_length": (vision.image_size // vision.patch_size) ** 2}
+    if row.any_resolution:
+        own = {"image_grid_pinpoints": row.pinpoints(vision.image_size)}
+    if row.video_token:
+        own |= {"vision_aspect_ratio": "anyres_max_2", "video_token_index": TOKENIZER_SIZE + 1}
+    config = transformers.AutoConfig.for_model(
+        kind,
         vision_config=vision,
         text_config=text,
         image_token_index=TOKENIZER_SIZE,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        **own,
         vision_feature_layer=-1 if tower == "siglip_last" else -2,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    model = transformers.LlavaForConditionalGeneration(config)
+    model = getattr(transformers, row.architecture)(config)
     randomize(model, seed)
 
     def hub_name(name: str) -> str:
@@ -364,13 +374,24 @@ def make_tiny_llava(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token
         tokenizer.save_pretrained(str(folder))
+    if row.video_token:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+        tokenizer.save_pretrained(str(folder))
     _save_image_processor(folder, tower)
+    if row.any_resolution:
+        images = json.loads((folder / "preprocessor_config.json").read_text())
+        images |= {"image_processor_type": row.image_processor, "image_grid_pinpoints": config.image_grid_pinpoints}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": row.processor,
         "image_token": "<image>",
-        "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
         "vision_feature_select_strategy": strategy,
     }
+    if row.video_token:
+        patches = vision.image_size // vision.patch_size
+        processor |= {"num_image_tokens": patches**2, "vision_aspect_ratio": "anyres_max_2"}
+    else:
+        additional = 1 if strategy == "default" else 0
+        processor |= {"patch_size": vision.patch_size, "num_additional_image_tokens": additional}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     return folder

@@ -24,6 +24,7 @@ class Additions:
         seed: of a new projector; None: DEFAULT_SEED.
         feature_layer: vision_feature_layer for a tower of its own folder; None: -2, LLaVA's.
         vocabulary_multiple: the embedding is given unused rows up to a multiple of this.
+        kind: of LLAVA_KINDS, of a LLaVA made from an LLM and a tower; None: llava, 1.5.
     """
 
     tokens: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class Additions:
     seed: int | None = None
     vocabulary_multiple: int = 1
     feature_layer: int | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.vocabulary_multiple < 1:

@@ -155,6 +155,7 @@ def convert_to_megatron(
     mm_projector: str | Path | None = None,
     add_tokens: Sequence[str] = (),
     vision_feature_layer: int | None = None,
+    kind: str | None = None,
     seed: int | None = None,
     checkpoint_format: str = "torch_dist",
     progress: bool = False,
@@ -173,6 +174,7 @@ def convert_to_megatron(
         mm_projector: an mm_projector.bin to start from, instead of a new projector.
         add_tokens: special tokens (see additions.read_tokens) for tokenizer, embedding and head.
         vision_feature_layer: hidden layer of source_clip that the projector sees; None: what the tower's row says.
+        kind: of LLAVA_KINDS, of a LLaVA made from an LLM and a tower; None: llava, which is 1.5.
         seed: of the new projector's weights; None: 1234.  Refused where there is no new one.
         checkpoint_format: torch_dist, read at any TP and PP; or torch, files for the ranks of this TP and PP alone.
         progress: show a bar on stderr.
@@ -184,7 +186,9 @@ def convert_to_megatron(
     clip = None if source_clip is None else Path(source_clip)
     dtype = precision_dtype(precision)
     projector_file = None if mm_projector is None else Path(mm_projector)
-    additions = Additions(read_tokens(add_tokens), projector, projector_file, seed, feature_layer=vision_feature_layer)
+    additions = Additions(
+        read_tokens(add_tokens), projector, projector_file, seed, feature_layer=vision_feature_layer, kind=kind
+    )
     check_known("checkpoint format", checkpoint_format, FORMATS)
     check_target(target)
     plan = make_plan(llm, clip, precision, additions)
@@ -221,6 +225,7 @@ def convert_to_megatron(
             "precision": precision,
             "tensor_parallel": tensor_parallel,
             "pipeline_parallel": pipeline_parallel,
+            "kind": geometry.model_type,
             "projector": geometry.projector_type,
             "mm_projector": projector_file and projector_file.name,
             "add_tokens": list(additions.tokens),

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from megatron_patch.llava_folder import (
     PROCESSOR,
     SENTENCEPIECE,
     TOKENIZER_CONFIG,
+    VIDEO_PROCESSOR,
     LlavaFolder,
 )
+from megatron_patch.llava_kinds import LLAVA_KINDS, VIDEO_MARK
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import OF_OPENAI_FILES, VISION_TOWERS, whole_models
 
@@ -92,13 +95,17 @@ class Tokens:
     image_id: int
     largest_id: int
     notes: list[str]
+    video_id: int | None = None  # where it was asked for
 
 
-def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = (), config: Any = None) -> Tokens:
+def prepare_tokenizer(
+    folder: Path, add_tokens: Sequence[str] = (), config: Any = None, video_token: bool = False
+) -> Tokens:
     """The folder's tokenizer with new special tokens, then `<image>`, each when missing; a pad token named when missing
     (unk, else eos).
 
     Args:
+        video_token: `<video>` stands behind `<image>`, when missing too.
         config: transformers' config object of the LLM, where the folder's config.json is none that transformers knows.
     Raises:
         UserError: there is no tokenizer that transformers can load from these files.
@@ -108,9 +115,10 @@ def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = (), config: Any 
     with _quiet_transformers():
         tokenizer = load_tokenizer(folder, config)
         notes = _add_special_tokens(tokenizer, add_tokens)
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-            notes.append(f"{IMAGE_TOKEN} added to the tokenizer as id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}")
+        for token in (IMAGE_TOKEN, VIDEO_MARK) if video_token else (IMAGE_TOKEN,):
+            if token not in tokenizer.get_vocab():
+                tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+                notes.append(f"{token} added to the tokenizer as id {tokenizer.convert_tokens_to_ids(token)}")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
             if tokenizer.pad_token is None:
@@ -119,7 +127,8 @@ def prepare_tokenizer(folder: Path, add_tokens: Sequence[str] = (), config: Any 
     ids = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)
     if len(ids) != 1:
         raise UserError(f"{folder}: the tokenizer cuts {IMAGE_TOKEN} into {len(ids)} tokens; make it a special token")
-    return Tokens(tokenizer, ids[0], max(tokenizer.get_vocab().values()), notes)
+    video_id = tokenizer.convert_tokens_to_ids(VIDEO_MARK) if video_token else None
+    return Tokens(tokenizer, ids[0], max(tokenizer.get_vocab().values()), notes, video_id)
 
 
 def _add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
@@ -137,16 +146,23 @@ def _add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
 
 
 def llava_config(
-    llm: Path, clip: Path, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int
+    llm: Path,
+    clip: Path,
+    tokens: Tokens,
+    vocabulary: int,
+    precision: str,
+    projector: str,
+    feature_layer: int,
+    kind: str,
 ) -> dict[str, Any]:
-    """Full LLaVA config of an LLM folder and a CLIP folder, LLaVA-1.5's choices for the rest.
+    """Full config of an LLM folder and a CLIP folder, the choices of this kind of LLAVA_KINDS for the rest.
 
     Raises:
         UserError: an LLM or tower the table does not know.
     """
     check_known("LLM model_type", model_type(llm), LANGUAGE_MODELS)
     text, vision = _auto_config(llm), tower_config(clip)
-    return compose_config(text, vision, image_id, vocabulary, precision, projector, feature_layer)
+    return compose_config(text, vision, tokens, vocabulary, precision, projector, feature_layer, kind)
 
 
 def tower_config(folder: Path) -> Any:
@@ -175,25 +191,42 @@ def config_object(model_type: str, values: dict[str, Any]) -> Any:
 
 
 def compose_config(
-    text: Any, vision: Any, image_id: int, vocabulary: int, precision: str, projector: str, feature_layer: int
+    text: Any,
+    vision: Any,
+    tokens: Tokens,
+    vocabulary: int,
+    precision: str,
+    projector: str,
+    feature_layer: int,
+    kind: str = "llava",
+    pinpoints: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Full LLaVA config from transformers' config objects of its two halves."""
-    from transformers import LlavaConfig
+    """Full LLaVA config from transformers' config objects of its two halves.
 
+    Args:
+        kind: of LLAVA_KINDS.
+        pinpoints: image_grid_pinpoints, where the kind has them; None: those of the kind.
+    """
     text.vocab_size = vocabulary
-    patches = (vision.image_size // vision.patch_size) ** 2
+    row = LLAVA_KINDS[kind]
+    values = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": tokens.image_id,
+        "vision_feature_layer": feature_layer,
+        "vision_feature_select_strategy": VISION_TOWERS[vision.model_type].select_strategy,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    if row.any_resolution:
+        values["image_grid_pinpoints"] = list(pinpoints or row.pinpoints(vision.image_size))
+    if row.aspect_ratio:
+        values["vision_aspect_ratio"] = row.aspect_ratio
+    if tokens.video_id is not None:
+        values["video_token_index"] = tokens.video_id
     with _quiet_transformers():
-        config = LlavaConfig(
-            text_config=text,
-            vision_config=vision,
-            image_token_index=image_id,
-            image_seq_length=patches,
-            vision_feature_layer=feature_layer,
-            vision_feature_select_strategy=VISION_TOWERS[vision.model_type].select_strategy,
-            projector_hidden_act="gelu",
-            multimodal_projector_bias=True,
-            tie_word_embeddings=text.tie_word_embeddings,
-        )
+        config = config_object(kind, values)
         return finish_config(json.loads(config.to_json_string(use_diff=False)), precision, projector)
 
 
@@ -202,11 +235,15 @@ def finish_config(config: dict[str, Any], precision: str, projector: str) -> dic
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     parts = {part: _tidy(config[part]) | {"dtype": dtype} for part in ("text_config", "vision_config")}
     config = _tidy(config) | parts
-    config |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "dtype": dtype}
+    kind = config.setdefault("model_type", "llava")
+    check_known("model_type", kind, LLAVA_KINDS)
+    config |= {"architectures": [LLAVA_KINDS[kind].architecture], "dtype": dtype}
     if projector != "mlp2x_gelu":
         config["mm_projector_type"] = projector
-    # LLaVA folders may hold transformers' default of 576 for any tower; the launchers compare SEQ_LEN with it
-    return config | {"image_seq_length": read_geometry(config).tower.image_tokens}
+    if LLAVA_KINDS[kind].image_seq_length:
+        # LLaVA folders may hold transformers' default of 576 for any tower; the launchers compare SEQ_LEN with it
+        config["image_seq_length"] = read_geometry(config).tower.image_tokens
+    return config
 
 
 def with_older_rope(text: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +313,52 @@ def image_processor(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any
         "do_convert_rgb": True,
     }
     process = _cropped if kind.center_crop else _squeezed
-    return {"image_processor_type": kind.image_processor} | process(folder, values, defaults, side), notes
+    images = {"image_processor_type": kind.image_processor} | process(folder, values, defaults, side)
+    return images | _of_any_resolution(folder, values, config), notes
+
+
+def _of_any_resolution(folder: Path, values: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What the processor of a kind that cuts tiles has beside the tower's; nothing of the others."""
+    kind, pinpoints = LLAVA_KINDS[config["model_type"]], config.get("image_grid_pinpoints")
+    if not kind.any_resolution:
+        return {}
+    if values.get("image_grid_pinpoints", pinpoints) != pinpoints:
+        raise UserError(
+            f"{folder}: image_grid_pinpoints of {IMAGE_PROCESSOR} and {CONFIG} differ; the processor would cut other "
+            "tiles than the model expects: make them equal"
+        )
+    return {"image_processor_type": kind.image_processor, "image_grid_pinpoints": pinpoints, "do_pad": True}
+
+
+def _video_processor(source: Path, images: dict[str, Any]) -> dict[str, Any]:
+    """video_preprocessor_config.json of the source; where it has none, frames are squeezed as images are."""
+    if (source / VIDEO_PROCESSOR).is_file():
+        return read_json(source / VIDEO_PROCESSOR)
+    names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    values = {name: images[name] for name in names}
+    return {"video_processor_type": "LlavaOnevisionVideoProcessor"} | values
+
+
+def _processor(config: dict[str, Any]) -> dict[str, Any]:
+    """processor_config.json: from what the processor counts the tokens of an image."""
+    kind, vision = LLAVA_KINDS[config["model_type"]], config["vision_config"]
+    values = {
+        "processor_class": kind.processor,
+        "image_token": IMAGE_TOKEN,
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    }
+    if kind.video_token:
+        patches = read_geometry(config).any_resolution.patches
+        return values | {
+            "video_token": VIDEO_MARK,
+            "num_image_tokens": patches * patches,
+            "vision_aspect_ratio": config["vision_aspect_ratio"],
+        }
+    return values | {
+        "patch_size": vision["patch_size"],
+        # the class token, which the strategy "default" subtracts again
+        "num_additional_image_tokens": int(VISION_TOWERS[vision["model_type"]].class_token),
+    }
 
 
 def _cropped(folder: Path, values: dict[str, Any], defaults: dict[str, Any], side: int) -> dict[str, Any]:
@@ -313,17 +395,9 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
     write_json(folder / CONFIG, config)
     images, notes = image_processor(tower, config)
     write_json(folder / IMAGE_PROCESSOR, images)
-    write_json(
-        folder / PROCESSOR,
-        {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE_TOKEN,
-            "patch_size": config["vision_config"]["patch_size"],
-            # the class token, which the strategy "default" subtracts again
-            "num_additional_image_tokens": int(VISION_TOWERS[config["vision_config"]["model_type"]].class_token),
-            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
-        },
-    )
+    write_json(folder / PROCESSOR, _processor(config))
+    if LLAVA_KINDS[config["model_type"]].video_token:
+        write_json(folder / VIDEO_PROCESSOR, _video_processor(llm, images))
     with _quiet_transformers():
         tokens.tokenizer.save_pretrained(str(folder))
         settings = read_json(folder / TOKENIZER_CONFIG)  # without a trace of how it was loaded here
@@ -339,12 +413,14 @@ def write_hub_folder(folder: Path, config: dict[str, Any], tokens: Tokens, llm: 
             generation = GenerationConfig.from_model_config(_auto_config(folder).get_text_config())
             generation.save_pretrained(str(folder))
         try:
-            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+            saved = {"tokenizer": AutoTokenizer.from_pretrained(str(folder), local_files_only=True)}
+            # transformers' processor of videos does not load without torchvision, which nothing here needs
+            if not LLAVA_KINDS[config["model_type"]].video_token or find_spec("torchvision"):
+                saved["processor"] = AutoProcessor.from_pretrained(str(folder), local_files_only=True).tokenizer
         except Exception as error:
             raise UserError(f"the tokenizer or processor of {llm} does not survive saving: {error}") from error
     for probe in (*_PROBES, f"a {IMAGE_TOKEN}\nb"):
-        for name, other in (("tokenizer", loaded), ("processor", processor.tokenizer)):
+        for name, other in saved.items():
             if other(probe)["input_ids"] != tokens.tokenizer(probe)["input_ids"]:
                 raise UserError(
                     f"the saved {name} cuts {probe!r} into other tokens than the one in {llm}; save the source's "

@@ -267,6 +267,7 @@ _LLAVA_RULES = [
     (r"language_model\.(?=model\.|lm_head\.)", "language_model."),  # hub files
     (r"vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),  # transformers 5 writes no vision_model
     (r"multi_modal_projector\.", "multi_modal_projector."),
+    (r"(?:model\.)?image_newline$", "image_newline"),
     (r"model\.language_model\.", "language_model.model."),  # as in memory in transformers 5
     (r"model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
@@ -279,6 +280,7 @@ _ORIGINAL_RULES = [
     (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"model\.mm_projector\.(?=(?:weight|bias)$)", "multi_modal_projector.linear_1."),  # a linear projector
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"model\.image_newline$", "image_newline"),
     (r"model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
     (r"lm_head\.", "language_model.lm_head."),
 ]

@@ -23,6 +23,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known, read_geometry
 from megatron_patch.language_models import LANGUAGE_MODELS
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
+from megatron_patch.llava_kinds import LLAVA_KINDS, NEWLINE
 from megatron_patch.vision_towers import VISION_TOWERS
 
 VOCABULARY_TENSORS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
@@ -72,10 +73,12 @@ def make_plan(llm: Path, clip: Path | None, precision: str, additions: Additions
     """
     if additions.projector is not None:
         check_known("projector", additions.projector, PROJECTOR_TYPES)
+    if additions.kind is not None:
+        check_known("model kind", additions.kind, LLAVA_KINDS)
     if hub_files.model_type(llm).startswith("llava") and original_layout.is_original(llm):
         _refuse_additions(llm, additions)
         return _plan_original(llm, clip, precision, additions)
-    if hub_files.model_type(llm) == "llava":
+    if hub_files.model_type(llm) in LLAVA_KINDS:
         if clip is not None:
             raise UserError(f"{llm} is a whole LLaVA with its own tower; pass none instead of {clip}")
         _refuse_additions(llm, additions)
@@ -94,6 +97,8 @@ def _refuse_additions(folder: Path, additions: Additions) -> None:
             f"{folder} is a whole LLaVA, whose config names the layer its projector was trained for; leave the vision "
             f"feature layer {additions.feature_layer} out"
         )
+    if additions.kind is not None:
+        raise UserError(f"{folder} is a whole LLaVA, whose config names its kind; leave the kind {additions.kind} out")
     for what, value in (("kind", additions.projector), ("seed", additions.seed)):
         if value is not None:
             raise UserError(
@@ -118,13 +123,14 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
         if additions.seed is not None:
             raise UserError(f"{additions.projector_file} is no new projector to be drawn; leave the seed {seed} out")
         projector, from_file = _projector_of(additions)
-    tokens = hub_files.prepare_tokenizer(llm, additions.tokens)
+    kind = additions.kind or next(iter(LLAVA_KINDS))
+    tokens = hub_files.prepare_tokenizer(llm, additions.tokens, video_token=LLAVA_KINDS[kind].video_token)
     stored_rows = hub_files.full_config(llm)["vocab_size"]
     vocabulary = _vocabulary(stored_rows, tokens, additions)
     feature_layer = additions.feature_layer
     if feature_layer is None:
         feature_layer = VISION_TOWERS[tower.model_type].feature_layer
-    config = hub_files.llava_config(llm, clip, tokens.image_id, vocabulary, precision, projector, feature_layer)
+    config = hub_files.llava_config(llm, clip, tokens, vocabulary, precision, projector, feature_layer, kind)
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)
 
@@ -145,6 +151,9 @@ def _plan_parts(llm: Path, clip: Path, precision: str, additions: Additions) -> 
         weights |= account("projector", from_file, wanted_projector)
         origin = {"origin": "file"} | hub_files.file_fingerprint(additions.projector_file)
         notes.append(f"projector {projector} from {additions.projector_file.name}")
+    if geometry.kind.any_resolution:
+        weights[NEWLINE] = _new_newline(geometry, seed)
+        notes.append(f"new {NEWLINE}: normal, deviation 1/sqrt({geometry.language.hidden}), seed {seed}")
     notes += _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {
         "projector": {"type": projector} | origin,
@@ -192,7 +201,7 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     stored_rows = text.vocab_size
     vocabulary = _vocabulary(stored_rows, tokens, additions)
     config = hub_files.compose_config(
-        text, found.config, tokens.image_id, vocabulary, precision, original.projector, original.feature_layer
+        text, found.config, tokens, vocabulary, precision, original.projector, original.feature_layer
     )
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)
@@ -249,6 +258,13 @@ def _new_projector(geometry: LlavaGeometry, seed: int) -> dict[str, Stored]:
         drawn = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
         tensors[part.name] = in_memory(drawn, "new projector")
     return tensors
+
+
+def _new_newline(geometry: LlavaGeometry, seed: int) -> Stored:
+    """A fresh image_newline as the original code and transformers draw it: normal / sqrt(hidden); fp32, from a
+    generator of its own."""
+    drawn = torch.randn(geometry.language.hidden, generator=torch.Generator().manual_seed(seed))
+    return in_memory(drawn / math.sqrt(geometry.language.hidden), "new image_newline")
 
 
 def _origin_of_projector(source: Path, kind: str) -> dict[str, Any]:

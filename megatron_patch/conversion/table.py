@@ -1,7 +1,7 @@
 """The one table of weights.  A row is (Megatron key, transform, hub tensors); both directions read the same rows.
 
 Hub names are those of hub LLaVA files (`language_model.model.*`, `vision_tower.vision_model.*`,
-`multi_modal_projector.*`); hub_weights.py turns other spellings into these.  Those of Llama and CLIP stand here, a
+`multi_modal_projector.*`, `image_newline`); hub_weights.py turns other spellings into these.  Those of Llama and CLIP stand here, a
 family's or tower's own in its row of language_models.py or vision_towers.py.  Megatron keys are those of torch_dist
 checkpoints: layers stacked along a new first axis, norms under their Transformer Engine names.
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from megatron_patch.conversion.transforms import QueryKeyValue, Reshaped, Rows, Same, Shape, Transform
 from megatron_patch.geometry import LanguageGeometry, LlavaGeometry, TowerGeometry
+from megatron_patch.llava_kinds import NEWLINE
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ def projector_rows(geometry: LlavaGeometry) -> list[Row]:
 
 def table_of_weights(geometry: LlavaGeometry) -> list[Row]:
     """All rows of a LLaVA."""
-    return llm_rows(geometry.language) + tower_rows(geometry.tower) + projector_rows(geometry)
+    rows = llm_rows(geometry.language) + tower_rows(geometry.tower) + projector_rows(geometry)
+    if geometry.kind.any_resolution:
+        rows.append(Row(f"{NEWLINE}.weight", Same(), (HubTensor(NEWLINE, (geometry.language.hidden,)),)))
+    return rows
 
 
 def untrained_tower(tower: TowerGeometry) -> list[HubTensor]:

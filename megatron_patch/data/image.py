@@ -115,9 +115,7 @@ def image_to_tiles(
     return np.concatenate([tiles.reshape(-1, 3, side_px, side_px), thumbnail[None]])
 
 
-def image_to_grid(
-    image: Image.Image, rule: AnyResolution, resample: int = Image.Resampling.BICUBIC
-) -> np.ndarray:
+def image_to_grid(image: Image.Image, rule: AnyResolution, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
     """RGB image -> uint8 [1 + rows * columns, 3, side_px, side_px]: the base tile, then the grid's, row by row.
 
     The base tile is the image squeezed to a square.  For the grid the image is enlarged or shrunk until it fills the

@@ -22,6 +22,7 @@ from megatron_patch.launch.rules import (
     missing,
     one_of,
 )
+from megatron_patch.llava_kinds import LLAVA_KINDS
 
 ENTRY = f"{REPOSITORY}/toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.py"
 ADAPTER_LAYOUTS = ("peft", "original_lora")
@@ -94,6 +95,14 @@ OPTIONS = (
         own="--vision-feature-layer",
     ),
     option(
+        "MODEL_KIND",
+        "(llava)",
+        one_of(*LLAVA_KINDS),
+        "kind of the LLaVA that is made of an LLM and a tower: 1.5, or one that sees images at any resolution; not with "
+        "mg2hf=true",
+        own="--model-kind",
+    ),
+    option(
         "ADD_TOKENS",
         "(none)",
         TEXT,
@@ -137,6 +146,7 @@ NOT_FOR_EXPORTS = {
     "PROJECTOR": "keeps the projector of the checkpoint",
     "PROJECTOR_PATH": "keeps the projector of the checkpoint",
     "VISION_FEATURE_LAYER": "keeps the checkpoint's",
+    "MODEL_KIND": "keeps the checkpoint's",
     "ADD_TOKENS": "keeps the tokenizer of the checkpoint",
     "CKPT_FORMAT": "sees the checkpoint's format itself",
 }

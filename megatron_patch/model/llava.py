@@ -1,11 +1,11 @@
-"""LLaVA-1.5: tower -> projector -> scatter into the embedded text -> decoder -> loss at labelled positions.
+"""LLaVA: tower -> projector -> scatter into the embedded text -> decoder -> loss at labelled positions.
 
 Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeline owns tower and projector.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -195,6 +195,49 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     }
 
 
+class ImageNewline(MegatronModule):
+    """The learnt token that ends a row of an image's features, the same on every rank: one weight [H]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+        here = "cpu" if config.use_cpu_initialization else device.current_device()
+        drawn = torch.empty(config.hidden_size, dtype=config.params_dtype, device=here)
+        if config.perform_initialization:
+            drawn.normal_(std=config.hidden_size**-0.5)
+        self.weight = torch.nn.Parameter(drawn)
+
+
+def arrange(images: Tensor, plans: Sequence[Sequence[int]], newline: Tensor, patches: int) -> Tensor:
+    """Features of tiles -> features in the order of their placeholders, as transformers' pack_image_features.
+
+    Args:
+        images: [N, P * P, H], the tiles of all images, each image's base tile before those of its grid.
+        plans: tile_plan.TilePlan.numbers of each image.
+        newline: [H].
+        patches: P.
+
+    Returns:
+        [T, H].
+    """
+    width = images.shape[-1]
+    newline = newline.to(images.dtype)
+    found, first = [], 0
+    for tiles, newlines, rows, columns, top, left, *shown in plans:
+        own, first = images[first : first + tiles], first + tiles
+        if not rows:
+            found += [own.reshape(-1, width), newline.expand(newlines, width)]
+            continue
+        grid = own[1:].view(rows, columns, patches, patches, width).transpose(1, 2)
+        grid = grid.reshape(rows * patches, columns * patches, width)
+        grid = grid[top : rows * patches - top, left : columns * patches - left]
+        if list(grid.shape[:2]) != shown:
+            grid = F.interpolate(grid.permute(2, 0, 1)[None], shown, mode="bilinear")[0].permute(1, 2, 0)
+        grid = torch.cat([grid, newline.expand(shown[0], 1, width)], dim=1)
+        found += [own[0], grid.reshape(-1, width)]
+    assert first == images.shape[0], f"{images.shape[0]} tiles, plans of {first}"
+    return torch.cat(found)
+
+
 class LlavaModel(MegatronModule):
     """The part of a LLaVA that lives on one pipeline stage.
 
@@ -257,7 +300,7 @@ class LlavaModel(MegatronModule):
             # the hidden states are gathered before positions are chosen, so the head never sees a cut sequence
             self.language_model.output_layer.sequence_parallel = False
 
-        self.vision_model = self.vision_projection = None
+        self.vision_model = self.vision_projection = self.image_newline = None
         if pre_process:
             self._build_tower_and_projector(config, tower_recompute)
             self.pixel_mean, self.pixel_std = of_pixels(pixel_mean), of_pixels(pixel_std)
@@ -278,10 +321,13 @@ class LlavaModel(MegatronModule):
             input_size=tower.hidden,
             pg_collection=self.pg_collection,
         )
+        if self.geometry.any_resolution is not None:
+            self.image_newline = ImageNewline(config)
 
     def _freeze(self) -> None:
         for module, freeze in (
             (self.language_model, self.frozen.language_model),
+            (self.image_newline, self.frozen.language_model),  # as the original code does
             (self.vision_model, self.frozen.vision_tower),
             (self.vision_projection, self.frozen.projector),
         ):
@@ -377,6 +423,7 @@ class LlavaModel(MegatronModule):
         features: Tensor | None = None,
         logits_at: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
+        plans: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch.
 
@@ -389,6 +436,8 @@ class LlavaModel(MegatronModule):
             features: [N, P, tower.hidden], what the tower makes of the pixels, in place of them.
             logits_at: int64 [B], without labels: of each row the one position of this context-parallel rank's part of
                 which logits are wanted.
+            plans: int64 [M, PLAN_FIELDS], on the CPU: tile_plan.TilePlan.numbers of the M images whose tiles the N are, of
+                a model that sees images at any resolution; first stage only.
             prompt_lengths: int64 [B]: where an answer of the model's own begins, in which an image token is no image.
 
         Returns:
@@ -398,7 +447,7 @@ class LlavaModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            decoder_input = self._embed(tokens, pixels, features, cu_seqlens, prompt_lengths)
+            decoder_input = self._embed(tokens, pixels, features, cu_seqlens, prompt_lengths, plans)
         if labels is not None:
             labels = self._on_this_context_rank(labels, cu_seqlens)
         return self.language_model(
@@ -462,6 +511,7 @@ class LlavaModel(MegatronModule):
         features: Tensor | None,
         cu_seqlens: Tensor | None,
         prompt_lengths: Tensor | None = None,
+        plans: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, S] and pixels or features -> decoder input [S, B, H], this rank's part of the sequence."""
         text = self.language_model.embedding(input_ids=tokens, position_ids=None).transpose(0, 1)  # [B, S, H]
@@ -471,6 +521,8 @@ class LlavaModel(MegatronModule):
         if not text_alone or torch.is_grad_enabled() or self.tower_for_text:
             # [N, P, H]; of text alone [1, P, H]
             images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
+            if self.image_newline is not None:
+                images = self._arranged(images, None if text_alone else plans)
             if text_alone:
                 # The projector still takes part, with weight 0, so that every rank reduces its gradient.
                 embedded = text + 0.0 * images.sum().to(text.dtype)
@@ -486,6 +538,17 @@ class LlavaModel(MegatronModule):
             # recomputed layers hand gradients to their weights only when their input asks for one
             embedded.requires_grad_()
         return embedded
+
+    def _arranged(self, images: Tensor, plans: Tensor | None) -> Tensor:
+        """Projected features [N, P * P, H] of tiles -> [T, H] in the order of their placeholders, newlines among them.
+
+        plans: as in forward(); None: of text alone.
+        """
+        newline = self.image_newline.weight
+        if plans is not None:
+            images = arrange(images, plans.tolist(), newline, self.geometry.any_resolution.patches)
+        # It takes part in every micro-batch, so that every rank reduces its gradient.
+        return images + 0.0 * newline.sum().to(images.dtype)
 
     def _features(self, pixels: Tensor | None) -> Tensor:
         """pixels uint8 [N, 3, side, side] -> features [N, P, tower.hidden]; without images those of a blank one."""

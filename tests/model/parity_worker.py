@@ -3,9 +3,9 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py CASES.json
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
-             "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt,
+             "length": tokens of every record (48 when absent), "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt,
                                            "adapters": FILE.pt or absent}]}
-A batch holds tokens, labels and pixels, and the same records packed into one row with cu_seqlens.  A result holds
+A batch holds tokens, labels, pixels and, of a model for images of any resolution, plans, and the same records packed into one row with cu_seqlens.  A result holds
 logits [B, S, V], loss, and of the named weights on this stage the gradients [TP, ...] of the mean loss, those of all
 tensor-parallel ranks behind each other; all of it once more of the packed row, under names that begin with `packed_`.
 adapters holds the whole matrices of the checkpoint's lora.json by their names; their gradients are in the result too.
@@ -35,13 +35,18 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
 from megatron_patch.training.load_model import build_model  # noqa: E402
 
-LENGTH = 48  # tokens of every record of a batch
+LENGTH = 48
 
 
 def build(checkpoint: Path, plan: dict) -> LlavaModel:
     """The model of this process with the checkpoint's weights."""
     model = build_model(
-        checkpoint, LENGTH, plan["tensor"], plan["pipeline"], plan["context"], plan["sequence_parallel"]
+        checkpoint,
+        plan.get("length", LENGTH),
+        plan["tensor"],
+        plan["pipeline"],
+        plan["context"],
+        plan["sequence_parallel"],
     )
     wanted = model.base_sharded_state_dict({"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
     model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(checkpoint / "release"))["model"])
@@ -67,6 +72,7 @@ def through_stages(
     labels: torch.Tensor | None,
     pixels: torch.Tensor,
     cu_seqlens: torch.Tensor | None = None,
+    plans: torch.Tensor | None = None,
 ):
     """Forward through the pipeline; returns (this stage's output, its input or None)."""
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
@@ -80,7 +86,9 @@ def through_stages(
         torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
         received.requires_grad_()
         model.set_input_tensor(received)
-    output = model(tokens if first else None, labels if last else None, pixels if first else None, cu_seqlens)
+    output = model(
+        tokens if first else None, labels if last else None, pixels if first else None, cu_seqlens, plans=plans
+    )
     if not last:
         torch.distributed.send(output.detach().contiguous(), mpu.get_pipeline_model_parallel_next_rank())
     return output, received
@@ -132,16 +140,16 @@ def whole_sequence(logits: torch.Tensor, bounds: list[int]) -> torch.Tensor:
     return torch.cat(records, dim=1)
 
 
-def everything(model: LlavaModel, names, tokens, labels, pixels, cu_seqlens) -> dict[str, torch.Tensor]:
+def everything(model: LlavaModel, names, tokens, labels, pixels, cu_seqlens, plans) -> dict[str, torch.Tensor]:
     """Logits; forward and backward; what this stage knows of the result."""
     result = {}
     with torch.no_grad():
-        logits, _ = through_stages(model, tokens, None, pixels, cu_seqlens)
+        logits, _ = through_stages(model, tokens, None, pixels, cu_seqlens, plans)
     if mpu.is_pipeline_last_stage():
         bounds = [0, tokens.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
         result["logits"] = whole_sequence(logits, bounds)
     model.zero_grad()
-    output, received = through_stages(model, tokens, labels, pixels, cu_seqlens)
+    output, received = through_stages(model, tokens, labels, pixels, cu_seqlens, plans)
     total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
     torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
     count = float((labels != -100).sum())
@@ -163,10 +171,10 @@ def main() -> None:
         names = plan["weights"] + (set_adapters(model, case["adapters"]) if "adapters" in case else [])
         batch = torch.load(case["batch"], weights_only=True)
         tokens, labels, pixels = batch["tokens"], batch["labels"], batch["pixels"]
-        packed = batch["packed"]
-        result = everything(model, names, tokens, labels, pixels, None)
+        packed, plans = batch["packed"], batch.get("plans")
+        result = everything(model, names, tokens, labels, pixels, None, plans)
         text = (packed["tokens"], packed["labels"])
-        again = everything(model, names, *text, pixels, packed["cu_seqlens"])
+        again = everything(model, names, *text, pixels, packed["cu_seqlens"], plans)
         result |= {f"packed_{name}": value for name, value in again.items()}
         stage = mpu.get_pipeline_model_parallel_rank()
         if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:

@@ -63,6 +63,7 @@ WEIGHTS = (
     "vision_model.decoder.layers.0.self_attention.linear_qkv.weight",
     "vision_projection.encoder.linear_fc1.weight",
     "vision_projection.encoder.linear_fc2.bias",
+    "image_newline.weight",
 )
 
 
@@ -105,14 +106,15 @@ def transformers_result(folder: Path, batch: dict[str, torch.Tensor]) -> dict[st
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     statistics = json.loads((folder / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+    return forward_and_backward(model, batch, pixel_values=(batch["pixels"].float() / 255 - mean) / std)
+
+
+def forward_and_backward(model: torch.nn.Module, batch: dict, **images: object) -> dict[str, torch.Tensor]:
+    """Logits, loss and all gradients of transformers' model; `images`: its arguments for them."""
     # their labels stand at the token itself, ours one position before it
     unshifted = torch.full_like(batch["labels"], -100)
     unshifted[:, 1:] = batch["labels"][:, :-1]
-    output = model(
-        input_ids=batch["tokens"],
-        pixel_values=(batch["pixels"].float() / 255 - mean) / std,
-        labels=unshifted,
-    )
+    output = model(input_ids=batch["tokens"], labels=unshifted, **images)
     output.loss.backward()
     result = {"logits": output.logits.detach(), "loss": output.loss.detach()}
     for name, parameter in model.named_parameters():
@@ -124,6 +126,8 @@ def hub_name(name: str) -> str:
     """Of a parameter of transformers' model, as the table of weights has it."""
     if name == "lm_head.weight":
         return "language_model.lm_head.weight"
+    if name == "model.image_newline":
+        return "image_newline"
     part, rest = name.removeprefix("model.").split(".", 1)
     inside = {"language_model": "model.", "vision_tower": "vision_model."}.get(part, "")
     return f"{part}.{inside}{rest.removeprefix('vision_model.')}"
@@ -201,6 +205,11 @@ def test_logits_loss_and_gradients_equal_transformers(
             for case in cases
         ],
     }
+    run_cases(plan, cases, tmp_path, parallelism)
+
+
+def run_cases(plan: dict, cases: list[dict], tmp_path: Path, parallelism: str) -> None:
+    """Start the worker's processes on a plan, and compare() what each case gave."""
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     processes = plan["tensor"] * plan["pipeline"] * plan["context"]
     done = subprocess.run(

@@ -19,6 +19,7 @@ from megatron_patch.conversion.convert import FORMATS, PRECISIONS  # noqa: E402
 from megatron_patch.conversion.layouts import LAYOUTS  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import PROJECTOR_TYPES  # noqa: E402
+from megatron_patch.llava_kinds import LLAVA_KINDS  # noqa: E402
 from megatron_patch.model_sizes import MODEL_SIZES  # noqa: E402
 from toolkits.model_checkpoints_convertor.llava.command_line import add_token_arguments, exit_code  # noqa: E402
 
@@ -40,6 +41,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_token_arguments(parser)
     parser.add_argument("--vision-feature-layer", type=int, help="of --source-clip, for the projector; default: -2")
+    parser.add_argument("--model-kind", choices=list(LLAVA_KINDS), help="of a new LLaVA; default: llava, which is 1.5")
     parser.add_argument("--seed", type=int, help="of a new projector's weights; default: 1234")
     parser.add_argument(
         "--format",
@@ -66,7 +68,10 @@ def _folder(text: str) -> Path | None:
 
 
 # Options of one direction only; "none" and [] are the same as leaving them out.
-TO_MEGATRON = ("source_clip", "projector", "mm_projector", "add_tokens", "vision_feature_layer", "seed", "format")
+TO_MEGATRON = (
+    *("source_clip", "projector", "mm_projector", "add_tokens", "vision_feature_layer", "model_kind", "seed"),
+    "format",
+)
 FROM_MEGATRON = ("hf_checkpoint", "layout", "vision_tower_name", "base_checkpoint")
 
 
@@ -111,6 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             mm_projector=arguments.mm_projector,
             add_tokens=arguments.add_tokens,
             vision_feature_layer=arguments.vision_feature_layer,
+            kind=arguments.model_kind,
             seed=arguments.seed,
             checkpoint_format=arguments.format or FORMATS[0],
             **common,
