@@ -55,7 +55,8 @@ TEMPLATE = "conversation_template"  # with the suffix of the training's file
 ORIGINAL = "original"
 
 VERSION = 1  # raise it when a reader of today would misunderstand the file
-IMAGE_ASPECT_RATIOS = ("crop", "pad", "stretch")
+ANY_RESOLUTION = "anyres"  # of a model that has a rule for it: tiles near the image's own resolution
+IMAGE_ASPECT_RATIOS = ("crop", "pad", "stretch", ANY_RESOLUTION)
 _TEMPLATE_SUFFIXES = (".json", ".yaml", ".yml")
 IMAGE_SETTINGS = ("image_aspect_ratio", "image_tiles", "exif_orientation", "image_start_end")
 
@@ -242,6 +243,16 @@ class LlavaFolder:
         if _is_template_file(template):
             settings = dataclasses.replace(settings, conversation_template=str(self.path / Path(template).name))
         return settings
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """training_settings, or before any training what its kind of model sees.  Raises UserError."""
+        return self.training_settings or self.untrained_settings
+
+    @property
+    def untrained_settings(self) -> TrainingSettings:
+        """What a model of this kind sees unless it is told otherwise.  Raises UserError."""
+        return TrainingSettings(None, ANY_RESOLUTION if self.geometry().any_resolution else "crop")
 
     def write_training_settings(self, settings: TrainingSettings) -> None:
         """Write them, a template file beside them, whole or not at all; equal ones are left alone."""

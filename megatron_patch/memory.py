@@ -17,8 +17,9 @@ ADAM_BYTES = {"fp32": 8, "bf16": 12, "fp16": 12, "fp8": 12}
 
 
 def parameters(geometry: LlavaGeometry) -> tuple[int, int, int]:
-    """Of language model, vision tower (as far as it runs) and projector."""
-    return geometry.language.parameters, geometry.tower.parameters, geometry.projector_parameters
+    """Of language model (image_newline with it, frozen as it is), vision tower (as far as it runs) and projector."""
+    language = geometry.language.parameters + geometry.newline_parameters
+    return language, geometry.tower.parameters, geometry.projector_parameters
 
 
 def trained_parameters(geometry: LlavaGeometry, frozen: Frozen) -> int:

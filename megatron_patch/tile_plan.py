@@ -1,9 +1,9 @@
 """What stands for one image in the text: the tiles that the tower sees, and what of their features is kept.
 
-LLaVA-1.5 shows an image once.  LLaVA-NeXT and LLaVA-OneVision show it squeezed to a square (the base tile) and, cut into
-a grid of tiles, near its own resolution; of the grid's features those that show the padding are dropped, and a learnt
-token ends each row.  Everything here follows from the model's rule and the image's size alone, so that lengths, limits
-and plans need no pixels.  Standard library only.
+LLaVA-1.5 shows an image once.  LLaVA-NeXT and LLaVA-OneVision show it squeezed to a square (the base tile) and, cut
+into a grid of tiles, near its own resolution; of the grid's features those that show the padding are dropped, and a
+learnt token ends each row.  Everything here follows from the model's rule and the image's size alone, so that lengths,
+limits and plans need no pixels.  Standard library only.
 
 Letters: P patches along a side of a tile.  Sizes are (height, width) in pixels, grids (rows, columns).
 
@@ -34,7 +34,7 @@ class TilePlan:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """For a tensor of PLAN_FIELDS columns: tiles, newlines, grid rows and columns, top, left, shown rows and columns.
+        """Of PLAN_FIELDS: tiles, newlines, rows and columns of the grid, top, left, shown rows and columns.
 
         What is kept follows: the grid's features without the same margin on both sides.
         """

@@ -1,9 +1,9 @@
 """The one table of weights.  A row is (Megatron key, transform, hub tensors); both directions read the same rows.
 
 Hub names are those of hub LLaVA files (`language_model.model.*`, `vision_tower.vision_model.*`,
-`multi_modal_projector.*`, `image_newline`); hub_weights.py turns other spellings into these.  Those of Llama and CLIP stand here, a
-family's or tower's own in its row of language_models.py or vision_towers.py.  Megatron keys are those of torch_dist
-checkpoints: layers stacked along a new first axis, norms under their Transformer Engine names.
+`multi_modal_projector.*`, `image_newline`); hub_weights.py turns other spellings into these.  Those of Llama and CLIP
+stand here, a family's or tower's own in its row of language_models.py or vision_towers.py.  Megatron keys are those of
+torch_dist checkpoints: layers stacked along a new first axis, norms under their Transformer Engine names.
 
 Letters: L layers, V vocabulary rows, h hidden, f ffn, q query heads, g groups, d head width, t tower width.
 """

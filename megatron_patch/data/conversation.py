@@ -122,10 +122,13 @@ class ConversationEncoder:
         pieces = _pieces(self._segments(exchanges, system), *self._beside_image)
         return IMAGE_MARK.join("".join(segment.text for segment in piece) for piece in pieces)
 
-    def encode(self, exchanges: Sequence[Exchange], system: str | None = None) -> EncodedConversation:
+    def encode(
+        self, exchanges: Sequence[Exchange], system: str | None = None, image_tokens: Sequence[int] | None = None
+    ) -> EncodedConversation:
         """Exchanges -> ids, trained flags and images.  Raises RecordError when the template cannot hold them.
 
         system: replaces the template's own system sentence; empty: none at all.
+        image_tokens: placeholders of each image, in order; None: the same number for all.
         """
         ids: list[int] = []
         trained: list[bool] = []
@@ -133,8 +136,9 @@ class ConversationEncoder:
         for number, piece in enumerate(_pieces(self._segments(exchanges, system), *self._beside_image)):
             if number:  # between two pieces stands an image
                 image_starts.append(len(ids))
-                ids += [self._image_token_id] * self._image_tokens
-                trained += [False] * self._image_tokens
+                count = self._image_tokens if image_tokens is None else image_tokens[number - 1]
+                ids += [self._image_token_id] * count
+                trained += [False] * count
             piece_ids, offsets = self._tokenize("".join(segment.text for segment in piece))
             if self._image_token_id in piece_ids:
                 raise RecordError("image marks", f"the text itself holds the token {IMAGE_MARK}")

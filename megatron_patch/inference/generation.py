@@ -186,3 +186,8 @@ def left_padded(prompts: Sequence[Prompt], pad_token_id: int) -> tuple[Tensor, T
 def all_pixels(prompts: Sequence[Prompt]) -> Tensor:
     """uint8 [N, 3, side, side]: the images of all prompts, in the order of their placeholders."""
     return torch.from_numpy(np.concatenate([prompt.pixels for prompt in prompts]))
+
+
+def all_plans(prompts: Sequence[Prompt]) -> Tensor:
+    """int64 [M, PLAN_FIELDS]: the plans of the same images."""
+    return torch.from_numpy(np.concatenate([prompt.plans for prompt in prompts]))

@@ -32,11 +32,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request as the model sees it.  S: its tokens, N: its images (tiles are images of their own)."""
+    """A request as the model sees it.  S: its tokens, N: its tiles, M: its images."""
 
     id: str
     tokens: np.ndarray  # int64 [S], image placeholders expanded, up to where the answer begins
     pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
+    plans: np.ndarray  # int64 [M, PLAN_FIELDS]: tile_plan.TilePlan.numbers
+    image_sizes: tuple[tuple[int, int], ...]  # height, width of the M images, upright; empty where they do not matter
 
 
 @dataclass(frozen=True)

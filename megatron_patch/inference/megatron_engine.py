@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_patch.inference.generation import BatchEngine, all_pixels, left_padded  # noqa: E402
+from megatron_patch.inference.generation import BatchEngine, all_pixels, all_plans, left_padded  # noqa: E402
 from megatron_patch.inference.interface import Prompt  # noqa: E402
 from megatron_patch.inference.prompt import PromptEncoder  # noqa: E402
 from megatron_patch.llava_folder import LlavaFolder  # noqa: E402
@@ -85,7 +85,7 @@ class MegatronEngine(BatchEngine):
 
     def _start(self, prompts: Sequence[Prompt], most_new: int) -> "_Session":
         tokens, real = left_padded(prompts, self._encoder.pad_token_id)
-        batch = (tokens, real, all_pixels(prompts), most_new)
+        batch = (tokens, real, all_pixels(prompts), all_plans(prompts), most_new)
         self._processes.tell(batch)
         return _Session(self._part, self._processes, self._part.start(*batch))
 
@@ -120,23 +120,23 @@ class ModelPart:
         self._cache: KeyValueCache | None = None
         self._first, self._last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
 
-    def start(self, tokens: Tensor, real: Tensor, pixels: Tensor, most_new: int) -> Tensor | None:
-        """tokens int64 and real bool [B, S], pixels uint8 [N, 3, side, side] -> as step()."""
+    def start(self, tokens: Tensor, real: Tensor, pixels: Tensor, plans: Tensor, most_new: int) -> Tensor | None:
+        """tokens int64 and real bool [B, S], pixels uint8 [N, 3, side, side], plans int64 [M, ...] -> as step()."""
         self._cache = KeyValueCache(real.to(self._here), most_new)
-        return self._forward(tokens, pixels.to(self._here))
+        return self._forward(tokens, pixels.to(self._here), plans)
 
     def step(self, tokens: Sequence[int]) -> Tensor | None:
         """The next token of each row -> on rank 0 logits fp32 [B, V], elsewhere nothing."""
         return self._forward(torch.tensor(tokens)[:, None], None)
 
     @torch.no_grad()
-    def _forward(self, tokens: Tensor, pixels: Tensor | None) -> Tensor | None:
+    def _forward(self, tokens: Tensor, pixels: Tensor | None, plans: Tensor | None = None) -> Tensor | None:
         config, (rows, count) = self._model.config, tokens.shape
         if not self._first:
             received = torch.empty(count, rows, config.hidden_size, dtype=config.params_dtype, device=self._here)
             torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
             self._model.set_input_tensor(received)
-        output = self._model.next_logits(tokens.to(self._here), pixels, self._cache)
+        output = self._model.next_logits(tokens.to(self._here), pixels, self._cache, plans)
         if not self._last:
             torch.distributed.send(output.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
         return self._to_leader(output.float() if self._last else None, rows)

@@ -7,8 +7,9 @@ import numpy as np
 from megatron_patch.arguments import auto_template
 from megatron_patch.data.answer import AnswerReader
 from megatron_patch.data.conversation import IMAGE_MARK, ConversationEncoder, Exchange
+from megatron_patch.data.image import image_size
 from megatron_patch.data.loading.config import DataConfig
-from megatron_patch.data.loading.task_encoder import decode_images
+from megatron_patch.data.loading.task_encoder import decode_images, plan_numbers
 from megatron_patch.data.record import image_in_front
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.templates import find_template
@@ -31,7 +32,7 @@ class PromptEncoder:
     def __init__(
         self, folder: LlavaFolder, template: str | None = None, settings: TrainingSettings | None = None
     ) -> None:
-        geometry, settings = folder.geometry(), settings or folder.training_settings or TrainingSettings(None)
+        geometry, settings = folder.geometry(), settings or folder.settings
         language, tower = geometry.language, geometry.tower
         self.template = template or auto_template(folder)
         self.max_tokens = min(language.max_positions, language.sliding_window or language.max_positions)
@@ -41,6 +42,7 @@ class PromptEncoder:
             template=self.template,
             image_token_id=geometry.image_token_id,
             image_tokens=tower.image_tokens,
+            any_resolution=geometry.any_resolution,
             side_px=tower.side_px,
             image_mean=images["image_mean"],
             center_crop=images["center_crop"],
@@ -71,7 +73,10 @@ class PromptEncoder:
 
     def _encode(self, request: Request) -> Prompt:
         turns = _with_marks(request)
-        encoded = self._conversation.encode(turns, request.system)
+        images, config = [_bytes_of(image) for image in request.images], self._config
+        sizes = [image_size(data, config.apply_exif_orientation) for data in images] if config.sizes_matter else []
+        plans = [config.image_plan(size, len(images)) for size in sizes or [None] * len(images)]
+        encoded = self._conversation.encode(turns, request.system, [plan.tokens for plan in plans])
         if len(encoded.ids) >= self.max_tokens:
             raise RecordError(
                 "too long",
@@ -79,8 +84,8 @@ class PromptEncoder:
             )
         if self._takes_questions and not turns[-1].question.replace(IMAGE_MARK, "").strip():
             raise RecordError("malformed", "the prompt is empty")
-        pixels = decode_images([_bytes_of(image) for image in request.images], self._config)
-        return Prompt(request.id, np.asarray(encoded.ids, dtype=np.int64), pixels)
+        tokens, pixels = np.asarray(encoded.ids, dtype=np.int64), decode_images(images, config)
+        return Prompt(request.id, tokens, pixels, plan_numbers(plans), tuple(sizes))
 
 
 def _with_marks(request: Request) -> list[Exchange]:

@@ -1,4 +1,4 @@
-"""transformers' LlavaForConditionalGeneration answers, given the tokens and pixels of training.
+"""transformers' class of the LLaVA (LlavaForConditionalGeneration for 1.5) answers, given training's tokens and pixels.
 
 Not through the folder's processor: it knows no tiles, and centre-crops for models that were trained on padded images.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
-from megatron_patch.inference.generation import BatchEngine, all_pixels, left_padded
+from megatron_patch.inference.generation import BatchEngine, all_pixels, all_plans, left_padded
 from megatron_patch.inference.interface import Prompt
 from megatron_patch.inference.prompt import PromptEncoder
-from megatron_patch.llava_folder import LlavaFolder
+from megatron_patch.llava_folder import ANY_RESOLUTION, LlavaFolder
 
 
 class TransformersEngine(BatchEngine):
@@ -32,16 +32,23 @@ class TransformersEngine(BatchEngine):
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None, template: str | None = None) -> None:
         # Imported here: it takes seconds, also for those who use the other engine.
-        from transformers import LlavaForConditionalGeneration
+        import transformers
         from transformers.utils import logging
 
         folder = LlavaFolder(path)
         super().__init__(PromptEncoder(folder, template))
         geometry = folder.geometry()
+        if geometry.any_resolution is not None and folder.settings.image_aspect_ratio != ANY_RESOLUTION:
+            raise UserError(
+                f"{path} is a {geometry.model_type} trained with IMAGE_ASPECT_RATIO="
+                f"{folder.settings.image_aspect_ratio}, and transformers shows it every image in tiles; ask its "
+                "Megatron checkpoint"
+            )
+        self._rule = geometry.any_resolution
         statistics = folder.image_processing(geometry.tower.side_px)
         logging.disable_progress_bar()
         try:
-            self._model, report = LlavaForConditionalGeneration.from_pretrained(
+            self._model, report = getattr(transformers, geometry.kind.architecture).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
             )
         except Exception as error:  # whatever transformers makes of strange files
@@ -62,7 +69,22 @@ class TransformersEngine(BatchEngine):
         images = {}
         if len(pixels):
             images["pixel_values"] = ((pixels.float() - self._mean) / self._std).to(self._model.dtype)
+        if images and self._rule is not None:
+            images |= self._of_any_resolution(images["pixel_values"], prompts)
         return _Session(self._model, tokens.to(here), real.to(here), images)
+
+    def _of_any_resolution(self, tiles: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """tiles [N, 3, side, side] of M images -> what transformers wants: pixel_values [M, most tiles, 3, side, side]
+        padded with zeros, image_sizes [M, 2], and where it asks for them the images of each prompt."""
+        counts = all_plans(prompts)[:, 0].tolist()
+        images = {
+            "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles.split(counts), batch_first=True),
+            "image_sizes": torch.tensor([size for prompt in prompts for size in prompt.image_sizes]).to(tiles.device),
+        }
+        if self._rule.several_plain:
+            found = [len(prompt.image_sizes) for prompt in prompts if prompt.image_sizes]
+            images["batch_num_images"] = torch.tensor(found, device=tiles.device)
+        return images
 
 
 class _Session:

@@ -98,8 +98,8 @@ OPTIONS = (
         "MODEL_KIND",
         "(llava)",
         one_of(*LLAVA_KINDS),
-        "kind of the LLaVA that is made of an LLM and a tower: 1.5, or one that sees images at any resolution; not with "
-        "mg2hf=true",
+        "kind of the LLaVA that is made of an LLM and a tower: 1.5, or one that sees images at any resolution; not "
+        "with mg2hf=true",
         own="--model-kind",
     ),
     option(

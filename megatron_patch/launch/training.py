@@ -238,7 +238,8 @@ def options(stage: int) -> tuple[Option, ...]:
             "IMAGE_ASPECT_RATIO",
             "auto",
             one_of("auto", *IMAGE_ASPECT_RATIOS),
-            f"how an image becomes square; {trained}, else crop",
+            "how an image becomes square; anyres: tiles near its own resolution, of a model that has a rule for it; "
+            f"{trained}, else anyres of such a model and crop of others",
             own="--image-aspect-ratio",
         ),
         option(

@@ -26,7 +26,7 @@ from megatron_patch.launch.rules import (
     grid,
     newest_iteration,
 )
-from megatron_patch.llava_folder import LlavaFolder
+from megatron_patch.llava_folder import ANY_RESOLUTION, LlavaFolder
 from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
@@ -295,6 +295,25 @@ def _image_tokens(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) 
             f"must be {tower.image_tokens}: so many tokens the checkpoint's vision tower makes of an image "
             f"({tower.side_px} px in patches of {tower.patch_px})",
         )
+
+
+@_model_rule("IMAGE_ASPECT_RATIO", "IMAGE_TILES", "FEATURE_CACHE")
+def _any_resolution(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    aspect = values["IMAGE_ASPECT_RATIO"]
+    if aspect == "auto":
+        aspect = folder.settings.image_aspect_ratio
+    if aspect != ANY_RESOLUTION:
+        return
+    if geometry.any_resolution is None:
+        yield (
+            "IMAGE_ASPECT_RATIO",
+            f"must be crop, pad or stretch: a {geometry.model_type} model has no rule for images of any resolution; "
+            "convert one with MODEL_KIND=llava_next",
+        )
+    elif (grid(values["IMAGE_TILES"]) or (1, 1)) != (1, 1):
+        yield "IMAGE_TILES", f"must be 1x1 with IMAGE_ASPECT_RATIO={ANY_RESOLUTION}, which cuts tiles of its own"
+    elif values["FEATURE_CACHE"]:
+        yield "FEATURE_CACHE", f"is not for IMAGE_ASPECT_RATIO={ANY_RESOLUTION}: its files hold one tile of an image"
 
 
 @_model_rule("TP", "PP")

@@ -436,8 +436,8 @@ class LlavaModel(MegatronModule):
             features: [N, P, tower.hidden], what the tower makes of the pixels, in place of them.
             logits_at: int64 [B], without labels: of each row the one position of this context-parallel rank's part of
                 which logits are wanted.
-            plans: int64 [M, PLAN_FIELDS], on the CPU: tile_plan.TilePlan.numbers of the M images whose tiles the N are, of
-                a model that sees images at any resolution; first stage only.
+            plans: int64 [M, PLAN_FIELDS], on the CPU: tile_plan.TilePlan.numbers of the M images whose tiles the N are,
+                of a model that sees images at any resolution; first stage only.
             prompt_lengths: int64 [B]: where an answer of the model's own begins, in which an image token is no image.
 
         Returns:
@@ -464,12 +464,15 @@ class LlavaModel(MegatronModule):
         """pixels uint8 [N, 3, side, side] -> [N, P, tower.hidden], for forward(); first stage only."""
         return tower_features(self.vision_model, self.geometry.tower, pixels, self.pixel_mean, self.pixel_std)
 
-    def next_logits(self, tokens: Tensor, pixels: Tensor | None, cache: KeyValueCache) -> Tensor:
+    def next_logits(
+        self, tokens: Tensor, pixels: Tensor | None, cache: KeyValueCache, plans: Tensor | None = None
+    ) -> Tensor:
         """More tokens of a batch whose earlier ones are in the cache; the local layers only, without gradients.
 
         Args:
             tokens: int64 [B, S]: the prompts at first, then one token of each row; read by the first stage only.
             pixels: uint8 [N, 3, side, side] of the prompts; first stage only.
+            plans: of the prompts, as in forward().
 
         Returns:
             Before the last stage: hidden states [S, B, H].  On the last stage: logits [B, V] behind the last token.
@@ -480,7 +483,7 @@ class LlavaModel(MegatronModule):
             layer.self_attention.core_attention.cache = cache
         try:
             hidden_states = decoder(
-                hidden_states=self._embed(tokens, pixels, None, None) if self.pre_process else None,
+                hidden_states=self._embed(tokens, pixels, None, None, plans=plans) if self.pre_process else None,
                 attention_mask=None,
                 rotary_pos_emb=angles[cache.begin(count)],  # [S, B, 1, d]
             )
@@ -522,7 +525,7 @@ class LlavaModel(MegatronModule):
             # [N, P, H]; of text alone [1, P, H]
             images = self.vision_projection(self._features(pixels) if features is None or text_alone else features)
             if self.image_newline is not None:
-                images = self._arranged(images, None if text_alone else plans)
+                images = self._arranged(images, plans, text_alone)
             if text_alone:
                 # The projector still takes part, with weight 0, so that every rank reduces its gradient.
                 embedded = text + 0.0 * images.sum().to(text.dtype)
@@ -539,13 +542,14 @@ class LlavaModel(MegatronModule):
             embedded.requires_grad_()
         return embedded
 
-    def _arranged(self, images: Tensor, plans: Tensor | None) -> Tensor:
+    def _arranged(self, images: Tensor, plans: Tensor | None, text_alone: bool) -> Tensor:
         """Projected features [N, P * P, H] of tiles -> [T, H] in the order of their placeholders, newlines among them.
 
-        plans: as in forward(); None: of text alone.
+        plans: as in forward(); not looked at for text alone.
         """
         newline = self.image_newline.weight
-        if plans is not None:
+        if not text_alone:
+            assert plans is not None, "tiles without plans: which of their features stand where?"
             images = arrange(images, plans.tolist(), newline, self.geometry.any_resolution.patches)
         # It takes part in every micro-batch, so that every rank reduces its gradient.
         return images + 0.0 * newline.sum().to(images.dtype)

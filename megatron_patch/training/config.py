@@ -184,7 +184,7 @@ def training_settings(arguments: argparse.Namespace, folder: LlavaFolder) -> tup
             )
         return saved, None
     given.setdefault("conversation_template", auto_template(folder, for_next_stage=True))
-    settings = dataclasses.replace(saved or TrainingSettings(None), **given)
+    settings = dataclasses.replace(saved or folder.untrained_settings, **given)
     changed = [name for name in settings.differences(saved) if name in IMAGE_SETTINGS] if saved else []
     if not changed:
         return settings, None
@@ -353,6 +353,7 @@ def _data_settings(
         template=trained_with.conversation_template,
         image_token_id=geometry.image_token_id,
         image_tokens=geometry.tower.image_tokens,
+        any_resolution=geometry.any_resolution,
         side_px=geometry.tower.side_px,
         decoder_seq_len=arguments.seq_length,
         micro_batch_size=arguments.micro_batch_size,

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from megatron_patch import device
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.tile_plan import PLAN_FIELDS
 from megatron_patch.training import loss_spikes
 
 LOSS = "lm loss"  # its name in the log, TensorBoard and results of evaluations
-# B, S, entries of cu_seqlens (0: not packed), kind of the images, their shape: pixels [N, 3, side, side] or, cached,
-# features [N, P, H, 1]
-HEADER = 8
+# B, S, entries of cu_seqlens (0: not packed), plans (NO_PLANS: the model has no use for them), kind of the images,
+# their shape: pixels [N, 3, side, side] or, cached, features [N, P, H, 1]
+HEADER = 9
+NO_PLANS = -1
 IMAGE_KINDS = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)  # pixels are uint8, features the others
 
 
@@ -25,12 +27,12 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
 
     Args:
         batch: on rank 0 tokens [B, S], labels [B, S] int64, pixels [N, 3, side, side] uint8 or None, in place of them
-            features [N, P, H] where these are cached, and for a packed row cu_seqlens [records + 1] int32; elsewhere
-            None.
+            features [N, P, H] where these are cached, plans [M, PLAN_FIELDS] int64 where the model wants them, and for
+            a packed row cu_seqlens [records + 1] int32; elsewhere None.
 
     Returns:
-        The same tensors on this process's device; cu_seqlens is None when not packed, pixels have N = 0 where there
-        are none, and of pixels and features one is None.
+        The same tensors on this process's device, plans on the CPU; cu_seqlens is None when not packed, pixels have
+        N = 0 where there are none, and of pixels and features one is None.
     """
     here = device.current_device()
     parallel = mpu.get_tensor_model_parallel_world_size() > 1
@@ -42,10 +44,12 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
         return tensor
 
     if batch is None:
-        size, length, entries, kind, *shape = send(torch.zeros(HEADER, dtype=torch.int64, device=here)).tolist()
+        header = send(torch.zeros(HEADER, dtype=torch.int64, device=here))
+        size, length, entries, images_planned, kind, *shape = header.tolist()
         text = torch.empty(2, size, length, dtype=torch.int64, device=here)
         images = torch.empty(shape, dtype=IMAGE_KINDS[kind], device=here)
         cu_seqlens = torch.empty(entries, dtype=torch.int32, device=here)
+        plans = torch.empty(max(images_planned, 0), PLAN_FIELDS, dtype=torch.int64, device=here)
     else:
         text = torch.stack([batch["tokens"], batch["labels"]]).to(here, non_blocking=True)
         if batch.get("features") is not None:
@@ -56,12 +60,23 @@ def broadcast_batch(batch: dict[str, Tensor] | None) -> dict[str, Tensor | None]
             images = torch.empty(0, 3, 0, 0, dtype=torch.uint8, device=here)
         packed = batch.get("cu_seqlens")
         cu_seqlens = torch.empty(0, dtype=torch.int32, device=here) if packed is None else packed.to(here)
-        header = [*text.shape[1:], cu_seqlens.shape[0], IMAGE_KINDS.index(images.dtype), *images.shape]
+        planned = batch.get("plans")
+        images_planned = NO_PLANS if planned is None else planned.shape[0]
+        plans = torch.empty(0, PLAN_FIELDS, dtype=torch.int64, device=here) if planned is None else planned.to(here)
+        kind = IMAGE_KINDS.index(images.dtype)
+        header = [*text.shape[1:], cu_seqlens.shape[0], images_planned, kind, *images.shape]
         send(torch.tensor(header, dtype=torch.int64, device=here))
-    text, images, cu_seqlens = send(text), send(images), send(cu_seqlens)
+    text, images, cu_seqlens, plans = send(text), send(images), send(cu_seqlens), send(plans)
     pixels, features = (images, None) if images.dtype == torch.uint8 else (None, images.squeeze(-1))
     packed = cu_seqlens if cu_seqlens.numel() else None
-    return {"tokens": text[0], "labels": text[1], "pixels": pixels, "features": features, "cu_seqlens": packed}
+    return {
+        "tokens": text[0],
+        "labels": text[1],
+        "pixels": pixels,
+        "features": features,
+        "cu_seqlens": packed,
+        "plans": None if images_planned == NO_PLANS else plans.cpu(),
+    }
 
 
 def loss_function(output: Tensor, record_ids: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -82,7 +97,7 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
-    batch, record_ids = dict.fromkeys(("tokens", "labels", "pixels", "features", "cu_seqlens")), ()
+    batch, record_ids = dict.fromkeys(("tokens", "labels", "pixels", "features", "cu_seqlens", "plans")), ()
     args = get_args()
     if first or last or args.packing or args.padding_free:  # every stage must know where the records of a row begin
         own = next(data_iterator) if data_iterator is not None else None
@@ -95,5 +110,6 @@ def forward_step(data_iterator: Iterator[dict] | None, model: LlavaModel) -> tup
         pixels=batch["pixels"] if first else None,
         cu_seqlens=batch["cu_seqlens"],
         features=batch["features"] if first else None,
+        plans=batch["plans"] if first else None,
     )
     return output, functools.partial(loss_function, record_ids=record_ids)

@@ -29,6 +29,7 @@ class Prompt(Protocol):
 
     tokens: np.ndarray  # int64 [S], up to where the answer begins
     pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
+    plans: np.ndarray  # int64 [M, PLAN_FIELDS]
 
 
 class GreedyGeneration:
@@ -63,9 +64,10 @@ class GreedyGeneration:
         answers: list[list[int]] = [[] for _ in prompts]
         here, features = device.current_device(), self._features(model[0], prompts)
         lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=here)
+        plans = torch.from_numpy(np.concatenate([prompt.plans for prompt in prompts]))
         while any(not self._is_over(answer) for answer in answers):
             rows = [[*prompt.tokens, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-            for answer, token in zip(answers, self._next_tokens(model, rows, lengths, features), strict=True):
+            for answer, token in zip(answers, self._next_tokens(model, rows, lengths, features, plans), strict=True):
                 if not self._is_over(answer):
                     answer.append(token)
         return answers
@@ -87,6 +89,7 @@ class GreedyGeneration:
         rows: Sequence[Sequence[int]],
         prompt_lengths: Tensor,
         features: Tensor | None,
+        plans: Tensor,
     ) -> list[int]:
         """The most likely token behind each row, known to all processes of this copy of the model."""
         here, parts = device.current_device(), mpu.get_context_parallel_world_size()
@@ -101,7 +104,12 @@ class GreedyGeneration:
         if parts > 1:
             positions = zigzag_positions(width // parts, mpu.get_context_parallel_rank(), parts, here)
         found = positions == lasts[:, None]  # [B, S / CP]
-        inputs = {"features": features, "logits_at": found.int().argmax(1), "prompt_lengths": prompt_lengths}
+        inputs = {
+            "features": features,
+            "plans": plans,
+            "logits_at": found.int().argmax(1),
+            "prompt_lengths": prompt_lengths,
+        }
         logits = self._through_the_stages(model, tokens.to(here), inputs)
         chosen = torch.full_like(lasts, -1)
         if logits is not None:

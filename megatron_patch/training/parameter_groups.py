@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.llava_kinds import NEWLINE
 from megatron_patch.lora import PARTS
 
 LANGUAGE_MODEL = "language_model"  # has the run's own learning rate and weight decay
@@ -25,7 +26,7 @@ def read_overrides(args: Any) -> dict[str, ModuleOverrides]:
         if part == LANGUAGE_MODEL
         else ModuleOverrides(getattr(args, f"{part}_lr"), getattr(args, f"{part}_weight_decay"))
         for part, module in PARTS.items()
-    }
+    } | {NEWLINE: ModuleOverrides()}
 
 
 def with_modules(

@@ -3,11 +3,12 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/model/parity_worker.py CASES.json
 
 CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": bool,
-             "length": tokens of every record (48 when absent), "weights": [NAME], "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt,
-                                           "adapters": FILE.pt or absent}]}
-A batch holds tokens, labels, pixels and, of a model for images of any resolution, plans, and the same records packed into one row with cu_seqlens.  A result holds
-logits [B, S, V], loss, and of the named weights on this stage the gradients [TP, ...] of the mean loss, those of all
-tensor-parallel ranks behind each other; all of it once more of the packed row, under names that begin with `packed_`.
+             "length": tokens of every record (48 when absent), "weights": [NAME],
+             "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt, "adapters": FILE.pt or absent}]}
+A batch holds tokens, labels, pixels and, of a model for images of any resolution, plans, and the same records packed
+into one row with cu_seqlens.  A result holds logits [B, S, V], loss, and of the named weights on this stage the
+gradients [TP, ...] of the mean loss, those of all tensor-parallel ranks behind each other; all of it once more of the
+packed row, under names that begin with `packed_`.
 adapters holds the whole matrices of the checkpoint's lora.json by their names; their gradients are in the result too.
 """
 

@@ -78,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     images.add_argument("--image-conv-front", action=switch, help="images stand before the conversation")
     images.add_argument("--image-start-end", action=switch, help="images stand between <im_start>, <im_end>")
-    images.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, help="how an image becomes square")
+    images.add_argument(
+        "--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, help="how an image becomes square, or anyres"
+    )
     images.add_argument("--image-tiles", type=grid, metavar="COLUMNSxROWS", help="tiles of an image; 1x1: none")
     images.add_argument("--ignore-exif-orientation", action=switch, help="as LLaVA's original code")
     folder = parser.add_argument_group("with FOLDER")
@@ -185,7 +187,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,
         **images,
-        **image_options(folder.training_settings or TrainingSettings(None)),
+        "any_resolution": geometry.any_resolution,
+        **image_options(folder.settings),
     }
 
 
@@ -194,11 +197,16 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def inspect_record(arguments: argparse.Namespace) -> None:
     """Print one record of a JSON file."""
-    from megatron_patch.data.loading.inspection import describe, find_spans, image_spans, to_terminal, unshifted_labels
+    from megatron_patch.data.loading.inspection import describe, find_spans, to_terminal, unshifted_labels
     from megatron_patch.data.loading.task_encoder import TaskEncoder
 
     settings, tokenizer = read_model(arguments)
     encoder = TaskEncoder(settings, with_pixels=False, tokenizer=tokenizer)
+    if settings.sizes_matter and not arguments.image_root:
+        raise UserError(
+            "--image-root is missing: an image's size decides how many tokens this model takes for it; give the folder "
+            "of the record's images"
+        )
     try:
         record = read_record(arguments.record, arguments.image_root)
         # Without --image-root the images are counted, not read.
@@ -206,12 +214,12 @@ def inspect_record(arguments: argparse.Namespace) -> None:
     except RecordError as error:
         raise UserError(f"{arguments.record}: {error}; training would leave this record out") from None
     if not arguments.json:
-        print(describe(encoded, settings.image_tokens))
-        print(to_terminal(find_spans(encoded, tokenizer, settings.image_tokens), in_colours()))
+        print(describe(encoded))
+        print(to_terminal(find_spans(encoded, tokenizer), in_colours()))
         print("next: --json prints token ids and labels; a FOLDER in place of --record shows images and figures")
         return
     tokens = encoded.tokens
-    spans = image_spans(encoded, settings.image_tokens)
+    spans = encoded.image_spans
     if arguments.image_token_id is not None:
         for start, end in spans:
             tokens[start:end] = arguments.image_token_id
@@ -256,13 +264,12 @@ def inspect_folder(arguments: argparse.Namespace) -> None:
     dataset = Dataset(arguments.folder, arguments.split)
     indices = chosen_records(arguments, len(dataset))
     output = make_output(arguments)
-    image_tokens = settings.image_tokens
 
     painter = TaskEncoder(settings, with_pixels=True, tokenizer=tokenizer)
-    shown = [inspection.show(dataset, painter, index, tokenizer, image_tokens) for index in indices]
+    shown = [inspection.show(dataset, painter, index, tokenizer) for index in indices]
     for record in shown:
         print(f"\n== {record.place}")
-        told = inspection.describe(record.encoded, image_tokens) if record.encoded else f"left out: {record.problem}"
+        told = inspection.describe(record.encoded) if record.encoded else f"left out: {record.problem}"
         print(f"{told}\n{inspection.to_terminal(record.spans, in_colours())}")
 
     counter = TaskEncoder(settings, with_pixels=False, tokenizer=tokenizer)
@@ -273,8 +280,8 @@ def inspect_folder(arguments: argparse.Namespace) -> None:
 
     chart = inspection.plot_lengths(figures) if figures.lengths else None
     files = {
-        "report.html": inspection.to_page(title, shown, figures, chart, image_tokens).encode(),
-        "records.png": inspection.as_png(inspection.to_sheet(shown, image_tokens)),
+        "report.html": inspection.to_page(title, shown, figures, chart).encode(),
+        "records.png": inspection.as_png(inspection.to_sheet(shown)),
         **({"lengths.png": chart} if chart else {}),
     }
     write_files(output, files)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_patch.data.loading.config import DataConfig, round_up
-from megatron_patch.data.loading.task_encoder import EncodedRecord
+from megatron_patch.data.loading.task_encoder import EncodedRecord, plan_numbers
 from megatron_patch.geometry import IGNORE_LABEL
 
 LEAST_SAVED = 0.05  # share of a batch's positions; below, one row gains nothing over several
@@ -20,8 +20,8 @@ def collate(
     """Rows (None: a record that was left out, whose place stays as an empty row) -> batch.
 
     tokens int64 [B, S]; labels int64 [B, S], -100 where nothing is trained; pixels uint8 [N, 3, side_px, side_px] in
-    the order of the placeholders, or None; record_ids of the B rows ("" for an empty one).  S is the
-    padded_length() of the longest row.
+    the order of the placeholders, or None; of a model that has a rule for them plans int64 [M, PLAN_FIELDS] of the M
+    images, or None; record_ids of the B rows ("" for an empty one).  S is the padded_length() of the longest row.
     """
     longest = max((len(row.tokens) for row in rows if row is not None), default=1)
     tokens, labels = _empty(len(rows), config.padded_length(longest), pad_token_id)
@@ -32,7 +32,7 @@ def collate(
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
-        "pixels": _pixels(rows, config) if with_pixels else None,
+        **_images(rows, config, with_pixels),
         "record_ids": ["" if row is None else row.record_id for row in rows],
     }
 
@@ -57,7 +57,7 @@ def collate_packed(
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
-        "pixels": _pixels(kept, config) if with_pixels else None,
+        **_images(kept, config, with_pixels),
         "record_ids": [record.record_id for record in kept],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
     }
@@ -87,9 +87,16 @@ def _empty(rows: int, length: int, pad_token_id: int) -> tuple[np.ndarray, np.nd
     return np.full(shape, pad_token_id, dtype=np.int64), np.full(shape, IGNORE_LABEL, dtype=np.int64)
 
 
-def _pixels(rows: Sequence[EncodedRecord | None], config: DataConfig) -> torch.Tensor:
-    """Images of all rows, uint8 [N, 3, side_px, side_px]."""
+def _images(
+    rows: Sequence[EncodedRecord | None], config: DataConfig, with_pixels: bool
+) -> dict[str, torch.Tensor | None]:
+    """pixels and, where the model has a rule for images of any resolution, plans of all rows."""
+    if not with_pixels:
+        return {"pixels": None}
+    kept = [row for row in rows if row is not None and row.pixels is not None]
     none = np.empty((0, 3, config.side_px, config.side_px), dtype=np.uint8)
-    return torch.from_numpy(
-        np.concatenate([none, *(row.pixels for row in rows if row is not None and row.pixels is not None)])
-    )
+    found = {"pixels": torch.from_numpy(np.concatenate([none, *(row.pixels for row in kept)]))}
+    if config.any_resolution is not None:
+        found["plans"] = torch.from_numpy(plan_numbers([plan for row in kept for plan in row.plans]))
+        assert found["plans"][:, 0].sum() == len(found["pixels"]), "tiles that no plan speaks of"
+    return found

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from megatron_patch.errors import UserError
-from megatron_patch.llava_folder import IMAGE_ASPECT_RATIOS
+from megatron_patch.llava_folder import ANY_RESOLUTION, IMAGE_ASPECT_RATIOS
 from megatron_patch.step_balance import RecordCost
+from megatron_patch.tile_plan import AnyResolution, TilePlan, whole_image
 
 ORDERS = ("cyclic", "single", "modality")
 
@@ -19,7 +20,8 @@ class DataConfig:
     image_tokens: int  # placeholders per image: the vision tower's patch count
     side_px: int  # images become side_px x side_px
     image_mean: tuple[float, float, float]  # in 0..1, the colour of the padding
-    # crop: as the tower's processor does; pad: to a square with the mean colour first; stretch: squeezed to the square
+    # crop: as the tower's processor does; pad: to a square with the mean colour first; stretch: squeezed to the square;
+    # anyres: as any_resolution says
     image_aspect_ratio: str
     decoder_seq_len: int  # longest record in tokens, image placeholders included
     micro_batch_size: int  # records per batch
@@ -36,6 +38,7 @@ class DataConfig:
     apply_exif_orientation: bool = True  # False: images as they lie in the file, as LLaVA's original code
     tile_columns: int = 1  # with tile_rows: every image becomes columns x rows tiles and a thumbnail
     tile_rows: int = 1
+    any_resolution: AnyResolution | None = None  # the rule of a model that has one; its batches hold plans
     # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
     order: str = "cyclic"
     step_records: int = 0  # with order=modality or balance_cost: records of an optimizer step
@@ -71,6 +74,11 @@ class DataConfig:
         for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(allowed)}")
+        if self.sizes_matter:
+            if self.any_resolution is None:
+                problems.append("image_aspect_ratio anyres is for a model that sees images at any resolution")
+            if self.tiles > 1:
+                problems.append("image_aspect_ratio anyres and fixed tiles exclude each other")
         if self.order == "modality":
             for name in ("step_records", "mega_batch_mult"):
                 if getattr(self, name) < 1:
@@ -101,6 +109,17 @@ class DataConfig:
     def tokens_per_mark(self) -> int:
         """Placeholders that stand for one image of a record."""
         return self.image_tokens * self.tiles
+
+    @property
+    def sizes_matter(self) -> bool:
+        """Does an image's size decide how many tokens it takes?"""
+        return self.image_aspect_ratio == ANY_RESOLUTION
+
+    def image_plan(self, size: tuple[int, int] | None, images: int) -> TilePlan:
+        """Plan of one of so many images of a record; size (height, width) may be None where sizes do not matter."""
+        if self.sizes_matter:
+            return self.any_resolution.plan(size, images)
+        return whole_image(self.image_tokens, self.tiles)
 
     @property
     def longest_record(self) -> int:

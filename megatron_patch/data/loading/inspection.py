@@ -39,16 +39,11 @@ def unshifted_labels(encoded: EncodedText) -> np.ndarray:
     return np.concatenate(([IGNORE_LABEL], encoded.labels[:-1]))
 
 
-def image_spans(encoded: EncodedText, image_tokens: int) -> list[tuple[int, int]]:
-    """[start, end) of each image's placeholders; tiles are images of their own."""
-    return [(start, start + image_tokens) for start in encoded.image_starts]
-
-
-def find_spans(encoded: EncodedText, tokenizer: Any, image_tokens: int) -> list[TokenSpan]:
+def find_spans(encoded: EncodedText, tokenizer: Any) -> list[TokenSpan]:
     """The tokens of a record as spans with their text."""
     labels = unshifted_labels(encoded)
     kinds = np.where(labels != IGNORE_LABEL, 1, 0)
-    for number, (start, end) in enumerate(image_spans(encoded, image_tokens)):
+    for number, (start, end) in enumerate(encoded.image_spans):
         kinds[start:end] = 2 + number
     borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     spans, ids, text = [], [], ""
@@ -86,10 +81,13 @@ def _shown(span: TokenSpan) -> str:
     return f"[{span.text}]" if span.kind == "image" else visible(span.text)
 
 
-def describe(encoded: EncodedText, image_tokens: int) -> str:
+def describe(encoded: EncodedText) -> str:
     """One line: id, lengths, spans."""
     trained = int((encoded.labels != IGNORE_LABEL).sum())
-    spans = ", ".join(f"{start}..{end}" for start, end in image_spans(encoded, image_tokens)) or "none"
+    grids = [f" ({plan.grid[0]} x {plan.grid[1]} tiles)" if any(plan.grid) else "" for plan in encoded.plans]
+    grids += [""] * (len(encoded.image_spans) - len(grids))  # fixed tiles have a span each, and no grid
+    told = (f"{start}..{end}{grid}" for (start, end), grid in zip(encoded.image_spans, grids, strict=True))
+    spans = ", ".join(told) or "none"
     cut = ", cut at the end" if encoded.truncated else ""
     return f"{encoded.record_id}: {len(encoded.tokens)} tokens{cut}, {trained} trained, images at {spans}"
 
@@ -144,7 +142,7 @@ def collect_figures(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[in
     figures = Figures()
     for index in indices:
         try:
-            parts = dataset[index] if with_images else dataset.read_text(index)
+            parts = dataset[index] if with_images else encoder.read_text(dataset, index)
             if parts is None:
                 raise RecordError("excluded", "named in the folder's split.yaml")
             record = cook(parts)
@@ -197,7 +195,7 @@ class Shown:
     problem: str = ""
 
 
-def show(dataset: Dataset, encoder: TaskEncoder, index: int, tokenizer: Any, image_tokens: int) -> Shown:
+def show(dataset: Dataset, encoder: TaskEncoder, index: int, tokenizer: Any) -> Shown:
     """One record of a folder."""
     try:
         parts = dataset[index]
@@ -206,7 +204,7 @@ def show(dataset: Dataset, encoder: TaskEncoder, index: int, tokenizer: Any, ima
         encoded = encoder.encode(parts)
     except (RecordError, OSError, ValueError, tarfile.TarError) as error:
         return Shown(dataset.name(index), None, [], visible(str(error)))
-    return Shown(dataset.name(index), encoded, find_spans(encoded, tokenizer, image_tokens))
+    return Shown(dataset.name(index), encoded, find_spans(encoded, tokenizer))
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -226,8 +224,8 @@ def _embedded(png: bytes, name: str) -> str:
     return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: bytes | None, tokens: int) -> str:
-    """One HTML file with everything in it.  tokens: placeholders per image."""
+def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: bytes | None) -> str:
+    """One HTML file with everything in it."""
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>"
         "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -248,7 +246,7 @@ def to_page(title: str, shown: Sequence[Shown], figures: Figures | None, chart: 
             _embedded(as_png(to_image(pixels)), f"image {number}") for number, pixels in enumerate(_pixels(record))
         )
         text = "".join(f"<span class={span.kind}>{html.escape(_shown(span))}</span>" for span in record.spans)
-        told = describe(record.encoded, tokens) if record.encoded else record.problem
+        told = describe(record.encoded) if record.encoded else record.problem
         kind = "" if record.encoded else " class=problem"
         parts.append(
             f"<article><div>{images}</div><div><b>{html.escape(record.place)}</b>"
@@ -266,7 +264,7 @@ SHEET_WIDTH, IMAGE_SIDE, MARGIN, LINE = 1200, 160, 12, 18
 SHEET_LINES = 9  # per record; the page has the rest
 
 
-def to_sheet(shown: Sequence[Shown], image_tokens: int) -> Image.Image:
+def to_sheet(shown: Sequence[Shown]) -> Image.Image:
     """Contact sheet: per record its first image after preprocessing beside the beginning of its coloured text."""
     font = ImageFont.load_default(size=14)
     height = max(IMAGE_SIDE, LINE * (SHEET_LINES + 1)) + 2 * MARGIN
@@ -277,7 +275,7 @@ def to_sheet(shown: Sequence[Shown], image_tokens: int) -> Image.Image:
         for pixels in _pixels(record)[:1]:
             sheet.paste(to_image(pixels).resize((IMAGE_SIDE, IMAGE_SIDE)), (MARGIN, top))
         left = IMAGE_SIDE + 2 * MARGIN
-        told = describe(record.encoded, image_tokens) if record.encoded else f"{record.place}: {record.problem}"
+        told = describe(record.encoded) if record.encoded else f"{record.place}: {record.problem}"
         spans = [TokenSpan("image", 0, 0, told + "\n"), *(span._replace(text=_shown(span)) for span in record.spans)]
         _write(draw, spans, left, top, font)
     return sheet

@@ -75,7 +75,7 @@ def _sample(dataset: Dataset, encoder: TaskEncoder) -> Iterator[EncodedText | Re
     for number, index in enumerate(np.linspace(0, len(dataset) - 1, count).astype(int).tolist()):
         with_images = number % image_step == 0
         try:
-            parts = dataset[index] if with_images else dataset.read_text(index)
+            parts = dataset[index] if with_images else encoder.read_text(dataset, index)
             if parts is not None:
                 yield encoder.encode(parts) if with_images else encoder.encode_text(cook(parts))
         except RecordError as error:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 CHUNK_RECORDS = 256
 # The config on which a record's length depends, besides the tokenizer's files.
 OF_SETTINGS = ("template", "image_tokens", "tiles", "image_conv_front", "image_start_end", "longest_record")
+OF_SIZES = ("any_resolution", "apply_exif_orientation")  # where sizes of images matter
 
 
 def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -> RecordLengths:
@@ -92,20 +93,22 @@ class _Chunks(TorchDataset):
     def _length(self, index: int) -> tuple[int, int]:
         """(tokens, images) of a record; (0, 0) if it cannot be used."""
         try:
-            parts = self._dataset.read_text(index)
+            parts = self._encoder.read_text(self._dataset, index)
             if parts is None:
                 return 0, 0
-            record = cook(parts)
-            return len(self._encoder.encode_text(record).tokens), len(record.images)
+            text = self._encoder.encode_text(cook(parts))
+            # fixed tiles are as many for each image, and multiplied where they are needed
+            return len(text.tokens), text.tiles // self._encoder.config.tiles
         except (RecordError, OSError, ValueError, tarfile.TarError):
             return 0, 0
 
 
 def _key(dataset: Dataset, config: DataConfig) -> str:
     """Changes with anything that a length depends on."""
-    told = hashlib.sha256(
-        json.dumps([dataset.fingerprint, {name: getattr(config, name) for name in OF_SETTINGS}]).encode()
-    )
+    values = {name: getattr(config, name) for name in OF_SETTINGS}
+    if config.sizes_matter:
+        values |= {name: str(getattr(config, name)) for name in OF_SIZES}
+    told = hashlib.sha256(json.dumps([dataset.fingerprint, values]).encode())
     if Path(config.template).is_file():
         told.update(Path(config.template).read_bytes())
     for file in sorted(Path(config.tokenizer_path).iterdir()):

@@ -208,7 +208,7 @@ def _work(rows: Sequence[EncodedRecord]) -> dict[str, int]:
         "records": len(rows),
         "tokens": sum(lengths),
         "labels": sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows),
-        "images": sum(len(row.image_starts) for row in rows),
+        "images": sum(row.tiles for row in rows),
         "pairs": sum(length * (length + 1) // 2 for length in lengths),
         "cached": 0,
     }

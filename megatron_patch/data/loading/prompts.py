@@ -8,7 +8,7 @@ from megatron_patch.data.answer import AnswerReader
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset
-from megatron_patch.data.loading.task_encoder import TaskEncoder
+from megatron_patch.data.loading.task_encoder import TaskEncoder, plan_numbers
 from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.templates import IMAGE_MARK
@@ -17,13 +17,14 @@ from megatron_patch.tokenizer_files import load_tokenizer
 
 @dataclass(frozen=True)
 class Question:
-    """The first question of a record.  S: tokens of the prompt, N: images."""
+    """The first question of a record.  S: tokens of the prompt, N: tiles, M: images."""
 
     record_id: str
     text: str  # without image marks
     reference: str
     tokens: np.ndarray  # int64 [S], up to where the answer begins
     pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
+    plans: np.ndarray  # int64 [M, PLAN_FIELDS]
 
 
 class Prompts:
@@ -34,7 +35,6 @@ class Prompts:
         tokenizer = load_tokenizer(config.tokenizer_path)
         self._encoder = TaskEncoder(config, with_pixels=True, tokenizer=tokenizer)
         self.reader = AnswerReader(tokenizer, self._encoder.conversation.ending_id)
-        self._tiles = config.tiles
         dataset = Dataset(path, "val")
         self.found: list[Question] = []
         for index in range(len(dataset)):
@@ -51,11 +51,20 @@ class Prompts:
     def _question(self, parts: dict) -> Question:
         record = cook(parts)
         first = record.exchanges[0]
-        images = first.question.count(IMAGE_MARK) * self._tiles
-        pixels = self._encoder.encode_record(record).pixels
-        asked = self._encoder.conversation.encode([Exchange(first.question, None)], record.system)
+        encoded = self._encoder.encode_record(record)
+        plans = encoded.plans[: first.question.count(IMAGE_MARK)]
+        asked = self._encoder.conversation.encode(
+            [Exchange(first.question, None)], record.system, [plan.tokens for plan in plans]
+        )
         text = first.question.replace(IMAGE_MARK, "").strip()
-        return Question(record.record_id, text, first.answer or "", np.asarray(asked.ids), pixels[:images])
+        return Question(
+            record.record_id,
+            text,
+            first.answer or "",
+            np.asarray(asked.ids),
+            encoded.pixels[: sum(plan.tiles for plan in plans)],
+            plan_numbers(plans),
+        )
 
     @property
     def pad_token_id(self) -> int:

@@ -9,23 +9,31 @@ import numpy as np
 from torch import Tensor
 
 from megatron_patch.data.conversation import ConversationEncoder
-from megatron_patch.data.image import image_to_tiles, open_image
+from megatron_patch.data.image import image_size, image_to_grid, image_to_tiles, open_image
 from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset
 from megatron_patch.data.record import Record, cook
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.geometry import IGNORE_LABEL
+from megatron_patch.tile_plan import PLAN_FIELDS, TilePlan
 from megatron_patch.tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A record without its images' pixels.  S: its tokens, N: its images (tiles are images of their own)."""
+    """A record without its images' pixels.  S: its tokens, N: images for the tower (tiles are images of their own)."""
 
     record_id: str
     tokens: np.ndarray  # int64 [S]
     labels: np.ndarray  # int64 [S]: the token to predict at each position, or IGNORE_LABEL
-    image_starts: list[int]  # N first placeholders
+    image_spans: list[tuple[int, int]]  # [start, end) of each image's placeholders; fixed tiles have one each
     truncated: bool
+    plans: tuple[TilePlan, ...]  # of the record's images
+
+    @property
+    def tiles(self) -> int:
+        """N."""
+        return sum(plan.tiles for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,37 @@ _tokenizer = functools.cache(load_tokenizer)  # check, training and validation o
 
 def decode_images(images: Sequence[bytes], config: DataConfig) -> np.ndarray:
     """Images of a record -> pixels uint8 [N, 3, side_px, side_px], the tiles of each together.  Raises RecordError."""
-    opened = [open_image(data, config.apply_exif_orientation) for data in images]
-    tiles = np.empty((len(opened), config.tiles, 3, config.side_px, config.side_px), dtype=np.uint8)
-    for number, image in enumerate(opened):
-        tiles[number] = image_to_tiles(
-            image,
-            config.tile_columns,
-            config.tile_rows,
-            config.side_px,
-            config.image_aspect_ratio,
-            config.image_mean,
-            config.center_crop,
-            config.resample,
+    tiles = [np.empty((0, 3, config.side_px, config.side_px), dtype=np.uint8)]
+    plain = config.sizes_matter and config.any_resolution.is_plain(len(images))
+    for data in images:
+        image = open_image(data, config.apply_exif_orientation)
+        if config.sizes_matter and not plain:
+            tiles.append(image_to_grid(image, config.any_resolution, config.resample))
+            continue
+        tiles.append(
+            image_to_tiles(
+                image,
+                config.tile_columns,
+                config.tile_rows,
+                config.side_px,
+                "pad" if plain else config.image_aspect_ratio,
+                config.image_mean,
+                config.center_crop,
+                config.resample,
+            )
         )
-    return tiles.reshape(-1, *tiles.shape[2:])
+    return np.concatenate(tiles)
+
+
+def plan_images(images: Sequence[bytes], config: DataConfig) -> tuple[TilePlan, ...]:
+    """Plan of each image of a record, by its header where sizes matter.  Raises RecordError."""
+    sizes = [image_size(data, config.apply_exif_orientation) if config.sizes_matter else None for data in images]
+    return tuple(config.image_plan(size, len(images)) for size in sizes)
+
+
+def plan_numbers(plans: Sequence[TilePlan]) -> np.ndarray:
+    """Plans of M images -> int64 [M, PLAN_FIELDS], for the model."""
+    return np.array([plan.numbers for plan in plans], dtype=np.int64).reshape(-1, PLAN_FIELDS)
 
 
 class TaskEncoder:
@@ -70,7 +95,7 @@ class TaskEncoder:
             image_conv_front=config.image_conv_front,
             image_start_end=config.image_start_end,
         )
-        self._config = config
+        self.config = config
         self._with_pixels = with_pixels
 
     def encode(self, parts: Mapping[str, Any]) -> EncodedRecord:
@@ -81,22 +106,36 @@ class TaskEncoder:
         """Record -> row.  Raises RecordError."""
         text = self.encode_text(record)
         if self._with_pixels:
-            return EncodedRecord(**vars(text), pixels=decode_images(record.images, self._config))
+            return EncodedRecord(**vars(text), pixels=decode_images(record.images, self.config))
         # Decoded all the same: every pipeline stage must agree on which records are left out.
         for data in record.images:
-            open_image(data, self._config.apply_exif_orientation)
+            open_image(data, self.config.apply_exif_orientation)
         return EncodedRecord(**vars(text), pixels=None)
 
+    def read_text(self, dataset: Dataset, index: int) -> dict[str, Any] | None:
+        """The parts of a sample that encode_text() needs: the images too where their sizes matter.
+
+        Raises OSError, ValueError or TarError as the dataset.
+        """
+        return dataset[index] if self.config.sizes_matter else dataset.read_text(index)
+
     def encode_text(self, record: Record) -> EncodedText:
-        """Record -> everything but its pixels; the images are not looked at.  Raises RecordError."""
-        config = self._config
-        encoded = self.conversation.encode(record.exchanges, record.system)
+        """Record -> everything but its pixels; the images are not decoded.  Raises RecordError."""
+        config = self.config
+        plans, counts = (), None
+        if config.sizes_matter:
+            plans = plan_images(record.images, config)
+            counts = [plan.tokens for plan in plans]
+        encoded = self.conversation.encode(record.exchanges, record.system, counts)
+        if not config.sizes_matter:  # by the marks: there may be nothing behind them
+            plans = (config.image_plan(None, len(encoded.image_starts)),) * len(encoded.image_starts)
+        spans = [(start, start + plan.tokens) for start, plan in zip(encoded.image_starts, plans, strict=True)]
         tokens = np.asarray(encoded.ids, dtype=np.int64)
         trained = np.asarray(encoded.trained, dtype=bool)
         truncated = len(tokens) > config.longest_record
         if truncated:
             tokens, trained = tokens[: config.longest_record], trained[: config.longest_record]
-            if encoded.image_starts and encoded.image_starts[-1] + config.tokens_per_mark > config.longest_record:
+            if spans and spans[-1][1] > config.longest_record:
                 raise RecordError(
                     "too long", f"an image ends beyond token {config.longest_record} of {len(encoded.ids)}"
                 )
@@ -104,5 +143,7 @@ class TaskEncoder:
         labels[:-1][trained[1:]] = tokens[1:][trained[1:]]
         if not (labels != IGNORE_LABEL).any():
             raise RecordError("no trained token", f"none within {config.longest_record} of {len(encoded.ids)} tokens")
-        starts = [start + tile * config.image_tokens for start in encoded.image_starts for tile in range(config.tiles)]
-        return EncodedText(record.record_id, tokens, labels, starts, truncated)
+        if config.tiles > 1:
+            width = config.image_tokens
+            spans = [(first, first + width) for start, end in spans for first in range(start, end, width)]
+        return EncodedText(record.record_id, tokens, labels, spans, truncated, plans)

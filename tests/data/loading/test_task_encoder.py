@@ -10,8 +10,9 @@ def test_every_tile_begins_where_its_placeholders_do(folder: str, settings: Data
     dataset = Dataset(folder, "train")
     encoder = TaskEncoder(changed(settings, tile_columns=2, tile_rows=1), with_pixels=True)
     records = [encoder.encode(dataset[index]) for index in range(len(dataset))]
-    assert any(len(record.image_starts) == 3 for record in records), "no record has an image"
+    assert any(len(record.image_spans) == 3 for record in records), "no record has an image"
     for record in records:
-        held = [place for start in record.image_starts for place in range(start, start + settings.image_tokens)]
+        held = [place for span in record.image_spans for place in range(*span)]
         assert held == [place for place, token in enumerate(record.tokens) if token == settings.image_token_id]
-        assert len(record.image_starts) == len(record.pixels)
+        assert all(end - start == settings.image_tokens for start, end in record.image_spans)
+        assert len(record.image_spans) == len(record.pixels) == record.tiles

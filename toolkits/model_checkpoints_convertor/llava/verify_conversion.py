@@ -37,7 +37,7 @@ from megatron_patch.conversion.adapters import open_weights  # noqa: E402
 from megatron_patch.conversion.table import projector_rows, table_of_weights  # noqa: E402
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import LlavaGeometry  # noqa: E402
-from megatron_patch.llava_folder import LlavaFolder, TrainingSettings  # noqa: E402
+from megatron_patch.llava_folder import LlavaFolder  # noqa: E402
 from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 IGNORE_LABEL = -100
@@ -70,7 +70,7 @@ def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int)
         from megatron_patch.data.image import image_to_pixels, open_image
 
         folder = LlavaFolder.of(arguments.checkpoint)
-        settings = folder.training_settings or TrainingSettings(None)
+        settings = folder.settings
         way = folder.image_processing(side)
         image = open_image(arguments.image.read_bytes(), settings.exif_orientation)
         aspect = settings.image_aspect_ratio
