@@ -23,6 +23,8 @@ FREE = {
         "step_balance",
         "step_time",
         "length_mix",
+        "llava_kinds",
+        "tile_plan",
         "device_cards",
         "memory",
     ),

@@ -3,7 +3,6 @@
 Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeline owns tower and projector.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
@@ -193,6 +192,9 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if isinstance(value, Tensor) and not name.endswith("_extra_state")
     }
+
+
+TILES_AT_ONCE = 32  # through a frozen tower
 
 
 class ImageNewline(MegatronModule):
@@ -561,8 +563,12 @@ class LlavaModel(MegatronModule):
             if not self._tower_learns and not self.tower_for_text:
                 return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
-        with contextlib.nullcontext() if self._tower_learns else torch.no_grad():
+        if self._tower_learns:
             return self.image_features(pixels)
+        # An image may be 37 tiles for few tokens: what a frozen tower needs at once must not follow from the images.
+        at_once = len(pixels) if self.geometry.any_resolution is None else TILES_AT_ONCE
+        with torch.no_grad():
+            return torch.cat([self.image_features(tiles) for tiles in pixels.split(at_once)])
 
     def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """States [B, S, ...] -> [B, S / CP, ...], this rank's positions."""

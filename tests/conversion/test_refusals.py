@@ -178,6 +178,7 @@ OPTIONS = {
     "--mm-projector": ([], "parts", "--mm-projector|own projector"),
     "--add-tokens": (["<box>"], "parts llava", "--add-tokens"),
     "--vision-feature-layer": (["-1"], "parts", "--vision-feature-layer|feature layer -1"),
+    "--model-kind": (["llava"], "parts", "--model-kind|leave the kind llava out"),
     "--seed": (["1234"], "parts", "--seed|seed 1234"),
     "--format": (["torch_dist"], "parts llava", "--format"),
     "--layout": (["original"], "hub original", "--layout"),

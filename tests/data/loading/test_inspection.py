@@ -290,7 +290,7 @@ def test_terminal_text_and_labels() -> None:
     from megatron_patch.data.loading.inspection import TokenSpan
     from megatron_patch.data.loading.task_encoder import EncodedText
 
-    encoded = EncodedText("a", np.arange(5), np.array([-100, 2, 3, -100, -100]), [], False)
+    encoded = EncodedText("a", np.arange(5), np.array([-100, 2, 3, -100, -100]), [], False, ())
     assert unshifted_labels(encoded).tolist() == [-100, -100, 2, 3, -100]
     runs = [TokenSpan("other", 0, 1, "q"), TokenSpan("image", 1, 3, "<image> 1..3"), TokenSpan("trained", 3, 4, "a")]
     assert to_terminal(runs, colours=False) == "q[<image> 1..3]⟦a⟧"

@@ -1,0 +1,180 @@
+"""Training of LLaVA-NeXT and LLaVA-OneVision models on images of many shapes, several of them in some records.
+
+The same run under every parallelism, and resumed; tolerances as in test_parallelism.py.  That logits, loss and
+gradients are transformers' is shown in tests/model/test_any_resolution.py; here the first loss of a run is looked up
+there once more, from the bytes of the records on.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.loader import build_train_loader
+from megatron_patch.llava_folder import LlavaFolder
+from tests import tiny_models
+from tests.model.test_any_resolution import judges_images
+from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
+
+KINDS = {"llava_next": ("mistral", "clip", "mistral"), "llava_onevision": ("qwen2", "siglip_last", "qwen")}
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (240, 240, 240)}
+ITERATIONS = 12
+WITHOUT = {"TRAIN_ITERS": ITERATIONS, "DECODER_SEQ_LEN": 384, "PADDING_FREE": "false"}
+ROWS = {
+    "TP2 + SP": {"TP": 2},
+    "PP2": {"PP": 2},
+    "CP2": {"CP": 2},
+    "DP2 + distributed optimizer": {"NPROC_PER_NODE": 2, "DO": "true"},
+    "TP2 x PP2": {"TP": 2, "PP": 2},
+    "recompute full": {"AC": "full"},
+    "rows without padding": {"PADDING_FREE": "true"},
+}
+# LLaVA-OneVision's head is its embedding, which FSDP refuses
+ROWS_OF_NEXT = {"FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"}}
+DEFAULT = [("llava_next", "TP2 + SP")]
+
+
+def write_records(folder: Path) -> None:
+    """One to three images of odd sizes in a record, or none; the answer names the colour of each right half."""
+    draw = random.Random(11)
+    (folder / "images").mkdir(parents=True)
+    found = []
+    for number in range(96):
+        count, names, files = draw.choice((0, 1, 1, 1, 2, 3)), [], []
+        for place in range(count):
+            name = draw.choice(list(COLOURS))
+            size = draw.choice(((20, 90), (100, 30), (56, 56), (70, 44), (29, 31), (130, 8)))
+            image = Image.new("RGB", size, (0, 0, 0))
+            ImageDraw.Draw(image).rectangle((size[0] // 2, 0, *size), fill=COLOURS[name])
+            image.save(folder / "images" / f"{number}_{place}.png")
+            names.append(name)
+            files.append(f"{number}_{place}.png")
+        turns = [
+            {"from": "human", "value": "<image>\n" * count + "What colours?"},
+            {"from": "gpt", "value": ", ".join(names) or "none"},
+        ]
+        found.append({"id": f"r{number}", "image": files, "conversations": turns})
+    for record in found:
+        if not record["image"]:
+            del record["image"]
+    (folder / "records.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
+    """Of each kind, with one dataset."""
+    folder = tmp_path_factory.mktemp("any_resolution")
+    write_records(folder / "records")
+    converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
+    words = [str(folder / "records"), "--split", "9,1,0", "--samples-per-shard", "8"]
+    subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True)
+    for kind, (family, tower, _) in KINDS.items():
+        tiny_models.make_tiny_llava(folder / kind / "hf", family, tower=tower, kind=kind)
+        hub, checkpoint = folder / kind / "hf", folder / kind / "checkpoint"
+        convert_to_megatron(hub, None, checkpoint, precision="fp32", model_size="tiny")
+    return {kind: Workspace(folder / kind / "checkpoint", folder / "records" / "wds") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def alone(workspaces: dict[str, Workspace], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """(output, losses) of one process."""
+    found = {}
+
+    def of(kind: str) -> tuple[Path, dict[int, float]]:
+        if kind not in found:
+            output = tmp_path_factory.mktemp(kind) / "out"
+            settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "SAVE_INTERVAL": 6}
+            found[kind] = output, losses(run(workspaces[kind], output, **settings))
+        return found[kind]
+
+    return of
+
+
+CASES = [(kind, row) for kind in KINDS for row in ROWS] + [("llava_next", row) for row in ROWS_OF_NEXT]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"), [pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow) for case in CASES]
+)
+def test_losses_equal_a_single_process(kind: str, row: str, workspaces: dict, alone, tmp_path: Path) -> None:
+    _, expected = alone(kind)
+    assert min(expected.values()) < 0.95 * expected[1], "a run that does not learn proves little"
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2]} | (ROWS | ROWS_OF_NEXT)[row]
+    found = losses(run(workspaces[kind], tmp_path / "out", **settings))
+    assert found.keys() == expected.keys()
+    worst = max(abs(found[i] / expected[i] - 1) for i in expected)
+    print(f"{kind}, {row}: largest relative difference {worst:.1e}")
+    assert worst <= 7e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(kind: str, workspaces: dict, alone, tmp_path: Path) -> None:
+    _, expected = alone(kind)
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "SAVE_INTERVAL": 6}
+    run_and_kill(workspaces[kind], tmp_path / "out", 8, **settings)
+    resumed = losses(run(workspaces[kind], tmp_path / "out", **settings))
+    assert resumed == {number: expected[number] for number in range(7, ITERATIONS + 1)}
+
+
+def next_loss_by_transformers(exported: Path, workspace: Workspace, template: str) -> float:
+    """Loss of the batch after ITERATIONS iterations, of pixels that transformers' own processor makes of the files."""
+    import transformers
+
+    folder = LlavaFolder.of(workspace.checkpoint)
+    geometry, images = folder.geometry(), folder.image_processing(tiny_models.IMAGE_SIDE_PX)
+    del images["image_std"]
+    config = DataConfig(
+        tokenizer_path=str(folder.tokenizer),
+        template=template,
+        image_token_id=geometry.image_token_id,
+        image_tokens=geometry.tower.image_tokens,
+        side_px=geometry.tower.side_px,
+        any_resolution=geometry.any_resolution,
+        decoder_seq_len=384,
+        **{"micro_batch_size": 8, "length_multiple": 1, "seed": 1234, "num_workers": 0},
+        **images,
+        **folder.settings.for_data(),
+    )
+    loader = build_train_loader(str(workspace.dataset), config, 0, 1)
+    for _ in range(ITERATIONS):
+        next(loader)
+    batch, source = next(loader), workspace.dataset.parent / "images"
+    records = [
+        [Image.open(file).convert("RGB") for file in sorted(source.glob(f"{name[1:]}_*.png"))]
+        for name in batch["record_ids"]
+    ]
+    model = getattr(transformers, geometry.kind.architecture).from_pretrained(exported, dtype=torch.float32)
+    unshifted = torch.full_like(batch["labels"], -100)
+    unshifted[:, 1:] = batch["labels"][:, :-1]
+    with torch.no_grad():
+        found = model(
+            input_ids=batch["tokens"],
+            labels=unshifted,
+            **judges_images(exported, records, geometry.model_type),
+        )
+    return found.loss.item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_finds_the_next_loss(kind: str, workspaces: dict, tmp_path: Path) -> None:
+    """What was trained at TP2 is what is exported: image_newline has learnt, and the judge's loss is the run's next."""
+    workspace, template = workspaces[kind], KINDS[kind][2]
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": template, "TP": 2}
+    run(workspace, tmp_path / "out", **settings)
+    exported = tmp_path / "exported"
+    convert_to_huggingface(tmp_path / "out/checkpoint", exported, precision="fp32", model_size="tiny")
+    before = load_file(workspace.checkpoint.parent / "hf/model.safetensors")["image_newline"]
+    assert not torch.equal(load_file(exported / "model.safetensors")["image_newline"], before)
+    expected = next_loss_by_transformers(exported, workspace, template)
+    printed = losses(run(workspace, tmp_path / "out", **settings | {"TRAIN_ITERS": ITERATIONS + 1}))
+    assert printed[ITERATIONS + 1] == pytest.approx(expected, rel=1e-5)
