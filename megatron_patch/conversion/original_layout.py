@@ -7,6 +7,7 @@ the original code puts the image in place of an index of its own.  Source of the
 llava/model/llava_arch.py, multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py.
 """
 
+import ast
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,15 @@ from megatron_patch.conversion.usage_files import write_chat_files, write_senten
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import PROJECTOR_TYPES, LlavaGeometry, check_known
 from megatron_patch.language_models import LANGUAGE_MODELS, original_classes
-from megatron_patch.llava_folder import CONFIG, IMAGE_PROCESSOR, IMAGE_SETTINGS, LlavaFolder, TrainingSettings
+from megatron_patch.llava_folder import (
+    ANY_RESOLUTION,
+    CONFIG,
+    IMAGE_PROCESSOR,
+    IMAGE_SETTINGS,
+    LlavaFolder,
+    TrainingSettings,
+)
+from megatron_patch.llava_kinds import NEWLINE
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
@@ -67,6 +76,8 @@ class Original:
     tower_name: str
     feature_layer: int
     projector: str
+    kind: str = "llava"  # of LLAVA_KINDS
+    pinpoints: list[list[int]] | None = None  # image_grid_pinpoints of a kind that has them
 
     def text_config(self) -> Any:
         """transformers' config object of the LLM inside."""
@@ -90,7 +101,7 @@ def read_original(folder: Path) -> Original:
     """Read and check config.json.
 
     Raises:
-        UserError: it asks for something other than LLaVA-1.5's way of seeing; named.
+        UserError: it asks for something other than the ways of seeing of LLaVA-1.5 and LLaVA-NeXT; named.
     """
     values = hub_files.read_json(folder / "config.json")
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
@@ -102,7 +113,7 @@ def read_original(folder: Path) -> Original:
     where = f"{folder}/config.json"
     try:
         check_known("mm_vision_select_feature", values.get("mm_vision_select_feature", "patch"), ("patch",))
-        check_known("mm_patch_merge_type", values.get("mm_patch_merge_type") or "flat", ("flat",))
+        kind, pinpoints = _kind(values)
         projector = values.get("mm_projector_type", "linear")  # v1.0 had no other and did not name it
         check_known("mm_projector_type", projector, PROJECTOR_TYPES)
         if values.get("s2") or values.get("mm_resampler_type"):
@@ -113,7 +124,33 @@ def read_original(folder: Path) -> Original:
         llm_type = _llm_type(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Original(folder, values, llm_type, str(values["mm_vision_tower"]), layer, projector)
+    return Original(folder, values, llm_type, str(values["mm_vision_tower"]), layer, projector, kind, pinpoints)
+
+
+def _kind(values: dict[str, Any]) -> tuple[str, list[list[int]] | None]:
+    """(kind of LLAVA_KINDS, image_grid_pinpoints) of an original config.json.
+
+    The original code reads the pinpoints as [width, height], transformers as [height, width]: where two grids show an
+    image equally well, and the list names the one first, that code takes the other.  As transformers does, they are
+    kept as they are written.
+    """
+    merge, aspect = values.get("mm_patch_merge_type") or "flat", values.get("image_aspect_ratio")
+    check_known("mm_patch_merge_type", merge, ("flat", "spatial_unpad"))
+    if merge == "flat":
+        return "llava", None
+    if str(aspect).startswith("anyres_max"):
+        raise UserError(
+            f"image_aspect_ratio {aspect!r} is LLaVA-OneVision's, which is read in the hub's layout only; pass the "
+            "folder of the same model in transformers' layout (its name ends with -hf)"
+        )
+    check_known("image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad", aspect, (ANY_RESOLUTION,))
+    pinpoints = values.get("image_grid_pinpoints")
+    if isinstance(pinpoints, str):  # as the training scripts are given them
+        try:
+            pinpoints = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError):
+            raise UserError(f"image_grid_pinpoints is {pinpoints!r}; wanted a list of pairs of pixels") from None
+    return "llava_next", [list(size) for size in pinpoints or []] or None
 
 
 @dataclass(frozen=True)
@@ -189,6 +226,8 @@ def original_name(hub_name: str, projector: str) -> str:
         "multi_modal_projector.linear_1.": first if projector != "linear" else "model.mm_projector.",
         "multi_modal_projector.linear_2.": second,
     }
+    if hub_name == NEWLINE:
+        return f"model.{NEWLINE}"
     begin = next(begin for begin in places if hub_name.startswith(begin))
     return places[begin] + hub_name.removeprefix(begin)
 
@@ -253,6 +292,8 @@ def plan_export(
     Raises:
         UserError: the original code has no class for this LLM or projector, or the tower has no name.
     """
+    if geometry.model_type == "llava_onevision":
+        raise UserError("LLaVA-OneVision is exported in the hub's layout only; choose the layout hub")
     known = [name for name, family in LANGUAGE_MODELS.items() if family.original]
     check_known("the original layout's LLM", geometry.language.model_type, known)
     saved, trained_with = LlavaFolder(hub).original, LlavaFolder(hub).training_settings
@@ -271,7 +312,7 @@ def plan_export(
     else:
         values = _derived_config(config, geometry, dtype, tower_name or _known_tower(config, hub))
         values["unfreeze_mm_vision_tower"] = with_tower  # with it, the original code takes the tower inside
-        if trained_with is None:
+        if trained_with is None and geometry.any_resolution is None:
             notes.append("image_aspect_ratio is square (centre crop); set it to pad when trained on padded images")
     if trained_with is not None:
         values |= original_values(values, trained_with)
@@ -315,11 +356,21 @@ def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str,
         "mm_projector_type": geometry.projector_type,
         "mm_vision_select_layer": config["vision_feature_layer"],
         "mm_vision_select_feature": "patch",
-        "mm_patch_merge_type": "flat",
+        **_of_images(config, geometry),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": "square",
         "tokenizer_padding_side": "right",
+    }
+
+
+def _of_images(config: dict[str, Any], geometry: LlavaGeometry) -> dict[str, Any]:
+    """How the original code makes features of an image."""
+    if geometry.any_resolution is None:
+        return {"mm_patch_merge_type": "flat", "image_aspect_ratio": "square"}
+    return {
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": ANY_RESOLUTION,
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
     }

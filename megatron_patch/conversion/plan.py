@@ -201,7 +201,9 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     stored_rows = text.vocab_size
     vocabulary = _vocabulary(stored_rows, tokens, additions)
     config = hub_files.compose_config(
-        text, found.config, tokens, vocabulary, precision, original.projector, original.feature_layer
+        *(text, found.config, tokens, vocabulary, precision, original.projector, original.feature_layer),
+        kind=original.kind,
+        pinpoints=original.pinpoints,
     )
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.llava_folder import TRAINING, LlavaFolder, TrainingSettings
+from megatron_patch.llava_folder import ANY_RESOLUTION, TRAINING, LlavaFolder, TrainingSettings
 
 _START_END = "IMAGE_START_END=true: write <im_start><image><im_end> in a prompt where you would write <image>"
 _FRONT = "IMAGE_CONV_FRONT=true: the images stand before the first question, in a prompt too"
@@ -51,7 +51,7 @@ def tower_processor(images: dict[str, Any], settings: TrainingSettings | None) -
 def hub_advice(settings: TrainingSettings) -> list[str]:
     """What who uses the exported folder must do, since no file of it does."""
     notes = _template(settings, "write prompts in it")
-    if settings.image_aspect_ratio != "crop":
+    if settings.image_aspect_ratio not in ("crop", ANY_RESOLUTION):
         notes.append(f"IMAGE_ASPECT_RATIO={settings.image_aspect_ratio}: AutoProcessor of the folder does so by itself")
     notes += _tiles(settings)
     if settings.image_start_end:
@@ -76,7 +76,9 @@ def settings_of_original(folder: Path, values: dict[str, Any]) -> TrainingSettin
     if kept is not None:
         return kept
     ways = {"pad": "pad", "square": "crop", None: "crop"}
-    if values.get("image_aspect_ratio") not in ways:  # anyres
+    if values.get("mm_patch_merge_type") == "spatial_unpad":  # LLaVA-NeXT
+        ways = {ANY_RESOLUTION: ANY_RESOLUTION}
+    if values.get("image_aspect_ratio") not in ways:  # anyres whose tiles follow each other
         return None
     return TrainingSettings(
         None,
@@ -89,7 +91,8 @@ def settings_of_original(folder: Path, values: dict[str, Any]) -> TrainingSettin
 def original_values(values: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
     """Fields of the original config.json that say it; those of `values` that say the same already are left out."""
     changes = {}
-    aspect = "pad" if settings.image_aspect_ratio == "pad" else "square"
+    same = settings.image_aspect_ratio in ("pad", ANY_RESOLUTION)
+    aspect = settings.image_aspect_ratio if same else "square"
     if (values.get("image_aspect_ratio") or "square") != aspect:
         changes["image_aspect_ratio"] = aspect
     if bool(values.get("mm_use_im_start_end")) != settings.image_start_end:

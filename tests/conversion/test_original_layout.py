@@ -239,7 +239,7 @@ def original(hub, tmp_path):
 
 
 REFUSED = {
-    "llava-1.6": ({"mm_patch_merge_type": "spatial_unpad"}, ["'spatial_unpad'", "known: flat"]),
+    "spatial": ({"mm_patch_merge_type": "spatial"}, ["'spatial'", "known: flat, spatial_unpad"]),
     "class token kept": ({"mm_vision_select_feature": "cls_patch"}, ["'cls_patch'", "known: patch"]),
     "another class": ({"architectures": ["LlavaMptForCausalLM"]}, ["LlavaMptForCausalLM", "LlavaLlamaForCausalLM"]),
     "another projector": ({"mm_projector_type": "mlp3x_gelu"}, ["'mlp3x_gelu'", "known: mlp2x_gelu, linear"]),
@@ -302,3 +302,62 @@ def test_words_of_the_other_direction(hub, original, tmp_path, command):
     assert code == 2 and "is not the model" in err and not (tmp_path / "back").exists()
     code, out, err = command(*back, "--hf-checkpoint", original, "--layout", "original")
     assert code == 0 and "unfreeze_mm_vision_tower" in out, err
+
+
+def test_next_in_the_original_layout(hub, tmp_path):
+    """LLaVA-NeXT (v1.6): image_newline and the grids are there in both layouts, every tensor byte-equal."""
+    source, clip = tmp_path / "llava-v1.6", hub("clip")
+    before = make_original(source, hub("mistral"), clip, "mistral", pickled=False)
+    before["model.image_newline"] = torch.randn(64, generator=torch.Generator().manual_seed(5))
+    save_file(before, str(source / "model.safetensors"), metadata={"format": "pt"})
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    grids = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": pinpoints}
+    edit_json(source / "config.json", **grids)
+    report = to_megatron(source, clip, tmp_path / "ckpt")
+    assert any("IMAGE_ASPECT_RATIO=anyres" in note for note in report.notes)
+    geometry = read_geometry_of(tmp_path / "ckpt/llava")
+    assert geometry.model_type == "llava_next" and geometry.any_resolution.candidates == ((28, 56), (56, 28), (56, 56))
+
+    export(tmp_path / "ckpt", tmp_path / "back", layout="original")
+    assert_same(before, tensors_of(tmp_path / "back"))
+    assert (source / "config.json").read_bytes() == (tmp_path / "back/config.json").read_bytes()
+
+    export(tmp_path / "ckpt", tmp_path / "hub")
+    assert same_bytes(tensors_of(tmp_path / "hub")["image_newline"], before["model.image_newline"])
+    model, processor = load(tmp_path / "hub")
+    assert (
+        type(model).__name__ == "LlavaNextForConditionalGeneration" and type(processor).__name__ == "LlavaNextProcessor"
+    )
+    assert processor.image_processor.image_grid_pinpoints == model.config.image_grid_pinpoints == pinpoints
+
+    to_megatron(tmp_path / "hub", None, tmp_path / "ckpt2")
+    export(tmp_path / "ckpt2", tmp_path / "derived", layout="original", tower_name="openai/clip-vit-large-patch14-336")
+    values = json.loads((tmp_path / "derived/config.json").read_text())
+    assert {name: values[name] for name in grids} == grids
+    derived = tensors_of(tmp_path / "derived")
+    assert derived.keys() == before.keys() and same_bytes(derived["model.image_newline"], before["model.image_newline"])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"image_aspect_ratio": "anyres_max_9"}, "LLaVA-OneVision's, which is read in the hub's layout only"),
+        (
+            {"image_aspect_ratio": "pad"},
+            "image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad is 'pad'",
+        ),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is .*; wanted a list"),
+        (
+            {"image_grid_pinpoints": [[28, 60]]},
+            r"image_grid_pinpoints holds \[28, 60\]; .* multiples of the tower's 28",
+        ),
+    ],
+)
+def test_grids_that_are_not_built_are_refused(hub, tmp_path, values, said):
+    source, clip = tmp_path / "source", hub("clip")
+    make_original(source, hub("mistral"), clip, "mistral")
+    grids = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    edit_json(source / "config.json", **grids | {"image_grid_pinpoints": [[28, 56]]} | values)
+    with pytest.raises(UserError, match=said):
+        to_megatron(source, clip, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()

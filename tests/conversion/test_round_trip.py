@@ -29,9 +29,9 @@ def there_and_back(tmp_path, source, clip, precision="fp32", **export):
 
 
 def load(folder):
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
