@@ -78,7 +78,7 @@ class Tokens:
 @pytest.mark.parametrize("name", RULES)
 def test_as_many_tokens_as_in_transformers(name: str, count: int) -> None:
     judge, rule = Tokens(name), RULES[name]
-    for size in sizes(count, seed=1):
+    for size in [(820, 369), (369, 820), *sizes(count, seed=1)]:  # the first only come out so when rounded to 7 places
         plan = rule.plan(size)
         assert plan.tokens == judge.count(size), (size, plan)
 
@@ -87,7 +87,7 @@ def test_as_many_tokens_as_in_transformers(name: str, count: int) -> None:
 def test_pixels_equal_those_of_transformers(name: str) -> None:
     judge, rule = processor(name), RULES[name]
     random_pixels = np.random.default_rng(2)
-    for size in list(sizes(24, seed=3)):
+    for size in [(90, 90), *sizes(24, seed=3)]:  # the first fills two grids equally well
         image = Image.fromarray(random_pixels.integers(0, 256, (*size, 3), dtype=np.uint8))
         expected = np.asarray(judge(image, return_tensors="np")["pixel_values"][0])
         ours, plan = image_to_grid(image, rule), rule.plan(size)

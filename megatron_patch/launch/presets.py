@@ -42,6 +42,34 @@ PRESETS = (
         "IMAGE_ASPECT_RATIO=pad DATA_ORDER=modality LORA_RANK=128 LORA_ALPHA=256 LORA_DROPOUT=0.05 PROJECTOR_LR=2e-5",
     ),
     _preset(
+        "llava-next",
+        1,
+        "LLaVA-NeXT's pretrain_clip.sh, LLaVA-Pretrain 558k: one tile of each image, no newline",
+        "GLOBAL_BATCH_SIZE=256 LR=1e-3 MIN_LR=0 TRAIN_ITERS=2180 LR_WARMUP_ITERS=65 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=crop",
+    ),
+    _preset(
+        "llava-next",
+        2,
+        "LLaVA-NeXT's finetune_clip.sh; iterations for 760k records",
+        "GLOBAL_BATCH_SIZE=128 LR=1e-5 MIN_LR=0 TRAIN_ITERS=5940 LR_WARMUP_ITERS=178 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=anyres DATA_ORDER=modality FREEZE_VISION_TOWER=false VISION_TOWER_LR=2e-6",
+    ),
+    _preset(
+        "llava-onevision",
+        1,
+        "LLaVA-NeXT's pretrain_siglip.sh, LLaVA-Pretrain 558k: one tile of each image, no newline",
+        "GLOBAL_BATCH_SIZE=256 LR=1e-3 MIN_LR=0 TRAIN_ITERS=2180 LR_WARMUP_ITERS=65 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=crop",
+    ),
+    _preset(
+        "llava-onevision",
+        2,
+        "LLaVA-NeXT's finetune_si.sh and finetune_ov.sh, for 7B",
+        "GLOBAL_BATCH_SIZE=256 LR=1e-5 MIN_LR=0 ADAM_BETA2=0.999 "
+        "IMAGE_ASPECT_RATIO=anyres DATA_ORDER=modality FREEZE_VISION_TOWER=false VISION_TOWER_LR=2e-6",
+    ),
+    _preset(
         "pai",
         1,
         "Pai-Megatron-Patch's guide",

@@ -216,3 +216,21 @@ verify_worker.main()
 """
     (tmp_path / "plan.json").write_text('{"tensor": 1, "pipeline": 1, "cases": []}')
     assert in_warm_process(program, tmp_path / "plan.json").split() == ["cpu", "False"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "family", "tower"), [("llava_next", "mistral", "clip"), ("llava_onevision", "qwen2", "siglip")]
+)
+def test_models_for_any_resolution_are_equal(tool, tmp_path, capsys, kind, family, tower):
+    """As a whole folder, and made of an LLM and a tower; and a newline that differs is seen behind the projector."""
+    tiny_models.make_tiny_llava(tmp_path / "hf", family, tower=tower, kind=kind)
+    convert_to_megatron(tmp_path / "hf", None, tmp_path / "ckpt", precision="fp32", model_size="tiny")
+    words = ("--hf", tmp_path / "hf", "--tensor-model-parallel-size", 2)
+    assert tool.verify(arguments(tool, tmp_path / "ckpt", *words)) == 0
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights["image_newline"] = weights["image_newline"].flip(0)
+    save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert tool.verify(arguments(tool, tmp_path / "ckpt", *words)) == 1
+    assert "decoder layer 0" in capsys.readouterr().out

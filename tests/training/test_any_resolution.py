@@ -125,6 +125,38 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(kind: str, workspaces: dict
     assert resumed == {number: expected[number] for number in range(7, ITERATIONS + 1)}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_are_equal_under_tensor_and_context_parallelism(kind: str, workspaces: dict, tmp_path: Path) -> None:
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "PACKING": "true", "BATCH_SIZE": 1}
+    settings |= {"GLOBAL_BATCH_SIZE": 4}
+    expected, *others = (
+        losses(run(workspaces[kind], tmp_path / str(number), **settings | layout))
+        for number, layout in enumerate(({}, {"TP": 2}, {"CP": 2}))
+    )
+    for found in others:
+        worst = max(abs(found[i] / expected[i] - 1) for i in expected)
+        print(f"{kind}, packed: largest relative difference {worst:.1e}")
+        assert worst <= 7e-6
+
+
+def test_stage_1_shows_single_tiles_and_keeps_the_newline(workspaces: dict, tmp_path: Path) -> None:
+    """As in the original code: one tile of each image, no newline in the text, image_newline frozen with the LLM."""
+    workspace, output = workspaces["llava_next"], tmp_path / "out"
+    frozen = {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "IMAGE_ASPECT_RATIO": "crop"}
+    settings = {"TRAIN_ITERS": 3, "DECODER_SEQ_LEN": 128, "CONVERSATION_TEMPLATE": "mistral", **frozen}
+    run(workspace, output, **settings)
+    exported = tmp_path / "exported"
+    convert_to_huggingface(output / "checkpoint", exported, precision="fp32", model_size="tiny")
+    before, after = (load_file(f / "model.safetensors") for f in (workspace.checkpoint.parent / "hf", exported))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector"}
+    assert LlavaFolder(exported).settings.image_aspect_ratio == "crop"
+    # three images of 16 tokens each at most, where a grid would take up to 88 for one
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["records"]["kept"] == 3 * 8 and not summary["records"].get("skipped")
+
+
 def next_loss_by_transformers(exported: Path, workspace: Workspace, template: str) -> float:
     """Loss of the batch after ITERATIONS iterations, of pixels that transformers' own processor makes of the files."""
     import transformers

@@ -7,8 +7,9 @@ Both models run the same images and text in fp32, transformers in this process, 
 starts.  Printed: embedding, vision tower, projector, every decoder layer, logits and first loss with the largest
 absolute and relative difference.  Exit code 0: all agree; 1: the first part that differs is named; 2: wrong input.
 
-A checkpoint made of a language model and a CLIP tower has a projector that no source holds: the checkpoint's own is
-used on both sides, so its row tells about the computation only, and all other rows about weights as well.
+A checkpoint made of a language model and a CLIP tower has a projector (one that sees images at any resolution also an
+image_newline) that no source holds: the checkpoint's own is used on both sides, so its row tells about the computation
+only, and all other rows about weights as well.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from megatron_patch.conversion.table import projector_rows, table_of_weights  # 
 from megatron_patch.errors import UserError  # noqa: E402
 from megatron_patch.geometry import LlavaGeometry  # noqa: E402
 from megatron_patch.llava_folder import LlavaFolder  # noqa: E402
+from megatron_patch.llava_kinds import LLAVA_KINDS, NEWLINE  # noqa: E402
 from toolkits.model_checkpoints_convertor.llava.command_line import exit_code  # noqa: E402
 
 IGNORE_LABEL = -100
@@ -62,11 +64,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int) -> dict[str, Tensor]:
-    """tokens, labels int64 [B, S], pixels uint8 [B, 3, side, side]: an image, then text; no padding anywhere."""
+    """tokens, labels int64 [B, S], pixels uint8 [N, 3, side, side]: an image, then text; no padding anywhere.
+
+    Of a model that sees images at any resolution also plans int64 [B, ...] and image_sizes int64 [B, 2]; else N is B.
+    """
     generator = torch.Generator().manual_seed(arguments.seed)
     side, rows = geometry.tower.side_px, 1 if arguments.image or arguments.prompt else 2
     pixels = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
-    if arguments.image:
+    image_tokens, planned = geometry.tower.image_tokens, {}
+    if geometry.any_resolution is not None:
+        pixels, image_tokens, planned = _tiles(arguments, geometry, rows, generator)
+    elif arguments.image:
         from megatron_patch.data.image import image_to_pixels, open_image
 
         folder = LlavaFolder.of(arguments.checkpoint)
@@ -83,11 +91,33 @@ def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int)
         tokenizer = AutoTokenizer.from_pretrained(LlavaFolder.of(arguments.checkpoint).tokenizer)
         text = torch.tensor([tokenizer(arguments.prompt).input_ids])
     text[text == geometry.image_token_id] = 0
-    marks = torch.full((rows, geometry.tower.image_tokens), geometry.image_token_id)
+    marks = torch.full((rows, image_tokens), geometry.image_token_id)
     tokens = torch.cat([text[:, :1], marks, text[:, 1:]], dim=1)
     labels = torch.full_like(tokens, IGNORE_LABEL)
-    labels[:, geometry.tower.image_tokens : -1] = text[:, 1:]  # the token to predict at each position
-    return {"tokens": tokens, "labels": labels, "pixels": pixels}
+    labels[:, image_tokens:-1] = text[:, 1:]  # the token to predict at each position
+    return {"tokens": tokens, "labels": labels, "pixels": pixels} | planned
+
+
+def _tiles(
+    arguments: argparse.Namespace, geometry: LlavaGeometry, rows: int, generator: torch.Generator
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Pixels of the tiles of one image for each row, its tokens, and plans and image_sizes."""
+    from PIL import Image
+
+    from megatron_patch.data.image import image_to_grid, open_image
+
+    rule, folder = geometry.any_resolution, LlavaFolder.of(arguments.checkpoint)
+    if arguments.image:
+        images = [open_image(arguments.image.read_bytes(), folder.settings.exif_orientation)]
+    else:  # wide, and not a whole number of tiles, so that padding is dropped
+        size = (rule.side_px * 3 // 2, rule.side_px * 5 // 2, 3)
+        drawn = (torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for _ in range(rows))
+        images = [Image.fromarray(pixels.numpy()) for pixels in drawn]
+    resample = folder.image_processing(rule.side_px)["resample"]
+    sizes = [(image.height, image.width) for image in images]
+    plan = rule.plan(sizes[0])
+    pixels = torch.cat([torch.from_numpy(image_to_grid(image, rule, resample)) for image in images])
+    return pixels, plan.tokens, {"plans": torch.tensor([plan.numbers] * rows), "image_sizes": torch.tensor(sizes)}
 
 
 # ---------------------------------------------------------------- transformers
@@ -103,20 +133,20 @@ def _copy(parameters: dict[str, Tensor], name: str, value: Tensor) -> None:
     target[: len(value)].copy_(value) if target.dim() else target.copy_(value)
 
 
-def _projector_of(checkpoint: Path, geometry: LlavaGeometry) -> Iterator[tuple[str, Tensor]]:
-    """(name below the projector, tensor) of the checkpoint's own projector."""
+def _own_weights(checkpoint: Path, geometry: LlavaGeometry) -> Iterator[tuple[str, Tensor]]:
+    """(name in transformers' LLaVA, tensor) of what no source holds: projector and image_newline."""
+    rows = projector_rows(geometry) + [row for row in table_of_weights(geometry) if row.parts[0].name == NEWLINE]
     with open_weights(checkpoint, geometry) as reader:
-        for row in projector_rows(geometry):
-            whole = reader.read(row.key, (0,) * len(row.shape), row.shape)
-            yield row.parts[0].name.removeprefix("multi_modal_projector."), whole
+        for row in rows:
+            yield f"model.{row.parts[0].name}", reader.read(row.key, (0,) * len(row.shape), row.shape)
 
 
 def _assembled(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' LLaVA of a language model, a tower and the checkpoint's projector."""
     import transformers
 
-    config = transformers.LlavaConfig.from_pretrained(LlavaFolder.of(arguments.checkpoint).path)
-    model = transformers.LlavaForConditionalGeneration(config).float()
+    config = transformers.AutoConfig.from_pretrained(LlavaFolder.of(arguments.checkpoint).path)
+    model = getattr(transformers, geometry.kind.architecture)(config).float()
     if geometry.projector_type == "linear":
         linear = torch.nn.Linear(geometry.tower.hidden, geometry.language.hidden)
         model.model.multi_modal_projector = torch.nn.ModuleDict({"linear_1": linear})
@@ -133,8 +163,8 @@ def _assembled(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: to
         for name, value in tower.named_parameters():
             name = f"model.vision_tower.{name.removeprefix('vision_model.')}"
             _copy(parameters, in_llava.get(name, name), value)
-        for name, value in _projector_of(arguments.checkpoint, geometry):
-            _copy(parameters, f"model.multi_modal_projector.{name}", value.to(dtype))
+        for name, value in _own_weights(arguments.checkpoint, geometry):
+            _copy(parameters, name, value.to(dtype))
     return model
 
 
@@ -147,13 +177,13 @@ def load_source(arguments: argparse.Namespace, geometry: LlavaGeometry, dtype: t
     import transformers
 
     kind = hub_files.model_type(arguments.hf)
-    if kind != "llava":
+    if kind not in LLAVA_KINDS:
         if arguments.hf_clip is None:
             raise UserError(f"{arguments.hf} is a {kind} without a vision tower; pass --hf-clip as well")
         return _assembled(arguments, geometry, dtype)
     if arguments.hf_clip is not None:
         raise UserError(f"{arguments.hf} is a whole LLaVA with its own tower; leave --hf-clip out")
-    model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+    model, report = getattr(transformers, LLAVA_KINDS[kind].architecture).from_pretrained(
         arguments.hf, dtype=dtype, output_loading_info=True
     )
     if report["missing_keys"]:
@@ -182,10 +212,12 @@ def run_source(model: torch.nn.Module, batch: dict[str, Tensor], statistics: dic
     mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
     labels = torch.full_like(batch["labels"], IGNORE_LABEL)
     labels[:, 1:] = batch["labels"][:, :-1]  # transformers' labels stand at the token itself
+    images = {"pixel_values": (batch["pixels"].float() / 255 - mean) / std}
+    if "plans" in batch:  # one image in each row, and all of the same shape
+        rows = len(batch["plans"])
+        images = {"pixel_values": images["pixel_values"].unflatten(0, (rows, -1)), "image_sizes": batch["image_sizes"]}
     with torch.no_grad():
-        output = model.eval()(
-            input_ids=batch["tokens"], pixel_values=(batch["pixels"].float() / 255 - mean) / std, labels=labels
-        )
+        output = model.eval()(input_ids=batch["tokens"], labels=labels, **images)
     return seen | {"logits": output.logits.float(), "first loss": output.loss.float()}
 
 

@@ -56,7 +56,8 @@ def through_stages(model: LlavaModel, batch: dict[str, Tensor], labels: Tensor |
         received = torch.empty(tokens.shape[1], tokens.shape[0], model.config.hidden_size, device=tokens.device)
         torch.distributed.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(received)
-    output = model(tokens if first else None, labels if last else None, pixels if first else None)
+    plans = batch["plans"].cpu() if "plans" in batch and first else None
+    output = model(tokens if first else None, labels if last else None, pixels if first else None, plans=plans)
     if not last:
         torch.distributed.send(output.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
     return output
