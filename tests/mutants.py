@@ -117,8 +117,8 @@ MODEL = [
         ),
         (
             "a trained tower gets no gradient",
-            "with contextlib.nullcontext() if self._tower_learns else",
-            "with contextlib.nullcontext() if False else",
+            "        if self._tower_learns:\n            return self.image_features(pixels)",
+            "        if False:\n            return self.image_features(pixels)",
         ),
     ),
     *of(
@@ -447,7 +447,7 @@ LABELS_AND_MASKS = [
     *of(
         ENCODER,
         "tests/data/loading/test_task_encoder.py::test_every_tile_begins_where_its_placeholders_do",
-        ("tiles begin at the same placeholder", "start + tile * config.image_tokens for start", "start for start"),
+        ("tiles begin at the same placeholder", "for first in range(start, end, width)]", "for first in [start]]"),
     ),
     *of(
         ENCODER,
@@ -479,8 +479,8 @@ LABELS_AND_MASKS = [
         ),
         (
             "images become one token less",
-            "ids += [self._image_token_id] * self._image_tokens",
-            "ids += [self._image_token_id] * (self._image_tokens - 1)",
+            "ids += [self._image_token_id] * count",
+            "ids += [self._image_token_id] * (count - 1)",
         ),
     ),
     *of(
@@ -551,7 +551,11 @@ IMAGES = [
     *of(
         IMAGE,
         "tests/data/test_tiles.py::test_tiles_lie_row_by_row",
-        ("tiles lie column by column", ".transpose(1, 3, 0, 2, 4)", ".transpose(3, 1, 0, 2, 4)"),
+        (
+            "tiles lie column by column",
+            "columns, side_px).transpose(1, 3, 0, 2, 4)",
+            "columns, side_px).transpose(3, 1, 0, 2, 4)",
+        ),
     ),
     *of(
         IMAGE,
@@ -1348,8 +1352,8 @@ RUNS = [
         ("the prompt holds an empty answer", "[Exchange(first.question, None)]", '[Exchange(first.question, "")]'),
         (
             "the question's images are left out",
-            "np.asarray(asked.ids), pixels[:images]",
-            "np.asarray(asked.ids), pixels[: images - 1]",
+            "encoded.pixels[: sum(plan.tiles for plan in plans)]",
+            "encoded.pixels[:0]",
         ),
     ),
     *of(
@@ -2350,7 +2354,225 @@ FSDP = [
     ),
 ]
 
+GEOMETRY = "megatron_patch/geometry.py"
+TILE_PLAN, OF_TILES = "megatron_patch/tile_plan.py", "tests/test_tile_plan.py"
+OF_NEW_MODELS = "tests/model/test_any_resolution.py::test_logits_loss_and_gradients_equal_transformers[one process]"
+OF_NEW_RUNS = "tests/training/test_any_resolution.py"
+OF_NEW_CONVERSIONS = "tests/conversion/test_any_resolution.py"
+OF_ANSWERS = "tests/inference/test_any_resolution.py::test_both_engines_give_transformers_greedy_tokens"
+ANY_RESOLUTION = [
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_as_many_tokens_as_in_transformers",
+        (
+            "padding's features are not rounded to 7 places (wide)",
+            "int(round(height * (columns / width), 7))",
+            "int(height * (columns / width))",
+        ),
+        (
+            "padding's features are not rounded to 7 places (tall)",
+            "int(round(width * (rows / height), 7))",
+            "int(width * (rows / height))",
+        ),
+        ("features are shrunk later", "if ratio > 1.1 else kept", "if ratio > 1.2 else kept"),
+        ("no newline is counted", "shown[0] * (shown[1] + 1)", "shown[0] * shown[1]"),
+        ("the grid that wastes least is not looked for", "and wasted < least_wasted", "and False"),
+    ),
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_pixels_equal_those_of_transformers",
+        ("of equal grids the last is taken", "wasted < least_wasted", "wasted <= least_wasted"),
+        (
+            "an image is fitted a pixel too small",
+            "math.ceil(width * (rows_px / height))",
+            "int(width * (rows_px / height))",
+        ),
+    ),
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_several_images_of_one_record_are_padded_squares_in_onevision_only",
+        ("several images are cut into tiles in OneVision", "return self.several_plain and images > 1", "return False"),
+        ("several images are squares in NeXT", "return self.several_plain and images > 1", "return images > 1"),
+    ),
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_candidates_that_no_tile_fills_are_named",
+        ("a grid that tiles do not fill passes", "side < side_px or side % side_px", "side < side_px"),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_TILES}::test_pixels_equal_those_of_transformers",
+        (
+            "the base tile comes last",
+            "np.concatenate([base[None], tiles.reshape(-1, 3, side, side)])",
+            "np.concatenate([tiles.reshape(-1, 3, side, side), base[None]])",
+        ),
+        (
+            "the image lies at the left edge",
+            "((columns_px - width) // 2, (rows_px - height) // 2)",
+            "(0, (rows_px - height) // 2)",
+        ),
+    ),
+    *of(
+        IMAGE,
+        f"{OF_TILES}::test_the_size_by_the_header_is_that_of_the_image",
+        (
+            "images on their side have the header's size",
+            "return image.width, image.height",
+            "return image.height, image.width",
+        ),
+        ("sizes follow the EXIF tag in any case", "if apply_exif_orientation and turned:", "if turned:"),
+    ),
+    *of(
+        LLAVA,
+        OF_NEW_MODELS,
+        ("features of the padding are kept", "grid[top : rows * patches - top,", "grid[0 : rows * patches,"),
+        ("features are shrunk without mixing", 'mode="bilinear"', 'mode="nearest"'),
+        (
+            "tiles lie in one row",
+            "view(rows, columns, patches, patches, width).transpose(1, 2)",
+            "view(rows, columns, patches, patches, width)",
+        ),
+        ("no newline ends a row", "newline.expand(shown[0], 1, width)", "0 * newline.expand(shown[0], 1, width)"),
+        (
+            "no newline behind one of several images",
+            "newline.expand(newlines, width)",
+            "0 * newline.expand(newlines, width)",
+        ),
+    ),
+    *of(
+        LLAVA,
+        f"{OF_NEW_RUNS}::test_stage_1_shows_single_tiles_and_keeps_the_newline",
+        (
+            "image_newline is trained with a frozen LLM",
+            "(self.image_newline, self.frozen.language_model)",
+            "(self.image_newline, False)",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/forward_step.py",
+        f"{OF_NEW_RUNS}::test_losses_equal_a_single_process[llava_next-TP2 + SP]",
+        ("plans are not sent", "send(cu_seqlens), send(plans)", "send(cu_seqlens), plans"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_NEW_RUNS}::test_losses_equal_a_single_process[llava_next-TP2 + SP]",
+        ("the loader knows no rule", "any_resolution=geometry.any_resolution,", "any_resolution=None,"),
+    ),
+    *of(
+        COLLATOR,
+        f"{OF_NEW_RUNS}::test_losses_equal_a_single_process[llava_next-TP2 + SP]",
+        (
+            "plans of the first record alone",
+            "for row in kept for plan in row.plans",
+            "for row in kept[:1] for plan in row.plans",
+        ),
+    ),
+    *of(
+        SETTINGS,
+        f"{OF_NEW_CONVERSIONS}::test_hub_to_hub",
+        (
+            "a new model for any resolution is shown crops",
+            'ANY_RESOLUTION if self.geometry().any_resolution else "crop"',
+            '"crop"',
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/table.py",
+        f"{OF_NEW_CONVERSIONS}::test_hub_to_hub",
+        ("image_newline is in no table", "if geometry.kind.any_resolution:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/conversion/plan.py",
+        f"{OF_NEW_CONVERSIONS}::test_a_new_next_counts_tokens_as_its_processor_does",
+        (
+            "a new newline is as large as its dimensions are many",
+            "drawn / math.sqrt(geometry.language.hidden)",
+            "drawn",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/plan.py",
+        f"{OF_NEW_CONVERSIONS}::test_a_whole_llava_has_its_kind_already",
+        (
+            "MODEL_KIND is ignored for a whole LLaVA",
+            "if additions.kind is not None:\n        raise",
+            "if False:\n        raise",
+        ),
+        ("an unknown kind passes", 'check_known("model kind", additions.kind, LLAVA_KINDS)', "pass"),
+    ),
+    *of(
+        "megatron_patch/conversion/hub_files.py",
+        f"{OF_NEW_CONVERSIONS}::test_a_processor_with_other_grids_is_refused",
+        ("a processor of other grids passes", 'values.get("image_grid_pinpoints", pinpoints) != pinpoints', "False"),
+    ),
+    *of(
+        "megatron_patch/conversion/hub_files.py",
+        f"{OF_NEW_CONVERSIONS}::test_a_new_onevision_has_video_token_and_grids",
+        ("OneVision gets no <video>", "(IMAGE_TOKEN, VIDEO_MARK) if video_token else (IMAGE_TOKEN,)", "(IMAGE_TOKEN,)"),
+    ),
+    *of(
+        GEOMETRY,
+        f"{OF_NEW_CONVERSIONS}::test_ways_of_seeing_that_are_not_built_are_refused",
+        ("a model without newline passes", 'if not config.get("use_image_newline_parameter", True):', "if False:"),
+        ("an unknown vision_aspect_ratio passes", "if kind.aspect_ratio and not most:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/conversion/original_layout.py",
+        "tests/conversion/test_original_layout.py::test_grids_that_are_not_built_are_refused",
+        ("OneVision in the original layout passes", 'if str(aspect).startswith("anyres_max"):', "if False:"),
+    ),
+    *of(
+        "megatron_patch/conversion/original_layout.py",
+        "tests/conversion/test_original_layout.py::test_next_in_the_original_layout",
+        ("an original NeXT is taken for 1.5", 'return "llava_next", [list(size)', 'return "llava", [list(size)'),
+        ("derived configs have no grids", '"image_grid_pinpoints": config["image_grid_pinpoints"],', ""),
+    ),
+    *of(
+        "megatron_patch/inference/prompt.py",
+        OF_ANSWERS,
+        (
+            "prompts count every image alike",
+            "config.image_plan(size, len(images)) for size in",
+            "config.image_plan((28, 28), len(images)) for size in",
+        ),
+    ),
+    *of(
+        "megatron_patch/inference/megatron_engine.py",
+        OF_ANSWERS,
+        (
+            "the Megatron engine is given no plans",
+            "self._forward(tokens, pixels.to(self._here), plans)",
+            "self._forward(tokens, pixels.to(self._here))",
+        ),
+    ),
+    *of(
+        "megatron_patch/inference/transformers_engine.py",
+        "tests/inference/test_any_resolution.py::test_a_next_trained_on_single_tiles_is_not_shown_tiles",
+        (
+            "transformers shows tiles to a model that never saw any",
+            "folder.settings.image_aspect_ratio != ANY_RESOLUTION:",
+            "False:",
+        ),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_images_of_any_resolution_are_for_models_that_have_a_rule",
+        (
+            "anyres passes for LLaVA-1.5",
+            "    if geometry.any_resolution is None:\n        yield",
+            "    if False:\n        yield",
+        ),
+        ("tiles beside anyres pass", '(grid(values["IMAGE_TILES"]) or (1, 1)) != (1, 1):', "False:"),
+        (
+            "a cache beside anyres passes",
+            '    if _sees_any_resolution(values, folder):\n        yield "FEATURE_CACHE"',
+            '    if False:\n        yield "FEATURE_CACHE"',
+        ),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION),
 ]

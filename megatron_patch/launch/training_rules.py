@@ -297,12 +297,14 @@ def _image_tokens(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) 
         )
 
 
-@_model_rule("IMAGE_ASPECT_RATIO", "IMAGE_TILES", "FEATURE_CACHE")
-def _any_resolution(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+def _sees_any_resolution(values: Values, folder: LlavaFolder) -> bool:
     aspect = values["IMAGE_ASPECT_RATIO"]
-    if aspect == "auto":
-        aspect = folder.settings.image_aspect_ratio
-    if aspect != ANY_RESOLUTION:
+    return (folder.settings.image_aspect_ratio if aspect == "auto" else aspect) == ANY_RESOLUTION
+
+
+@_model_rule("IMAGE_ASPECT_RATIO", "IMAGE_TILES")
+def _any_resolution(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    if not _sees_any_resolution(values, folder):
         return
     if geometry.any_resolution is None:
         yield (
@@ -312,7 +314,11 @@ def _any_resolution(values: Values, folder: LlavaFolder, geometry: LlavaGeometry
         )
     elif (grid(values["IMAGE_TILES"]) or (1, 1)) != (1, 1):
         yield "IMAGE_TILES", f"must be 1x1 with IMAGE_ASPECT_RATIO={ANY_RESOLUTION}, which cuts tiles of its own"
-    elif values["FEATURE_CACHE"]:
+
+
+@_model_rule("IMAGE_ASPECT_RATIO", "FEATURE_CACHE")
+def _no_cache_of_tiles(values: Values, folder: LlavaFolder, geometry: LlavaGeometry) -> Findings:
+    if _sees_any_resolution(values, folder):
         yield "FEATURE_CACHE", f"is not for IMAGE_ASPECT_RATIO={ANY_RESOLUTION}: its files hold one tile of an image"
 
 

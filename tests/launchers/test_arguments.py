@@ -266,21 +266,23 @@ NEXT = {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 3
 @pytest.mark.parametrize(
     ("kind", "environment", "line"),
     [
-        ({}, {"IMAGE_ASPECT_RATIO": "anyres"}, "environment IMAGE_ASPECT_RATIO='anyres' must be crop, pad or stretch: a l"),
+        ({}, {"IMAGE_ASPECT_RATIO": "anyres"}, "environment IMAGE_ASPECT_RATIO='anyres' must be crop, pad or stretch"),
         (NEXT, {"IMAGE_TILES": "2x2"}, "environment IMAGE_TILES='2x2' must be 1x1 with IMAGE_ASPECT_RATIO=anyres"),
-        (NEXT, {"FEATURE_CACHE": "llm"}, "environment FEATURE_CACHE='llm' is not for IMAGE_ASPECT_RATIO=anyres"),
+        (NEXT, {"FEATURE_CACHE": "cache"}, "environment FEATURE_CACHE='cache' is not for IMAGE_ASPECT_RATIO=anyres"),
     ],
 )
 def test_images_of_any_resolution_are_for_models_that_have_a_rule(
     inputs: Inputs, kind: dict, environment: dict, line: str
 ):
     (inputs.checkpoint / "llava/config.json").write_text(json.dumps(LLAVA_7B | kind))
+    (inputs.folder / "cache").mkdir()
+    (inputs.folder / "cache/features.json").write_text("{}")
     before = tree(inputs.folder)
-    result = start(STAGE_1, inputs.training(DECODER_SEQ_LEN=4096), cwd=inputs.folder, **environment)
+    result = start(STAGE_1, inputs.training(DECODER_SEQ_LEN="4096"), cwd=inputs.folder, **environment)
     assert_refused(result, inputs.folder, before, line)
     assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
     for changes in ({"IMAGE_ASPECT_RATIO": "crop"}, {}) if kind else ({},):
-        assert start(STAGE_1, inputs.training(DECODER_SEQ_LEN=4096), DRY_RUN="1", **changes).returncode == 0
+        assert start(STAGE_1, inputs.training(DECODER_SEQ_LEN="4096"), DRY_RUN="1", **changes).returncode == 0
 
 
 def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: Inputs):

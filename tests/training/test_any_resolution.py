@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(kind: str, workspaces: dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_are_equal_under_tensor_and_context_parallelism(kind: str, workspaces: dict, tmp_path: Path) -> None:
+def test_packed_rows_are_equal_however_they_are_cut(kind: str, workspaces: dict, tmp_path: Path) -> None:
     settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "PACKING": "true", "BATCH_SIZE": 1}
     settings |= {"GLOBAL_BATCH_SIZE": 4}
     expected, *others = (
