@@ -26,6 +26,8 @@ LLAVA_7B = {
         **{"num_attention_heads": 16, "image_size": 336, "patch_size": 14},
     },
 }
+# What makes a LLaVA-NeXT of it.
+NEXT = {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]]}
 TINY = LLAVA_7B | {
     "text_config": LLAVA_7B["text_config"]
     | {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_patch.arguments import add_arguments
 from megatron_patch.model_sizes import MODEL_SIZES
-from tests.launchers.launching import CONVERTER, LLAVA_7B, ROOT, STAGE_1, STAGE_2, Inputs, start, tree
+from tests.launchers.launching import CONVERTER, LLAVA_7B, NEXT, ROOT, STAGE_1, STAGE_2, Inputs, start, tree
 from tests.launchers.readme_tables import rows_of_help
 
 WRONG_TRAINING = {
@@ -258,9 +258,6 @@ def test_rules_between_training_arguments(inputs: Inputs, changes: dict, environ
     result = start(STAGE_1, inputs.training(**changes), cwd=inputs.folder, **environment)
     assert_refused(result, inputs.folder, before, line)
     assert result.stderr.splitlines()[0].startswith("error: 1 wrong")
-
-
-NEXT = {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]]}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The README says what --help says, and its commands are accepted."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from tests.launchers.launching import CONVERTER, ROOT, STAGE_1, STAGE_2, Inputs
+from tests.launchers.launching import CONVERTER, LLAVA_7B, NEXT, ROOT, STAGE_1, STAGE_2, Inputs
 from tests.launchers.readme_tables import readme_tables, rows_of_help
 
 README = (ROOT / "examples/llava_mcore/README.md").read_text()
@@ -55,14 +56,20 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path):
         "OUT": str(out),
     }
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if ".sh \\" in block]
-    assert len(blocks) == 10
-    for block, result in zip(blocks, [*results, *[None] * 6], strict=True):
+    assert len(blocks) == 13
+    made = dict(enumerate(results)) | {8: out / "llava-next-7b", 9: out / "next-stage1/checkpoint"}
+    for number, block in enumerate(blocks):
+        result = made.get(number)
         of_block = environment | (slurm if "sbatch" in block else {})
         done = subprocess.run(["bash", "-c", block], cwd=ROOT, env=of_block, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         if result is not None:
             shutil.copytree(ready.checkpoint, result)
-    assert "--nnodes\n2\n--node_rank\n1\n--master_addr\nn1\n--master_port\n22345\n" in done.stdout
+            if "next" in str(result):
+                (result / "llava/config.json").write_text(json.dumps(LLAVA_7B | NEXT))
+        if "sbatch" in block:
+            of_second_node = done.stdout
+    assert "--nnodes\n2\n--node_rank\n1\n--master_addr\nn1\n--master_port\n22345\n" in of_second_node
 
 
 def test_commands_of_the_short_version_are_those_of_the_recipe():
