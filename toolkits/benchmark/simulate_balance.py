@@ -1,6 +1,6 @@
 """What BALANCE_COST=true saves: the slowest data-parallel rank of each step, before and after, for a mix of lengths.
 
-    python toolkits/benchmark/simulate_balance.py [--lengths DATASET/.nv-meta/llava_lengths_*.npz] [--micro-batch 4]
+    python toolkits/benchmark/simulate_balance.py [--lengths DATASET/.nv-meta/llava_lengths_*.npy] [--micro-batch 4]
 
 Prints a table: what the slowest rank has to do beside the mean rank (medians over steps), with ranks that take turns
 and with equal work; then how long the step is with equal work beside before, padding and waiting together, in sum over
@@ -39,9 +39,10 @@ def read_lengths(file: Path) -> tuple[list[int], list[int]]:
     """Tokens and images of every usable record of a dataset, in random order."""
     import numpy as np
 
-    with np.load(file) as saved:
-        kept = saved["tokens"] > 0
-        found = list(zip(saved["tokens"][kept].tolist(), saved["images"][kept].tolist(), strict=True))
+    saved = np.load(file)  # int32 [2, records]
+    tokens, images = (saved["tokens"], saved["images"]) if file.suffix == ".npz" else saved
+    kept = tokens > 0
+    found = list(zip(tokens[kept].tolist(), images[kept].tolist(), strict=True))
     random.Random(0).shuffle(found)
     return [tokens for tokens, _ in found], [images for _, images in found]
 
@@ -73,7 +74,7 @@ def rows(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--lengths", type=Path, metavar="NPZ", help="measured lengths of a dataset")
+    parser.add_argument("--lengths", type=Path, metavar="FILE", help="measured lengths of a dataset")
     parser.add_argument("--data-parallel", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="of a rank in a step")

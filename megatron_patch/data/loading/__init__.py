@@ -3,8 +3,11 @@
 config.py        what a loader needs to know
 blend.py         one folder, a list of folders, or a YAML that weights them
 dataset.py       energon folders, record by record
+metadata.py      the shards of a folder's split
 lengths.py       the records' lengths in tokens, counted once and kept
 sampler.py       which record comes when: a function of folder and seed
+packing.py       which records share a packed row, and how rows are kept
+row_cache.py     rows of many records, packed once and mapped into memory
 balance.py       positions of a rank's micro-batches where ranks get equal work
 task_encoder.py  one record -> token ids, labels, pixels
 collator.py      encoded records -> one micro-batch, padded or packed

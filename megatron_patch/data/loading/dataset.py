@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import struct
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,12 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
-from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
-from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
-from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 from megatron_patch.data.loading.blend import is_blend, read_parts
+from megatron_patch.data.loading.metadata import read_split
 from megatron_patch.data.record import is_image_part
 from megatron_patch.errors import UserError
 from megatron_patch.file_window import FileWindow
@@ -49,41 +48,33 @@ class EnergonFolder:
             )
         self.path = path
         self.split = split
-        remedy = "convert again with a share for each split, as in --split 9,1,0"
-        try:
-            found = WebdatasetMeta.from_config(EPath(Path(path).absolute()), split_part=split)
-        except AssertionError:
-            raise UserError(f"{path}: .nv-meta/split.yaml has no split {split!r}; {remedy}") from None
-        except (EmptyDatasetError, FileNotFoundError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: split {split!r} cannot be read ({error}); {remedy}") from None
-        self._shards = found.shards
-        self._excludes = found.sample_excludes
-        self.shard_counts = [shard.count for shard in self._shards]
-        if sum(self.shard_counts) == 0:
-            raise UserError(f"{path}: split {split!r} has no records; {remedy}")
-        sizes = []
-        for shard in self._shards:
-            tar = Path(path) / shard.name
-            if not tar.is_file() or not Path(f"{tar}.idx").is_file():
-                raise UserError(f"{path}: shard {shard.name} or its .idx file is missing; convert the data again")
-            sizes.append([shard.name, shard.count, tar.stat().st_size])
-        self.fingerprint = hashlib.sha256(json.dumps([split, sizes]).encode()).hexdigest()[:32]
+        self._shards = read_split(path, split)
+        self.shard_counts = self._shards.counts  # int64 [shards]
+        self._starts = np.concatenate(([0], np.cumsum(self.shard_counts)))
+        told = hashlib.sha256(f"[{json.dumps(split)}, [".encode())  # the JSON of [split, [[name, count, size], ...]]
+        for number, count in enumerate(self.shard_counts.tolist()):
+            name = self._shards.name(number)
+            tar = f"{path}/{name}"
+            if not os.path.isfile(f"{tar}.idx") or not os.path.isfile(tar):
+                raise UserError(f"{path}: shard {name} or its .idx file is missing; convert the data again")
+            told.update(f"{', ' if number else ''}{json.dumps([name, count, os.path.getsize(tar)])}".encode())
+        told.update(b"]]")
+        self.fingerprint = told.hexdigest()[:32]
         self._field_map = _read_field_map(meta / "dataset.yaml")
-        self._starts = [0, *itertools.accumulate(self.shard_counts)]
         self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(self.shard_counts)
+        return int(self._starts[-1])
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(name, records) of every shard, in the order of the records."""
-        return [(shard.name, shard.count) for shard in self._shards]
+        return [(self._shards.name(number), count) for number, count in enumerate(self.shard_counts.tolist())]
 
     def name(self, index: int) -> str:
         """`shard[number within it]`, for messages about a sample that could not be read."""
         shard = self._shard_of(index)
-        return f"{self._shards[shard].name}[{index - self._starts[shard]}]"
+        return f"{self._shards.name(shard)}[{index - self._starts[shard]}]"
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         return self._read(index, with_images=True)
@@ -94,13 +85,13 @@ class EnergonFolder:
 
     def _read(self, index: int, with_images: bool) -> dict[str, Any] | None:
         number = self._shard_of(index)
-        shard = self._open.pop(number, None) or _Shard(Path(self.path) / self._shards[number].name)
+        name = self._shards.name(number)
+        shard = self._open.pop(number, None) or _Shard(Path(self.path) / name)
         self._open[number] = shard  # the most recently used one comes last
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
-        name = self._shards[number].name
-        parts = shard.read(index - self._starts[number], with_images)
-        if f"{name}/{parts['__key__']}" in self._excludes:
+        parts = shard.read(index - int(self._starts[number]), with_images)
+        if f"{name}/{parts['__key__']}" in self._shards.excludes:
             return None
         return {**parts, "__shard__": name, **({"__field_map__": self._field_map} if self._field_map else {})}
 
@@ -108,7 +99,7 @@ class EnergonFolder:
         """Number of the shard that holds the sample."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return bisect.bisect_right(self._starts, index) - 1
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -122,14 +113,17 @@ class _Shard:
     """
 
     def __init__(self, tar: Path) -> None:
-        self._offsets = np.fromfile(f"{tar}.idx", dtype="<u8")
         self._file = tar.open("rb", buffering=0)
+        self._index = tar.with_name(f"{tar.name}.idx").open("rb", buffering=0)
 
     def read(self, number: int, with_images: bool) -> dict[str, Any]:
         """Parts of a sample and its `__key__`.  Raises OSError, ValueError or TarError for a damaged shard."""
-        if number + 1 >= len(self._offsets):
-            raise ValueError(f"sample {number} is not in the index of {len(self._offsets) - 1} samples")
-        start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        # Two offsets at a time, of which each has eight bytes: whole indices would be 8 GB at a billion samples.
+        place = os.pread(self._index.fileno(), 16, 8 * number)
+        if len(place) < 16:
+            samples = os.fstat(self._index.fileno()).st_size // 8 - 1
+            raise ValueError(f"sample {number} is not in the index of {samples} samples")
+        start, end = struct.unpack("<QQ", place)
         if with_images:
             sample: BinaryIO = io.BytesIO(os.pread(self._file.fileno(), end - start, start))
         else:
@@ -205,9 +199,9 @@ class Dataset:
         return folder.name(own) if len(self.folders) == 1 else f"{folder.path}/{folder.name(own)}"
 
     @property
-    def shard_counts(self) -> list[int]:
-        """Records per shard, folder after folder."""
-        return [count for folder in self.folders for count in folder.shard_counts]
+    def shard_counts(self) -> np.ndarray:
+        """int64 [shards]: records per shard, folder after folder."""
+        return np.concatenate([folder.shard_counts for folder in self.folders])
 
     def _place(self, index: int) -> tuple[EnergonFolder, int]:
         if not 0 <= index < len(self):

@@ -11,7 +11,7 @@ import logging
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from megatron_patch.data.rejection import RecordError
 logger = logging.getLogger(__name__)
 
 CHUNK_RECORDS = 256
+FINGERPRINT_BYTES = 16
 # The config on which a record's length depends, besides the tokenizer's files.
 OF_SETTINGS = ("template", "image_tokens", "tiles", "image_conv_front", "image_start_end", "longest_record")
 OF_SIZES = ("any_resolution", "apply_exif_orientation")  # where sizes of images matter
@@ -40,20 +41,66 @@ def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -
 
     Several ranks that ask at the same time wait for the one that measures.
     """
-    file = _folder(dataset) / f"llava_lengths_{_key(dataset, config)}.npz"
-    with _locked(file.with_suffix(".lock")):
-        if file.is_file():
-            with contextlib.suppress(Exception), np.load(file) as saved:  # a damaged file is measured again
-                if len(saved["tokens"]) == len(dataset):
-                    return RecordLengths(saved["tokens"], saved["images" if "images" in saved else "pictures"])
-        lengths = count_lengths(dataset, encoder)
-        with atomic_file(file, suffix=".npz") as unfinished:  # numpy appends the suffix where it is not
-            np.savez(unfinished, tokens=lengths.tokens, images=lengths.images)
-    return lengths
+    file = lengths_folder(dataset) / f"llava_lengths_{_key(dataset, config)}.npy"
+    records = len(dataset)
+    with locked(file.with_suffix(".lock")):
+        with contextlib.suppress(OSError, ValueError):  # absent, or damaged: then measured again
+            return open_lengths(file, records)
+        chunks = _former_lengths(file.with_suffix(".npz"), records) or _measured(dataset, encoder)
+        with atomic_file(file) as unfinished:
+            write_lengths(unfinished, chunks, records)
+    return open_lengths(file, records)
 
 
-def count_lengths(dataset: Dataset, encoder: TaskEncoder) -> RecordLengths:
-    """Lengths of all records as training would see them; 0 where it would skip one for what its text is."""
+def write_lengths(file: Path, chunks: Iterable[np.ndarray], records: int) -> None:
+    """Write lengths as int32 [2, records] in numpy's format, and their fingerprint behind it.
+
+    chunks: int32 [2, any], tokens and images of some records, in order; they need not be in memory together.
+    """
+    found = np.lib.format.open_memmap(file, "w+", dtype=np.int32, shape=(2, records))
+    start = 0
+    for chunk in chunks:
+        found[:, start : start + chunk.shape[1]] = chunk
+        start += chunk.shape[1]
+    assert start == records, f"lengths of {start} records, wanted {records}"
+    found.flush()
+    with file.open("ab") as end:
+        end.write(RecordLengths(*found).fingerprint.encode())
+
+
+def open_lengths(file: Path, records: int | None = None) -> RecordLengths:
+    """What write_lengths() left, mapped into memory.
+
+    Raises OSError where it is absent, ValueError where it is damaged or not of so many records.
+    """
+    found = np.lib.format.open_memmap(file, mode="r")
+    fingerprint = _behind(file, found)
+    if found.ndim != 2 or len(found) != 2 or found.dtype != np.int32 or len(fingerprint) != FINGERPRINT_BYTES:
+        raise ValueError(f"{file}: no lengths of records")
+    if records is not None and found.shape[1] != records:
+        raise ValueError(f"{file}: lengths of {found.shape[1]} records, wanted {records}")
+    return RecordLengths(*found, known_fingerprint=fingerprint.decode())
+
+
+def _behind(file: Path, array: np.memmap) -> bytes:
+    """What stands in a file behind its array."""
+    with file.open("rb") as content:
+        content.seek(array.offset + array.nbytes)
+        return content.read()
+
+
+def _former_lengths(file: Path, records: int) -> list[np.ndarray] | None:
+    """The lengths that an older version left, as one chunk; None where there are none of so many records."""
+    with contextlib.suppress(Exception), np.load(file) as saved:
+        if len(saved["tokens"]) == records:
+            return [np.array([saved["tokens"], saved["images" if "images" in saved else "pictures"]])]
+    return None
+
+
+def _measured(dataset: Dataset, encoder: TaskEncoder) -> Iterator[np.ndarray]:
+    """int32 [2, any] for chunk after chunk: lengths as training would see them; 0 for a record that it would skip for
+    what its text is.
+    """
     from tqdm import tqdm
 
     cores = len(os.sched_getaffinity(0))
@@ -66,12 +113,9 @@ def count_lengths(dataset: Dataset, encoder: TaskEncoder) -> RecordLengths:
         multiprocessing_context="fork" if workers else None,
     )
     with tqdm(total=len(dataset), unit=" records", desc="measuring lengths", mininterval=1.0) as bar:
-        found = []
         for chunk in chunks:
-            found.append(chunk)
+            yield chunk
             bar.update(chunk.shape[1])
-    tokens, images = np.concatenate(found, axis=1)
-    return RecordLengths(tokens, images)
 
 
 class _Chunks(TorchDataset):
@@ -117,7 +161,7 @@ def _key(dataset: Dataset, config: DataConfig) -> str:
     return told.hexdigest()[:16]
 
 
-def _folder(dataset: Dataset) -> Path:
+def lengths_folder(dataset: Dataset) -> Path:
     """Beside the data, or where that is read-only in the temporary folder."""
     meta = Path(dataset.folders[0].path) / ".nv-meta"
     if os.access(meta, os.W_OK):
@@ -128,7 +172,7 @@ def _folder(dataset: Dataset) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Hold a file's lock; the operating system gives it back when a process dies."""
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -15,9 +15,11 @@ state is pickled, must be replayed and fits one parallelism only.  Here the stat
 
 import logging
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -28,7 +30,8 @@ from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
 from megatron_patch.data.loading.feature_cache import FeatureCache
 from megatron_patch.data.loading.label_check import ALWAYS_TOLERATED, check_labels
-from megatron_patch.data.loading.lengths import record_lengths
+from megatron_patch.data.loading.lengths import lengths_folder, record_lengths
+from megatron_patch.data.loading.row_cache import packed_rows
 from megatron_patch.data.loading.sampler import (
     BlendSampler,
     GroupedSampler,
@@ -120,15 +123,16 @@ def _train_order(dataset: EnergonDataset, encoder: TaskEncoder, config: DataConf
         meaning = f"modality, {step} records a step, {mult} steps together, lengths {lengths.fingerprint}"
         return GroupedSampler(dataset.shard_counts, seed, lengths, step, mult), meaning
 
-    def packed(start: int, counts: Sequence[int]) -> PackedSampler:
-        own = lengths.part(start, start + sum(counts))
-        return PackedSampler(counts, seed, own, config.longest_record, shuffle=kind == "cyclic")
+    def packed(start: int, counts: np.ndarray) -> PackedSampler:
+        shuffle, folder = kind == "cyclic", lengths_folder(dataset)
+        rows = packed_rows(counts, seed, lengths, config.longest_record, shuffle, folder, start)
+        return PackedSampler(rows, seed, shuffle)
 
     meaning = f"{kind}, packed into {config.longest_record} tokens, lengths {lengths.fingerprint}"
     return _blended(dataset, seed, packed), meaning
 
 
-def _plain(shard_counts: Sequence[int], config: DataConfig) -> RecordSampler:
+def _plain(shard_counts: np.ndarray, config: DataConfig) -> RecordSampler:
     return ShuffledSampler(shard_counts, config.seed) if config.order == "cyclic" else SequentialSampler(shard_counts)
 
 
@@ -136,7 +140,7 @@ def _stored(dataset: EnergonDataset, config: DataConfig) -> RecordSampler:
     return _blended(dataset, config.seed, lambda _, counts: SequentialSampler(counts))
 
 
-def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, Sequence[int]], RecordSampler]) -> RecordSampler:
+def _blended(dataset: EnergonDataset, seed: int, build: Callable[[int, np.ndarray], RecordSampler]) -> RecordSampler:
     """One order over all folders, or with weights one for each, blended; build(first record, records per shard)."""
     if dataset.weights is None:
         return build(0, dataset.shard_counts)
@@ -236,6 +240,7 @@ class _Loader:
         self.counts: dict[str, int] = {"kept": 0, "truncated": 0, "skipped": 0}
         self.inherited: dict[str, int] = {}  # counts among those of a run with another number of ranks
         self.work: dict[str, int] = dict.fromkeys(WORK, 0)  # of the batches taken since this process started
+        self.waited_s = 0.0  # seconds in which training stood still until its next batch was there
         self._batches = batches
         self._config = config
         self._rank = data_parallel_rank
@@ -256,6 +261,7 @@ class _Loader:
         workers = self._config.num_workers
         # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
         generator = torch.Generator().manual_seed(self._config.seed)
+        self._batches.order[position]  # far into an epoch this takes seconds: here once, not in every worker
         return iter(
             DataLoader(
                 self._batches,
@@ -323,7 +329,9 @@ class TrainLoader(_Loader):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._iterate(self._position)
+        began = time.perf_counter()
         batch, counts, skipped = next(self._iterator)
+        self.waited_s += time.perf_counter() - began
         self._count(counts, skipped)
         self._position += self._size * self._config.micro_batch_size
         return batch

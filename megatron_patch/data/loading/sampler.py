@@ -6,20 +6,24 @@ A position holds one record, or with packing the records of one row.
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
+from megatron_patch.data.loading.packing import PackedRows
 from megatron_patch.errors import UserError
 
 # Records are shuffled within windows of whole shards, so that reading stays within a few open files.
 WINDOW_SHARDS = 16
 WINDOW_RECORDS = 16 * 1024
+STATE_WINDOWS = 64  # windows of an epoch between two random states that are kept, 2.5 kB each
+WINDOWS_KEPT = 4  # a step's records lie in neighbouring windows, and are asked for in any order
 BLEND_BLOCK = 1000  # positions within which a weighted blend keeps its shares exactly
 
 
@@ -29,15 +33,18 @@ class RecordLengths:
 
     tokens: np.ndarray  # int32 [N], as trained; 0 for a record that cannot be
     images: np.ndarray  # int32 [N]
+    known_fingerprint: str | None = None  # where it was stored, so that not all lengths are read for it
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any length."""
-        return hashlib.sha256(self.tokens.tobytes() + self.images.tobytes()).hexdigest()[:16]
-
-    def part(self, start: int, stop: int) -> "RecordLengths":
-        """Those of a range of records."""
-        return RecordLengths(self.tokens[start:stop], self.images[start:stop])
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
+        found = hashlib.sha256()
+        for lengths in (self.tokens, self.images):
+            for start in range(0, len(lengths), 2**20):
+                found.update(lengths[start : start + 2**20].tobytes())
+        return found.hexdigest()[:16]
 
 
 class RecordSampler(Protocol):
@@ -49,15 +56,21 @@ class RecordSampler(Protocol):
         """Indices of the records at a position."""
 
 
+class _Epoch(Protocol):
+    """An order of one epoch: `epoch[offset]` -> the entry at a place of it."""
+
+    def __getitem__(self, offset: int) -> int: ...
+
+
 class _Epochs:
     """Orders that are drawn anew for every epoch."""
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
-    def draw(self, epoch: int) -> np.ndarray:
-        """int64 [positions]: a permutation."""
+    def draw(self, epoch: int) -> _Epoch:
+        """A permutation of the positions of an epoch."""
         raise NotImplementedError
 
     def entry(self, position: int) -> int:
@@ -74,24 +87,125 @@ class _Epochs:
         return (self.entry(position),)
 
 
-class ShuffledSampler(_Epochs):
-    """Every record once per epoch, each epoch in another order.  `shard_counts`: records per shard, in folder order."""
+class Windows:
+    """An epoch's order window by window, so that a process holds a few windows whatever the number of records.
 
-    def __init__(self, shard_counts: Sequence[int], seed: int) -> None:
-        super().__init__(sum(shard_counts))
-        self._shard_counts = list(shard_counts)
+    All permutations come one after the other from one stream of random numbers, and how much of it a permutation takes
+    is known only by drawing it.  So a place far ahead costs the drawing of what lies before, about 5 ns a record; the
+    stream's state is kept now and then, for ways back.
+    """
+
+    def __init__(
+        self, random: np.random.RandomState, sizes: Sequence[int], entries: Callable[[int], np.ndarray]
+    ) -> None:
+        """sizes: of the windows, in the order of drawing; entries(window): int64 [size], what is permuted."""
+        self._random, self._sizes, self._entries = random, sizes, entries
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._next = 0  # the window that the stream stands before
+        self._states: list[tuple] = []  # of the stream before windows 0, STATE_WINDOWS, 2 * STATE_WINDOWS, ...
+        self.window = functools.lru_cache(WINDOWS_KEPT)(self._draw)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._sizes)
+
+    def __getitem__(self, offset: int) -> int:
+        number = bisect.bisect_right(self._starts, offset) - 1
+        return int(self.window(number)[offset - self._starts[number]])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The windows."""
+        return map(self.window, range(len(self)))
+
+    def _draw(self, number: int) -> np.ndarray:
+        """int64 [size]: a window's entries, permuted."""
+        known = min(number // STATE_WINDOWS, len(self._states) - 1)
+        if self._states and not known * STATE_WINDOWS <= self._next <= number:
+            self._random.set_state(self._states[known])
+            self._next = known * STATE_WINDOWS
+        while self._next < number:
+            self._keep_state()
+            if self._sizes[self._next]:
+                self._random.shuffle(_in_one_place(self._sizes[self._next]))
+            self._next += 1
+        self._keep_state()
+        self._next += 1
+        return self._random.permutation(self._entries(number))
+
+    def _keep_state(self) -> None:
+        if self._next == len(self._states) * STATE_WINDOWS:
+            self._states.append(self._random.get_state())
+
+
+def _in_one_place(size: int) -> np.ndarray:
+    """int64 [size], all of whose elements are the same eight bytes: shuffling it takes from the stream what any other
+    array of the size takes, at a third less of time.
+    """
+    return np.lib.stride_tricks.as_strided(np.zeros(1, dtype=np.int64), (size,), (0,))
+
+
+class ShuffledSampler(_Epochs):
+    """Every record once per epoch, each epoch in another order.
+
+    Shards come in random order, and records are permuted within windows of shards.
+    shard_counts: records per shard, in folder order.
+    """
+
+    def __init__(self, shard_counts: Sequence[int] | np.ndarray, seed: int) -> None:
+        self._counts = np.asarray(shard_counts, dtype=np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        super().__init__(int(self._counts.sum()))
         self._seed = seed
 
-    def draw(self, epoch: int) -> np.ndarray:
+    def draw(self, epoch: int) -> Windows:
         """The records of an epoch."""
-        return np.concatenate(shuffled_windows(self._shard_counts, self._seed, epoch))
+        # RandomState's stream is frozen (NEP 19), Generator's is not: a resumed run must find the same order after an
+        # update of numpy.
+        random = np.random.RandomState([self._seed % 2**32, epoch])
+        order = random.permutation(len(self._counts))
+        counts, starts = self._counts[order], self._starts[order]
+        ends = _window_ends(counts)
+        before = [0, *ends]  # shards before each window
+
+        def records(window: int) -> np.ndarray:
+            shards = slice(before[window], ends[window])
+            own = zip(starts[shards].tolist(), counts[shards].tolist(), strict=True)
+            return np.concatenate([np.arange(start, start + count) for start, count in own])
+
+        sizes = np.add.reduceat(counts, before[:-1]) if ends else counts
+        return Windows(random, sizes.tolist(), records)
+
+
+def _window_ends(counts: np.ndarray) -> list[int]:
+    """Number of shards up to the end of each window, for the records per shard in their order."""
+    ends: list[int] = []
+    first = before = 0  # shards and records of the windows that are closed
+    for shards, records in enumerate(np.cumsum(counts).tolist(), start=1):
+        if shards - first >= WINDOW_SHARDS and records - before >= WINDOW_RECORDS:
+            ends.append(shards)
+            first, before = shards, records
+    return ends if first == len(counts) else [*ends, len(counts)]
+
+
+def windows_to_pack(
+    shard_counts: Sequence[int] | np.ndarray, seed: int, shuffle: bool
+) -> tuple[int, Callable[[int], np.ndarray]]:
+    """How many windows of records are packed, each by itself, and the records of one, int64 [any].
+
+    shuffle: the windows of the shuffled epoch 0; else as records lie in the folder.
+    """
+    if shuffle:
+        epoch = ShuffledSampler(shard_counts, seed).draw(0)
+        return len(epoch), epoch.window
+    size, records = WINDOW_RECORDS, int(np.sum(shard_counts))
+    return -(-records // size), lambda window: np.arange(window * size, min((window + 1) * size, records))
 
 
 class SequentialSampler:
     """Records as they lie in the folder, again and again."""
 
-    def __init__(self, shard_counts: Sequence[int]) -> None:
-        self.positions = sum(shard_counts)
+    def __init__(self, shard_counts: Sequence[int] | np.ndarray) -> None:
+        self.positions = int(np.sum(shard_counts))
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
         return (position % self.positions,)
@@ -106,22 +220,22 @@ class GroupedSampler(_Epochs):
 
     def __init__(
         self,
-        shard_counts: Sequence[int],
+        shard_counts: Sequence[int] | np.ndarray,
         seed: int,
         lengths: RecordLengths,
         step_records: int,
         mega_batch_mult: int,
     ) -> None:
-        super().__init__(sum(shard_counts))
         self._shuffled = ShuffledSampler(shard_counts, seed)
+        super().__init__(self._shuffled.positions)
         self._seed = seed
         self._lengths = lengths
         self._step_records = step_records
         self._group_records = step_records * mega_batch_mult
 
     def draw(self, epoch: int) -> np.ndarray:
-        """The records of an epoch."""
-        records = self._shuffled.draw(epoch)
+        """int64 [positions]: the records of an epoch, all at once, for steps are shuffled over the whole of it."""
+        records = np.concatenate(list(self._shuffled.draw(epoch)))
         with_images = self._lengths.images[records] > 0
         steps: list[np.ndarray] = []
         rest: list[np.ndarray] = []
@@ -137,43 +251,29 @@ class GroupedSampler(_Epochs):
 
 
 class PackedSampler(_Epochs):
-    """Rows of records that together fill `capacity` tokens; the rows stay the same, their order changes each epoch.
+    """Rows of records; the rows stay the same, their order changes each epoch where they are shuffled.
 
-    shuffle: records are packed in windows of shards and rows shuffled; else as they lie in the folder, in stored order.
+    Windows of rows come in random order, and rows are permuted within their window.
     """
 
-    def __init__(
-        self, shard_counts: Sequence[int], seed: int, lengths: RecordLengths, capacity: int, shuffle: bool
-    ) -> None:
-        if shuffle:
-            windows = shuffled_windows(shard_counts, seed, epoch=0)
-        else:
-            records = np.arange(sum(shard_counts))
-            windows = np.split(records, range(WINDOW_RECORDS, len(records), WINDOW_RECORDS))
-        packed = [pack(window, lengths.tokens[window], capacity) for window in windows]
-        self._rows = [row for rows in packed for row in rows]
-        self._rows_per_window = [len(rows) for rows in packed]
-        self._seed = seed
-        self._shuffle = shuffle
-        self.fullness = float(lengths.tokens.sum()) / (
-            capacity * len(self._rows)
-        )  # share of positions that hold a token
-        super().__init__(len(self._rows))
+    def __init__(self, rows: PackedRows, seed: int, shuffle: bool) -> None:
+        super().__init__(len(rows))
+        self.rows = rows
+        self._seed, self._shuffle = seed, shuffle
 
-    def draw(self, epoch: int) -> np.ndarray:
+    def draw(self, epoch: int) -> _Epoch:
         """The rows of an epoch."""
         if not self._shuffle:
-            return np.arange(self.positions)
+            return range(self.positions)
         random = np.random.RandomState([self._seed % 2**32, epoch, 2])
-        starts = [0, *itertools.accumulate(self._rows_per_window)]
-        windows = [
-            starts[window] + random.permutation(self._rows_per_window[window])
-            for window in random.permutation(len(self._rows_per_window))
-        ]
-        return np.concatenate(windows)
+        sizes = self.rows.rows_per_window
+        starts = np.cumsum(sizes) - sizes
+        order = random.permutation(len(sizes))
+        sizes, starts = sizes[order].tolist(), starts[order].tolist()
+        return Windows(random, sizes, lambda window: starts[window] + np.arange(sizes[window]))
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
-        return self._rows[self.entry(position)]
+        return self.rows[self.entry(position)]
 
 
 class BlendSampler:
@@ -212,40 +312,3 @@ class BlendSampler:
         part = int(self._block[1][offset])
         own = block * int(self._counts[part]) + int(self._block[2][offset])
         return tuple(self._starts[part] + index for index in self._orders[part][own])
-
-
-def pack(records: np.ndarray, tokens: np.ndarray, capacity: int) -> list[tuple[int, ...]]:
-    """Fill rows of `capacity` tokens, best fit, longest first; records [N] of tokens [N], at most capacity each.
-
-    Johnson et al., "Worst-case performance bounds for simple one-dimensional packing algorithms" (1974): asymptotically
-    at most 11/9 of the fewest possible rows.  Within a row the records keep the order in which they came.
-    """
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, row), in order
-    for place in np.argsort(-tokens, kind="stable").tolist():
-        length = int(tokens[place])
-        fit = bisect.bisect_left(free, (length, -1))
-        left, row = free.pop(fit) if fit < len(free) else (capacity, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(place)
-        bisect.insort(free, (left - length, row))
-    return [tuple(records[sorted(row)].tolist()) for row in rows]
-
-
-def shuffled_windows(shard_counts: Sequence[int], seed: int, epoch: int) -> list[np.ndarray]:
-    """Permutation of all records: shards in random order, then records within windows of shards."""
-    # RandomState's stream is frozen (NEP 19), Generator's is not: a resumed run must find the same order after an
-    # update of numpy.
-    random = np.random.RandomState([seed % 2**32, epoch])
-    starts = [0, *itertools.accumulate(shard_counts)]
-    windows: list[np.ndarray] = []
-    window: list[np.ndarray] = []
-    for shard in random.permutation(len(shard_counts)):
-        window.append(np.arange(starts[shard], starts[shard + 1]))
-        if len(window) >= WINDOW_SHARDS and sum(map(len, window)) >= WINDOW_RECORDS:
-            windows.append(np.concatenate(window))
-            window = []
-    if window:
-        windows.append(np.concatenate(window))
-    return [random.permutation(records) for records in windows]

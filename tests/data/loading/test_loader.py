@@ -509,7 +509,7 @@ def test_lengths_are_measured_once(folder: str, settings: DataConfig, tmp_path: 
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("llava_lengths_*"))
     build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
     assert "measuring lengths: 100%" in capfd.readouterr().err
-    (saved,) = (copy / ".nv-meta").glob("llava_lengths_*.npz")
+    (saved,) = (copy / ".nv-meta").glob("llava_lengths_*.npy")
     build_train_loader(str(copy), changed(settings, **PACKED), 0, 1)
     assert "measuring" not in capfd.readouterr().err
     saved.write_bytes(saved.read_bytes()[:100])

@@ -1,6 +1,7 @@
 """Orders: every record at one position of an epoch, whatever the order; rows full; steps of one kind."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_patch.data.loading import sampler
+from megatron_patch.data.loading.row_cache import packed_rows
 from megatron_patch.data.loading.sampler import (
     BLEND_BLOCK,
     BlendSampler,
@@ -18,7 +20,6 @@ from megatron_patch.data.loading.sampler import (
     RecordSampler,
     SequentialSampler,
     ShuffledSampler,
-    pack,
 )
 from megatron_patch.errors import UserError
 
@@ -32,6 +33,11 @@ def lengths_of(tokens: list[int], seed: int = 0) -> RecordLengths:
 
 def epoch_of(chosen: RecordSampler, number: int) -> list[tuple[int, ...]]:
     return [chosen[number * chosen.positions + offset] for offset in range(chosen.positions)]
+
+
+def packed_sampler(counts: list[int], seed: int, lengths: RecordLengths, capacity: int, shuffle: bool) -> PackedSampler:
+    nowhere = Path("/absent")  # so few rows are not written
+    return PackedSampler(packed_rows(counts, seed, lengths, capacity, shuffle, nowhere), seed, shuffle)
 
 
 def flat(groups: list[tuple[int, ...]]) -> list[int]:
@@ -57,8 +63,8 @@ def test_every_epoch_of_every_order_holds_every_record_once(
             lambda: ShuffledSampler(counts, seed),
             lambda: SequentialSampler(counts),
             lambda: GroupedSampler(counts, seed, lengths, step, 3),
-            lambda: PackedSampler(counts, seed, lengths, CAPACITY, shuffle=True),
-            lambda: PackedSampler(counts, seed, lengths, CAPACITY, shuffle=False),
+            lambda: packed_sampler(counts, seed, lengths, CAPACITY, shuffle=True),
+            lambda: packed_sampler(counts, seed, lengths, CAPACITY, shuffle=False),
         ):
             chosen = build()
             for number in (0, 1, 5):
@@ -70,12 +76,86 @@ def test_every_epoch_of_every_order_holds_every_record_once(
         sampler.WINDOW_RECORDS = saved
 
 
+def whole_epoch(counts: list[int], seed: int, epoch: int) -> list[np.ndarray]:
+    """The definition of the shuffled order, drawn at once: windows, each permuted."""
+    random = np.random.RandomState([seed % 2**32, epoch])
+    starts = np.cumsum([0, *counts])
+    windows: list[np.ndarray] = []
+    open_shards: list[np.ndarray] = []
+    for shard in random.permutation(len(counts)):
+        open_shards.append(np.arange(starts[shard], starts[shard + 1]))
+        if len(open_shards) >= sampler.WINDOW_SHARDS and sum(map(len, open_shards)) >= sampler.WINDOW_RECORDS:
+            windows.append(np.concatenate(open_shards))
+            open_shards = []
+    if open_shards:
+        windows.append(np.concatenate(open_shards))
+    return [random.permutation(window) for window in windows]
+
+
+def whole_epoch_of_rows(rows_per_window: list[int], seed: int, epoch: int) -> list[int]:
+    """The same for packed rows."""
+    random = np.random.RandomState([seed % 2**32, epoch, 2])
+    starts = np.cumsum([0, *rows_per_window])
+    order = random.permutation(len(rows_per_window))
+    return np.concatenate([starts[window] + random.permutation(rows_per_window[window]) for window in order]).tolist()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many windows of few records, and few of them kept."""
+    for name, value in (("WINDOW_RECORDS", 20), ("WINDOW_SHARDS", 2), ("STATE_WINDOWS", 3), ("WINDOWS_KEPT", 2)):
+        monkeypatch.setattr(sampler, name, value)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**35 + 1])
+def test_windows_give_what_an_epoch_drawn_at_once_gives_in_any_order_of_asking(narrow: None, seed: int) -> None:
+    random = np.random.RandomState(seed % 97)
+    counts = [*random.randint(0, 30, 90).tolist(), 0, 0]
+    epochs = {epoch: np.concatenate(whole_epoch(counts, seed, epoch)).tolist() for epoch in range(3)}
+    records = sum(counts)
+    wanted = [*epochs[0], *epochs[1], *epochs[2]]
+    for asked in (range(2 * records), random.randint(0, 3 * records, 300).tolist(), range(records - 1, -1, -1)):
+        chosen = ShuffledSampler(counts, seed)
+        assert flat(chosen[position] for position in asked) == [wanted[position] for position in asked]
+    lengths = lengths_of(random.randint(0, CAPACITY + 1, records).tolist())
+    packed = packed_sampler(counts, seed, lengths, CAPACITY, shuffle=True)
+    windows = whole_epoch(counts, seed, 0)
+    sizes = packed.rows.rows_per_window.tolist()
+    first = np.cumsum([0, *sizes])
+    for number, window in enumerate(windows):  # each window is packed by itself
+        rows = [packed.rows[row] for row in range(first[number], first[number + 1])]
+        assert sorted(flat(rows)) == sorted(window)
+    for epoch in (0, 4):
+        order = whole_epoch_of_rows(sizes, seed, epoch)
+        assert epoch_of(packed, epoch) == [packed.rows[row] for row in order]
+        middle = packed.positions // 2
+        again = packed_sampler(counts, seed, lengths, CAPACITY, shuffle=True)
+        assert again[epoch * packed.positions + middle] == packed.rows[order[middle]], "a resume finds other rows"
+
+
+def test_a_process_holds_a_few_windows_and_draws_none_twice(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [10] * 400
+    drawn: list[int] = []
+    draw = sampler.Windows._draw
+    monkeypatch.setattr(sampler.Windows, "_draw", lambda self, number: (drawn.append(number), draw(self, number))[1])
+    chosen = ShuffledSampler(counts, 1)
+    step = 20  # over a border of windows again and again, as balanced steps are asked for
+    for start in range(0, 4000 - step, step // 2):
+        for position in (*range(start, start + step), start, start + step - 1):
+            chosen[position]
+    assert drawn == list(range(200))
+    windows = chosen.draw(0)
+    for number in range(200):
+        windows.window(number)
+    assert windows.window.cache_info().currsize == 2 and len(windows._states) == 67
+
+
 def test_the_orders_are_the_same_for_ever() -> None:
     """Saved positions rely on it: when this fails, raise state.FORMAT."""
     shuffled = ShuffledSampler([4, 4, 4], 7)
     assert flat(shuffled[p] for p in range(14)) == [1, 7, 8, 9, 0, 5, 11, 4, 3, 2, 6, 10, 7, 2]
     lengths = lengths_of([50, 20, 70, 30, 90, 10, 40, 60, 25, 35, 45, 55])
-    packed = PackedSampler([4, 4, 4], 7, lengths, CAPACITY, shuffle=True)
+    packed = packed_sampler([4, 4, 4], 7, lengths, CAPACITY, shuffle=True)
     rows = [(1, 8), (3, 2), (11, 10), (9, 0), (5, 4), (7, 6), (7, 6), (5, 4)]
     assert [packed[p] for p in range(8)] == rows
     grouped = GroupedSampler([4, 4, 4], 7, lengths, 2, 2)
@@ -86,7 +166,7 @@ def test_the_orders_are_the_same_for_ever() -> None:
 
 def test_packed_rows_change_their_order_but_not_their_records() -> None:
     lengths = lengths_of([30] * 300)
-    packed = PackedSampler([10] * 30, 3, lengths, CAPACITY, shuffle=True)
+    packed = packed_sampler([10] * 30, 3, lengths, CAPACITY, shuffle=True)
     first, second = epoch_of(packed, 0), epoch_of(packed, 1)
     assert first != second and sorted(first) == sorted(second)
     assert {len(row) for row in first} == {3}
@@ -99,17 +179,12 @@ def test_rows_are_nearly_full_on_a_realistic_mix(capacity: int, least: float) ->
     texts = np.clip(random.lognormal(5.0, 0.9, 20_000), 20, capacity - 600).astype(np.int32)
     images = (random.rand(20_000) < 0.75).astype(np.int32)
     lengths = RecordLengths(texts + 576 * images, images)
-    packed = PackedSampler([1000] * 20, 1, lengths, capacity, shuffle=True)
+    packed = packed_sampler([1000] * 20, 1, lengths, capacity, shuffle=True)
     rows = epoch_of(packed, 0)
     fullness = lengths.tokens.sum() / (len(rows) * capacity)
-    assert fullness == pytest.approx(packed.fullness)
+    assert fullness == pytest.approx(packed.rows.fullness)
     print(f"rows of {capacity}: {fullness:.1%} full, {20_000 / len(rows):.1f} records each")
     assert fullness >= least
-
-
-def test_packing_takes_the_fullest_row_that_fits() -> None:
-    assert pack(np.arange(5), np.array([60, 50, 40, 50, 100]), CAPACITY) == [(4,), (0, 2), (1, 3)]
-    assert pack(np.arange(3), np.array([60, 80, 20]), CAPACITY) == [(1, 2), (0,)]
 
 
 def test_grouped_steps_hold_one_modality_and_like_lengths() -> None:
@@ -151,3 +226,5 @@ def test_lengths_have_a_fingerprint_of_their_own() -> None:
     lengths = lengths_of([5, 6, 7])
     other = dataclasses.replace(lengths, tokens=lengths.tokens + np.int32(1))
     assert lengths.fingerprint == lengths_of([5, 6, 7]).fingerprint != other.fingerprint
+    stored = RecordLengths(lengths.tokens, lengths.images, known_fingerprint="read before")
+    assert stored.fingerprint == "read before"
