@@ -32,6 +32,10 @@ OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
 SETTINGS = "megatron_patch/llava_folder.py"
 LOADER, SAMPLER = "megatron_patch/data/loading/loader.py", "megatron_patch/data/loading/sampler.py"
+COUNTERS, OF_WAITING = "megatron_patch/training/record_counters.py", "tests/training/test_waiting.py"
+PACKING, ROW_CACHE = "megatron_patch/data/loading/packing.py", "megatron_patch/data/loading/row_cache.py"
+LENGTHS, OF_LENGTHS = "megatron_patch/data/loading/lengths.py", "tests/data/loading/test_lengths.py"
+OF_PACKING, OF_SAMPLER = "tests/data/loading/test_packing.py", "tests/data/loading/test_sampler.py"
 ENCODER, COLLATOR = "megatron_patch/data/loading/task_encoder.py", "megatron_patch/data/loading/collator.py"
 CONVERSATION, IMAGE = "megatron_patch/data/conversation.py", "megatron_patch/data/image.py"
 CHAT, OF_CHAT = "megatron_patch/data/chat_template.py", "tests/data/test_chat_template.py"
@@ -897,18 +901,86 @@ RECORDS = [
         f"{OF_LOADER}::test_an_epoch_gives_every_record_once_and_the_next_in_another_order",
         (
             "every epoch has the same order",
-            "random = np.random.RandomState([seed % 2**32, epoch])",
-            "random = np.random.RandomState([seed % 2**32, 0])",
+            "random = np.random.RandomState([self._seed % 2**32, epoch])",
+            "random = np.random.RandomState([self._seed % 2**32, 0])",
         ),
     ),
     *of(
-        SAMPLER,
-        "tests/data/loading/test_sampler.py::test_packing_takes_the_fullest_row_that_fits",
+        PACKING,
+        f"{OF_PACKING}::test_packing_takes_the_fullest_row_that_fits",
         (
             "packing takes the emptiest row",
-            "left, row = free.pop(fit) if fit < len(free)",
-            "left, row = free.pop() if fit < len(free)",
+            "left = length + (fits & -fits).bit_length() - 1",
+            "left = length + fits.bit_length() - 1",
         ),
+    ),
+    *of(
+        PACKING,
+        f"{OF_PACKING}::test_rows_are_those_of_the_textbook",
+        ("of rows with equal room any is taken", "row = heapq.heappop(free[left])", "row = free[left].pop()"),
+        ("a full row stays open", "some ^= bits[left]", "pass"),
+    ),
+    *of(
+        PACKING,
+        f"{OF_PACKING}::test_rows_from_a_file_are_those_in_memory",
+        ("rows of a later window are those of the first", "place = row - self._first_rows[window]", "place = row"),
+    ),
+    *of(
+        ROW_CACHE,
+        f"{OF_PACKING}::test_other_rows_have_a_file_of_their_own",
+        ("rows of another seed are taken", "seed if shuffle else None, capacity]", "None, shuffle, capacity]"),
+        ("rows of other lengths are taken", "told = [FORMAT, lengths.fingerprint,", "told = [FORMAT, None,"),
+    ),
+    *of(
+        ROW_CACHE,
+        f"{OF_PACKING}::test_damaged_rows_are_packed_again",
+        ("damaged rows stay", "shutil.rmtree(cache, ignore_errors=True)", "pass"),
+    ),
+    *of(
+        ROW_CACHE,
+        f"{OF_PACKING}::test_rows_from_a_file_are_those_in_memory",
+        ("rows are packed in every process", "if records < LEAST_RECORDS:", "if True:"),
+    ),
+    *of(
+        LENGTHS,
+        f"{OF_LENGTHS}::test_lengths_are_mapped_and_their_fingerprint_is_stored",
+        ("all lengths are read at every start", ", known_fingerprint=fingerprint.decode())", ")"),
+    ),
+    *of(
+        LENGTHS,
+        f"{OF_LENGTHS}::test_a_damaged_file_is_an_error",
+        ("a cut file of lengths is taken", "or len(fingerprint) != FINGERPRINT_BYTES:", "or False:"),
+    ),
+    *of(
+        LENGTHS,
+        f"{OF_LENGTHS}::test_the_former_files_are_taken_over",
+        ("former lengths are measured again", 'if len(saved["tokens"]) == records:', "if False:"),
+        ("former lengths of other records are taken", 'if len(saved["tokens"]) == records:', "if True:"),
+    ),
+    *of(
+        SAMPLER,
+        f"{OF_SAMPLER}::test_windows_give_what_an_epoch_drawn_at_once_gives_in_any_order_of_asking",
+        ("windows before are not drawn", "while self._next < number:", "while False:"),
+        ("the way back starts anywhere", "self._random.set_state(self._states[known])", "pass"),
+        ("rows of every epoch come alike", "[self._seed % 2**32, epoch, 2]", "[self._seed % 2**32, 0, 2]"),
+    ),
+    *of(
+        SAMPLER,
+        f"{OF_SAMPLER}::test_a_process_holds_a_few_windows_and_draws_none_twice",
+        ("all windows are kept", "functools.lru_cache(WINDOWS_KEPT)", "functools.lru_cache(None)"),
+    ),
+    *of(
+        "megatron_patch/data/loading/metadata.py",
+        "tests/data/loading/test_metadata.py",
+        ("braces are names", 'any(letter in pattern for letter in "{}\\\\")', "False"),
+        ("what is excluded is read", "if name not in excludes]", "]"),
+        ("a split without records is taken", "if not found.any():", "if False:"),
+    ),
+    *of(
+        "megatron_patch/data/loading/dataset.py",
+        "tests/data/loading/test_metadata.py",
+        ("sizes are not in the fingerprint", "os.path.getsize(tar)", "0"),
+        ("an index that ends early is read on", "if len(place) < 16:", "if False:"),
     ),
     *of(
         SAMPLER,
@@ -1597,6 +1669,51 @@ RUNS = [
         STEP_TIME,
         f"{OF_STEP_TIME}::test_a_precision_that_a_card_lacks_is_refused",
         ("fp8 on any card", "if plan.precision not in card.peak:", "if False:"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_WAITING}::test_time_without_a_batch_is_counted_and_no_other",
+        ("no wait is counted", "self.waited_s += time.perf_counter() - began", "self.waited_s += 0"),
+    ),
+    *of(
+        COUNTERS,
+        f"{OF_WAITING}::test_the_share_is_that_of_the_rank_that_waited_most",
+        (
+            "the share is of all waits since the start",
+            "(later - earlier for later, earlier in",
+            "(later for later, _ in",
+        ),
+        ("the rank that waits least speaks", "return max(waits, default=0.0) / seconds", "return min(waits) / seconds"),
+    ),
+    *of(
+        COUNTERS,
+        f"{OF_WAITING}::test_a_small_share_is_not_told",
+        ("any share is told", "if share < WORTH_TELLING:", "if False:"),
+    ),
+    *of(
+        COUNTERS,
+        f"{OF_WAITING}::test_a_run_whose_images_are_large_says_so_once_an_interval",
+        ("ranks keep their waits to themselves", "waits[rank] = round(", "waits[rank] = 0 * round("),
+    ),
+    *of(
+        "megatron_patch/training/logging.py",
+        f"{OF_WAITING}::test_a_run_whose_images_are_large_says_so_once_an_interval",
+        ("waits are not told", "print_rank_last(told)", "pass"),
+    ),
+    *of(
+        "toolkits/benchmark/benchmark_loading.py",
+        "tests/test_benchmark_data.py::test_half_of_a_pair_is_refused",
+        ("a dataset without its checkpoint", "if (given.dataset is None) != (given.checkpoint is None):", "if False:"),
+        ("a step without its time", "if (given.step_records is None) != (given.step_seconds is None):", "if False:"),
+    ),
+    *of(
+        "toolkits/benchmark/benchmark_loading.py",
+        "tests/test_benchmark_data.py::test_workers_that_a_step_needs",
+        (
+            "all workers count as one",
+            "rate.records / rate.seconds / max(1, rate.workers)",
+            "rate.records / rate.seconds",
+        ),
     ),
     *of(
         "megatron_patch/training/timer.py",

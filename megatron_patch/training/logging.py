@@ -47,6 +47,7 @@ class RunLog:
         self._first: tuple[int, Work, float] | None = None  # iteration, work, training seconds once warmed up
         self._since: tuple[int, Work, float] | None = None  # the same at the last line of the log
         self._totals: record_counters.Totals | None = None
+        self._totals_since: record_counters.Totals | None = None  # those at the last line of the log
         self._iteration = 0
         self._loss: torch.Tensor | None = None
         self._validation_loss: float | None = None
@@ -100,12 +101,12 @@ class RunLog:
             if ends_interval or self._first is None:
                 self._totals = record_counters.totals(self._loader())
             if ends_interval:
-                self._tell(iteration, settings.train_iters, settings.world_size)
+                self._tell(iteration, settings.train_iters, settings.world_size, settings.num_workers)
             if self._first is None:
                 self._bar = ProgressBar(settings.train_iters, settings.rank)
-                self._first = self._since = self._now()
-            elif ends_interval:
-                self._since = self._now()
+                self._first = self._now()
+            if self._since is None or ends_interval:
+                self._since, self._totals_since = self._now(), self._totals
             self._bar.show(iteration)
             return result
 
@@ -144,7 +145,7 @@ class RunLog:
         done = work - since[1]
         return Throughput.of(done, step_flop(self._geometry, self._frozen, done), seconds - since[2], world_size)
 
-    def _tell(self, iteration: int, train_iters: int, world_size: int) -> None:
+    def _tell(self, iteration: int, train_iters: int, world_size: int, num_workers: int) -> None:
         """The lines behind Megatron's own, and the same figures as scalars."""
         found = self._totals
         scalars = {
@@ -158,6 +159,10 @@ class RunLog:
             parts = [rates.sentence(), f"{found.memory_bytes / 2**30:.2f} GiB at most", f"{as_clock(left)} left"]
             print_rank_last(f" {' | '.join(parts)}")
             scalars |= {f"throughput/{name}": value for name, value in rates.scalars().items()}
+            share = record_counters.waiting_share(found, self._totals_since, self._watch.training() - self._since[2])
+            scalars["data/waiting share"] = share
+            if told := record_counters.waiting_sentence(share, num_workers):
+                print_rank_last(told)
         print_rank_last(record_counters.sentence(found.records))
         record_scalars(scalars, iteration)
 

@@ -1,4 +1,4 @@
-"""Record counters of a run over all ranks: records kept, truncated, skipped and why; work done; memory taken."""
+"""Counters of a run over all ranks: records kept, truncated, skipped and why; work done; waits for data; memory."""
 
 import dataclasses
 
@@ -11,6 +11,8 @@ from megatron_patch.data.rejection import REASONS
 from megatron_patch.step_flop import Work
 
 SKIPPED = "skipped: "
+MICROSECONDS = 10**6
+WORTH_TELLING = 0.1  # share of the time lost to waiting for data
 ENTRIES = ("kept", "truncated", "skipped", "excluded", *(SKIPPED + reason for reason in REASONS))
 
 
@@ -21,6 +23,7 @@ class Totals:
     records: dict[str, int]  # by ENTRIES; a resumed run goes on counting
     work: Work  # since this start of the run
     memory_bytes: int  # peak of the process that took most
+    waited_s: tuple[float, ...] = ()  # seconds that each rank has waited for batches since this start
 
 
 def totals(loader: TrainLoader | None) -> Totals:
@@ -33,14 +36,37 @@ def totals(loader: TrainLoader | None) -> Totals:
     speaks = mpu.is_pipeline_first_stage(ignore_virtual=True) and mpu.get_context_parallel_rank() == 0
     counts = loader.counts | loader.work if loader is not None and speaks else {}
     own = [counts.get(name, 0) for name in (*ENTRIES, *WORK)]
-    # one reduction for both: sums, and a place of its own for the memory of each rank
-    memory = [0] * torch.distributed.get_world_size()
-    memory[torch.distributed.get_rank()] = device.peak_memory()
-    summed = torch.tensor([*own, *memory], dtype=torch.int64, device=device.current_device())
+    # one reduction for all: sums, and a place of its own for the memory and the waits of each rank
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    memory, waits = [0] * ranks, [0] * ranks
+    memory[rank] = device.peak_memory()
+    waits[rank] = round(loader.waited_s * MICROSECONDS) if loader is not None else 0
+    summed = torch.tensor([*own, *memory, *waits], dtype=torch.int64, device=device.current_device())
     torch.distributed.all_reduce(summed)
     found = summed.tolist()
     work = dict(zip(WORK, found[len(ENTRIES) : len(own)], strict=True))
-    return Totals(dict(zip(ENTRIES, found, strict=False)), Work(**work), max(found[len(own) :]))
+    memory, waits = found[len(own) : -ranks], found[-ranks:]
+    waited_s = tuple(wait / MICROSECONDS for wait in waits)
+    return Totals(dict(zip(ENTRIES, found, strict=False)), Work(**work), max(memory), waited_s)
+
+
+def waiting_share(now: Totals, before: Totals, seconds: float) -> float:
+    """Share of so many seconds between two totals in which the rank that waited most had no batch to go on with.
+
+    All ranks of a step wait for the slowest one.  An upper bound where a device still works on what came before.
+    """
+    waits = (later - earlier for later, earlier in zip(now.waited_s, before.waited_s, strict=True))
+    return max(waits, default=0.0) / seconds
+
+
+def waiting_sentence(share: float, workers: int) -> str | None:
+    """A line of the log where a share worth knowing of was lost; workers: NUM_WORKERS."""
+    if share < WORTH_TELLING:
+        return None
+    return (
+        f" waiting for data: {share:.0%} of the time, on the rank that waited most; raise NUM_WORKERS ({workers}) if "
+        "cores are idle, else toolkits/benchmark/benchmark_loading.py shows what a worker reads in a second"
+    )
 
 
 def sentence(found: dict[str, int]) -> str:

@@ -1,0 +1,69 @@
+"""The benchmarks of the data path: what they conclude, what they refuse, and that they measure what training uses."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "toolkits/benchmark"
+
+
+@pytest.fixture(scope="module")
+def loading() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_loading", FOLDER / "benchmark_loading.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_workers_that_a_step_needs(loading: ModuleType) -> None:
+    """A worker delivers 40 records a second, in the middle of three measurements; a quarter more than the average."""
+    rates = [loading.Rate(workers, 10.0, 400 * factor, 0, 0, 1.0) for workers, factor in ((0, 1), (1, 2), (4, 1))]
+    assert loading.workers_needed(rates, step_records=32, step_seconds=0.5) == 2
+    assert loading.workers_needed(rates, step_records=33, step_seconds=0.5) == 3
+    assert loading.Rate(4, 10.0, 400, 1200, 8000, 24.0).row() == "| 4 | 120 | 30 | 800 | 200 | 50 |"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--dataset", "x"], "--dataset and --checkpoint go together"), (["--step-records", "8"], "--step-seconds")],
+)
+def test_half_of_a_pair_is_refused(
+    loading: ModuleType, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_loading.py", *words])
+    monkeypatch.setattr(loading, "write_photos", lambda *_: pytest.fail("something was made"))
+    assert loading.main() == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured(tmp_path: Path) -> None:
+    words = ["--images", "24", "--seconds", "1", "--workers", "0", "1", "--step-records", "8", "--step-seconds", "2"]
+    command = [sys.executable, FOLDER / "benchmark_loading.py", *words, "--work", tmp_path]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [[int(cell) for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [row[0] for row in found] == [0, 1]
+    for _, images, each, tokens, _, _ in found:
+        assert images == each > 0
+        assert tokens / images == pytest.approx(576 + 40, rel=0.1)  # rounded to whole images
+    assert "8 records in 2 s: NUM_WORKERS=" in printed
+
+
+@pytest.mark.slow
+def test_the_order_is_measured_and_rows_that_are_not_packed_are_extrapolated(tmp_path: Path) -> None:
+    words = ["--records", "2e4", "1e5", "--pack", "2e4", "--work", tmp_path]
+    done = subprocess.run([sys.executable, FOLDER / "benchmark_order.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "e" in line][1:]
+    kinds = ["folder", "cyclic", "packed"]
+    assert [row[:2] for row in rows] == [[size, kind] for size in ("2e4", "1e5") for kind in kinds]
+    assert all(int(row[2]) < 60 and float(row[3]) < 5 for row in rows)
+    assert float(rows[2][8]) > 0 and rows[5][8].startswith("about ")
+    assert not list(tmp_path.iterdir())
