@@ -4,7 +4,8 @@
 
 Each figure comes from a process of its own, which has imported everything before: MB that its memory grows by at the
 most, mapped files included, and seconds of CPU (other programs on the machine change these less than the clock's).
-`start` is until the first record's number is known, `resume` the same for a record near the end of an epoch.
+`start` is until the first record's number is known, `resume` the same for a record near the end of an epoch: with the
+mark of the random numbers that a saved state holds, and without, as from a state of an older version.
 
     folder   opening an energon folder of empty shards, 10,000 records each: metadata, sizes, fingerprint
     cyclic   the shuffled order
@@ -18,6 +19,7 @@ is opened and not read).  With --former the code of that commit is measured besi
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import os
 import resource
@@ -66,8 +68,20 @@ def file_of(work: Path, what: str, records: int) -> Path:
     return work / f"{what}_{records}"
 
 
-def measured_now(kind: str, records: int, near_end: bool, work: Path) -> Callable[[], Any]:
+def first_record(order: Any, how: str, mark: Path) -> tuple[int, ...]:
+    """The records that a start or a resume is waiting for; an unmarked one leaves its mark."""
+    place = 0 if how == "start" else int(NEAR_END * order.positions)
+    if how == "resume":
+        order.restore(json.loads(mark.read_text()))
+    found = order[place]
+    if how == "unmarked":
+        mark.write_text(json.dumps(order.mark(place)))
+    return found
+
+
+def measured_now(kind: str, records: int, how: str, work: Path) -> Callable[[], Any]:
     """What a process does at its start."""
+    mark = file_of(work, f"mark_{kind}", records)
 
     def run() -> Any:
         if kind == "folder":
@@ -75,16 +89,16 @@ def measured_now(kind: str, records: int, near_end: bool, work: Path) -> Callabl
             return folder, folder.name(len(folder) - 1)
         if kind == "cyclic":
             order = ShuffledSampler(shard_counts(records), SEED)
-            return order, order[int(NEAR_END * records) if near_end else 0]
+            return order, first_record(order, how, mark)
         lengths = open_lengths(file_of(work, "lengths", records), records)
         rows = PackedRows.open(file_of(work, "rows", records), records, CAPACITY)
         packed = PackedSampler(rows, SEED, shuffle=True)
-        return packed, lengths, packed[int(NEAR_END * packed.positions) if near_end else 0]
+        return packed, lengths, first_record(packed, how, mark)
 
     return run
 
 
-def measured_formerly(kind: str, records: int, near_end: bool, work: Path) -> Callable[[], Any]:
+def measured_formerly(kind: str, records: int, how: str, work: Path) -> Callable[[], Any]:
     """The same by the code that --former names, which lies in `work`."""
     sampler, dataset = (module_of(work / f"former_{name}.py") for name in ("sampler", "dataset"))
 
@@ -95,11 +109,11 @@ def measured_formerly(kind: str, records: int, near_end: bool, work: Path) -> Ca
         counts = shard_counts(records).tolist()
         if kind == "cyclic":
             order = sampler.ShuffledSampler(counts, SEED)
-            return order, order[int(NEAR_END * records) if near_end else 0]
+            return order, order[int(NEAR_END * records) if how == "unmarked" else 0]
         found = open_lengths(file_of(work, "lengths", records), records)
         lengths = sampler.RecordLengths(np.array(found.tokens), np.array(found.images))
         order = sampler.PackedSampler(counts, SEED, lengths, CAPACITY, shuffle=True)
-        return order, order[int(NEAR_END * order.positions) if near_end else 0]
+        return order, order[int(NEAR_END * order.positions) if how == "unmarked" else 0]
 
     return run
 
@@ -125,10 +139,10 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def measured(side: str, kind: str, records: int, near_end: bool, work: Path) -> dict[str, float]:
-    """Figures of one start, by the code of `now` or `former`."""
+def measured(side: str, kind: str, records: int, how: str, work: Path) -> dict[str, float]:
+    """Figures of a `start`, a `resume` or one without a mark, by the code of `now` or `former`."""
     make = measured_now if side == "now" else measured_formerly
-    return measure(make(kind, records, near_end, work))
+    return measure(make(kind, records, how, work))
 
 
 def measure(run: Callable[[], Any]) -> dict[str, float]:
@@ -244,15 +258,14 @@ def rows(sizes: list[int], most: dict[str, int], pack: int, former: bool, work: 
                 elif packed:
                     once = f"about {packed[-1][1] * records / packed[-1][0]:.0f}"
             figures: list[str] = []
-            for side in ("now", "former"):
-                allowed = side == "now" or (former and records <= most[kind])
-                found: list[dict[str, float] | None] = [None, None]
-                if allowed:
-                    ends = (False,) if kind == "folder" else (False, True)
-                    found = [in_process(measured, side, kind, records, near_end, work) for near_end in ends]
-                    found += [None] * (2 - len(found))
-                figures.append(cells(max(found, key=lambda one: one["mb"] if one else -1), "mb"))
-                figures += [cells(one, "seconds") for one in found]
+            for side, ways in (("now", ("start", "unmarked", "resume")), ("former", ("start", "unmarked"))):
+                found = dict.fromkeys(ways)
+                if side == "now" or (former and records <= most[kind]):
+                    for how in ways[:1] if kind == "folder" else ways:
+                        found[how] = in_process(measured, side, kind, records, how, work)
+                highest = max((one for one in found.values() if one), key=lambda one: one["mb"], default=None)
+                figures.append(cells(highest, "mb"))
+                figures += [cells(found[how], "seconds") for how in ("start", "resume", "unmarked") if how in found]
             yield f"| {records:.0e} | {kind} | {' | '.join(figures)} | {once} |".replace("e+0", "e")
         for what in ("lengths", "rows", "folder"):
             subprocess.run(["rm", "-rf", str(file_of(work, what, records))], check=True)
@@ -274,8 +287,11 @@ def main() -> None:
         if given.former:
             write_former(given.former, work)
         most = {"folder": 10**10, "cyclic": given.former_most, "packed": given.former_pack}
-        print("| records | what | MB | start, s | resume, s | former MB | start, s | resume, s | once, s |")
-        print("|" + "---|" * 9)
+        print(
+            "| records | what | MB | start, s | resume, s | from an older state, s | former MB | start, s | resume, s "
+            "| once, s |"
+        )
+        print("|" + "---|" * 10)
         for line in tqdm(
             rows(given.records, most, given.pack, bool(given.former), work),
             total=len(given.records) * len(KINDS),

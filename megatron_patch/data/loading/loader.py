@@ -351,6 +351,7 @@ class TrainLoader(_Loader):
         assert self._lengths is None or (self._position - self._start) % self._config.step_records == 0
         return {
             "position": self._position,
+            "mark": self._batches.order.mark(self._position),
             "data": self._expected_data(),
             "topology": self._topology(),
             "counts": dict(self.counts),
@@ -365,6 +366,7 @@ class TrainLoader(_Loader):
         """
         self._position = data_state.check(state, self._expected_data(), self._batches.dataset.path)
         self._start = self._position
+        self._batches.order.restore(state.get("mark", {}))  # older states have none, and are longer under way
         self._iterator = None
         if state["topology"] == self._topology():
             zeros = dict.fromkeys(("kept", "truncated", "skipped"), 0)

@@ -5,6 +5,7 @@ along it, so that every parallelism trains on the same records in each step, and
 A position holds one record, or with packing the records of one row.
 """
 
+import base64
 import bisect
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,6 +56,12 @@ class RecordSampler(Protocol):
     def __getitem__(self, position: int) -> tuple[int, ...]:
         """Indices of the records at a position."""
 
+    def mark(self, position: int) -> dict[str, Any]:
+        """What saves the way to a position, in plain types; may be empty."""
+
+    def restore(self, mark: dict[str, Any]) -> None:
+        """Take over a mark of the same order, or an empty one: no position changes, some are reached sooner."""
+
 
 class _Epoch(Protocol):
     """An order of one epoch: `epoch[offset]` -> the entry at a place of it."""
@@ -86,13 +93,27 @@ class _Epochs:
         """Where entries are records."""
         return (self.entry(position),)
 
+    def mark(self, position: int) -> dict[str, Any]:
+        """As RecordSampler: empty where an epoch is not drawn by windows."""
+        epoch, offset = divmod(position, self.positions)
+        self.entry(position)
+        order = self._epochs[epoch]
+        return {"epoch": epoch, **order.mark(offset)} if isinstance(order, Windows) else {}
+
+    def restore(self, mark: dict[str, Any]) -> None:
+        """As RecordSampler."""
+        if mark:
+            order = self.draw(mark["epoch"])
+            order.restore(mark)
+            self._epochs[mark["epoch"]] = order
+
 
 class Windows:
     """An epoch's order window by window, so that a process holds a few windows whatever the number of records.
 
     All permutations come one after the other from one stream of random numbers, and how much of it a permutation takes
-    is known only by drawing it.  So a place far ahead costs the drawing of what lies before, about 5 ns a record; the
-    stream's state is kept now and then, for ways back.
+    is known only by drawing it.  So a place far ahead costs the drawing of what lies before, about 20 ns a record; the
+    stream's state is kept now and then, for ways back, and a mark of it spares a resumed run the way.
     """
 
     def __init__(
@@ -102,7 +123,7 @@ class Windows:
         self._random, self._sizes, self._entries = random, sizes, entries
         self._starts = [0, *itertools.accumulate(sizes)]
         self._next = 0  # the window that the stream stands before
-        self._states: list[tuple] = []  # of the stream before windows 0, STATE_WINDOWS, 2 * STATE_WINDOWS, ...
+        self._states = {0: random.get_state()}  # of the stream, by the window that it stands before
         self.window = functools.lru_cache(WINDOWS_KEPT)(self._draw)
 
     def __len__(self) -> int:
@@ -119,10 +140,10 @@ class Windows:
 
     def _draw(self, number: int) -> np.ndarray:
         """int64 [size]: a window's entries, permuted."""
-        known = min(number // STATE_WINDOWS, len(self._states) - 1)
-        if self._states and not known * STATE_WINDOWS <= self._next <= number:
+        known = self._known(number)
+        if not known <= self._next <= number:
             self._random.set_state(self._states[known])
-            self._next = known * STATE_WINDOWS
+            self._next = known
         while self._next < number:
             self._keep_state()
             if self._sizes[self._next]:
@@ -133,8 +154,25 @@ class Windows:
         return self._random.permutation(self._entries(number))
 
     def _keep_state(self) -> None:
-        if self._next == len(self._states) * STATE_WINDOWS:
-            self._states.append(self._random.get_state())
+        if self._next % STATE_WINDOWS == 0 and self._next not in self._states:
+            self._states[self._next] = self._random.get_state()
+
+    def _known(self, number: int) -> int:
+        """The last window up to this one before which the stream's state is known."""
+        return max(window for window in self._states if window <= number)
+
+    def mark(self, offset: int) -> dict[str, Any]:
+        """A state of the stream, less than STATE_WINDOWS windows before a place."""
+        number = bisect.bisect_right(self._starts, offset) - 1
+        self.window(number)
+        window = self._known(number)
+        _, keys, place, *_ = self._states[window]  # Mersenne Twister: 624 words, and how many of them are used up
+        return {"window": window, "keys": base64.b64encode(keys.astype("<u4").tobytes()).decode(), "place": int(place)}
+
+    def restore(self, mark: dict[str, Any]) -> None:
+        """Know the state that mark() gave."""
+        keys = np.frombuffer(base64.b64decode(mark["keys"]), dtype="<u4")
+        self._states[mark["window"]] = ("MT19937", keys, mark["place"], 0, 0.0)
 
 
 def _in_one_place(size: int) -> np.ndarray:
@@ -209,6 +247,13 @@ class SequentialSampler:
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
         return (position % self.positions,)
+
+    def mark(self, position: int) -> dict[str, Any]:
+        """As RecordSampler."""
+        return {}
+
+    def restore(self, mark: dict[str, Any]) -> None:
+        """As RecordSampler."""
 
 
 class GroupedSampler(_Epochs):
@@ -312,3 +357,15 @@ class BlendSampler:
         part = int(self._block[1][offset])
         own = block * int(self._counts[part]) + int(self._block[2][offset])
         return tuple(self._starts[part] + index for index in self._orders[part][own])
+
+    def mark(self, position: int) -> dict[str, Any]:
+        """As RecordSampler: a mark of each order, where the position's block begins."""
+        block = position // BLEND_BLOCK
+        counts = self._counts.tolist()
+        return {"parts": [order.mark(block * count) for order, count in zip(self._orders, counts, strict=True)]}
+
+    def restore(self, mark: dict[str, Any]) -> None:
+        """As RecordSampler."""
+        if mark:
+            for order, own in zip(self._orders, mark["parts"], strict=True):
+                order.restore(own)

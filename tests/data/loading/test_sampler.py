@@ -1,6 +1,7 @@
 """Orders: every record at one position of an epoch, whatever the order; rows full; steps of one kind."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,36 @@ def test_a_process_holds_a_few_windows_and_draws_none_twice(narrow: None, monkey
     for number in range(200):
         windows.window(number)
     assert windows.window.cache_info().currsize == 2 and len(windows._states) == 67
+
+
+def test_a_mark_spares_the_way_and_changes_nothing(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [10] * 400
+    lengths = lengths_of(np.random.RandomState(3).randint(20, CAPACITY, 4000).tolist())
+    skipped: list[int] = []
+    in_one_place = sampler._in_one_place
+    monkeypatch.setattr(sampler, "_in_one_place", lambda size: (skipped.append(size), in_one_place(size))[1])
+    for build, most in (
+        (lambda: ShuffledSampler(counts, 1), 2),
+        (lambda: packed_sampler(counts, 1, lengths, CAPACITY, shuffle=True), 2),
+        (lambda: BlendSampler([ShuffledSampler(counts, 1), ShuffledSampler(counts, 2)], [0, 4000], [2, 1], 3), 150),
+        (lambda: SequentialSampler(counts), 0),
+        (lambda: packed_sampler(counts, 1, lengths, CAPACITY, shuffle=False), 0),
+        (lambda: GroupedSampler(counts, 1, lengths, 4, 3), 0),
+    ):
+        order = build()
+        position = 5 * order.positions - order.positions // 10  # most of an epoch, behind others
+        mark = json.loads(json.dumps(order.mark(position)))
+        wanted = [order[place] for place in range(position, position + 600)]
+        again = build()
+        skipped.clear()
+        again.restore(mark)
+        found = again[position]
+        assert len(skipped) <= most, "it was drawn from the beginning of the epoch"
+        assert [found, *(again[place] for place in range(position + 1, position + 600))] == wanted
+        assert again[position - order.positions // 2] == order[position - order.positions // 2], "the way back"
+        unmarked = build()
+        unmarked.restore({})
+        assert unmarked[position] == wanted[0]
 
 
 def test_the_orders_are_the_same_for_ever() -> None:
