@@ -970,6 +970,20 @@ RECORDS = [
         ("all windows are kept", "functools.lru_cache(WINDOWS_KEPT)", "functools.lru_cache(None)"),
     ),
     *of(
+        SAMPLER,
+        f"{OF_SAMPLER}::test_a_mark_spares_the_way_and_changes_nothing",
+        ("a mark is not known again", 'self._states[mark["window"]] =', "_ ="),
+        ("a mark stands elsewhere in the stream", 'keys, mark["place"], 0, 0.0)', "keys, 624, 0, 0.0)"),
+        ("a mark is of the first window", "known = self._known(number)", "known = 0"),
+        ("orders of a blend have no marks", "                order.restore(own)", "                pass"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_LOADER}::test_a_resume_takes_the_mark_over_and_does_without",
+        ("a mark is not taken over", 'order.restore(state.get("mark", {}))', "order.restore({})"),
+        ("an older state is not read", 'order.restore(state.get("mark", {}))', 'order.restore(state["mark"])'),
+    ),
+    *of(
         "megatron_patch/data/loading/metadata.py",
         "tests/data/loading/test_metadata.py",
         ("braces are names", 'any(letter in pattern for letter in "{}\\\\")', "False"),

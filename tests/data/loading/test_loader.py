@@ -497,6 +497,20 @@ def test_two_ranks_then_one_then_two_hold_every_record_once(folder: str, setting
     assert len(set(seen[:TRAIN])) == TRAIN
 
 
+@pytest.mark.parametrize("changes", [{}, PACKED])
+def test_a_resume_takes_the_mark_over_and_does_without(folder: str, settings: DataConfig, changes: dict) -> None:
+    """Of the random numbers: a state of an older version has none."""
+    loader = build_train_loader(folder, changed(settings, **changes), 0, 1)
+    take(loader, 7)
+    state = loader.save_state()
+    marked, unmarked = (build_train_loader(folder, changed(settings, **changes), 0, 1) for _ in range(2))
+    marked.load_state(state)
+    unmarked.load_state({name: value for name, value in state.items() if name != "mark"})
+    assert list(marked._batches.order._epochs) == [state["mark"]["epoch"]] and not unmarked._batches.order._epochs
+    wanted = next(loader)["record_ids"]
+    assert next(marked)["record_ids"] == next(unmarked)["record_ids"] == wanted
+
+
 def test_a_packed_state_is_refused_for_other_lengths_or_another_order(folder: str, settings: DataConfig) -> None:
     state = build_train_loader(folder, changed(settings, **PACKED), 0, 1).save_state()
     for changes in ({"decoder_seq_len": 256}, {"packing": False}, {"image_tokens": 5}, {"order": "single"}):
