@@ -21,10 +21,10 @@ def loading() -> ModuleType:
 
 
 def test_workers_that_a_step_needs(loading: ModuleType) -> None:
-    """A worker delivers 40 records a second, in the middle of three measurements; a quarter more than the average."""
-    rates = [loading.Rate(workers, 10.0, 400 * factor, 0, 0, 1.0) for workers, factor in ((0, 1), (1, 2), (4, 1))]
-    assert loading.workers_needed(rates, step_records=32, step_seconds=0.5) == 2
-    assert loading.workers_needed(rates, step_records=33, step_seconds=0.5) == 3
+    """A worker delivers 40, 20, 10 records a second, 20 in the middle; a quarter more than the average."""
+    rates = [loading.Rate(workers, 10.0, 400, 0, 0, 1.0) for workers in (1, 2, 4)]
+    assert loading.workers_needed(rates, step_records=32, step_seconds=1.0) == 2
+    assert loading.workers_needed(rates, step_records=33, step_seconds=1.0) == 3
     assert loading.Rate(4, 10.0, 400, 1200, 8000, 24.0).row() == "| 4 | 120 | 30 | 800 | 200 | 50 |"
 
 
