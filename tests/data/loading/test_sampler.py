@@ -160,7 +160,7 @@ def test_a_mark_spares_the_way_and_changes_nothing(narrow: None, monkeypatch: py
     for build, most in (
         (lambda: ShuffledSampler(counts, 1), 2),
         (lambda: packed_sampler(counts, 1, lengths, CAPACITY, shuffle=True), 2),
-        (lambda: BlendSampler([ShuffledSampler(counts, 1), ShuffledSampler(counts, 2)], [0, 4000], [2, 1], 3), 150),
+        (lambda: BlendSampler([ShuffledSampler(counts, 1), ShuffledSampler(counts, 2)], [0, 4000], [2, 1], 3), 40),
         (lambda: SequentialSampler(counts), 0),
         (lambda: packed_sampler(counts, 1, lengths, CAPACITY, shuffle=False), 0),
         (lambda: GroupedSampler(counts, 1, lengths, 4, 3), 0),
