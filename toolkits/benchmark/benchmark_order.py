@@ -254,7 +254,7 @@ def rows(sizes: list[int], most: dict[str, int], pack: int, former: bool, work: 
                 cost = in_process(make_packed, work, records, records <= pack)
                 if cost:
                     packed.append((records, cost["seconds"]))
-                    once = f"{cost['seconds']:.1f}"
+                    once = f"{cost['seconds']:.2f}"
                 elif packed:
                     once = f"about {packed[-1][1] * records / packed[-1][0]:.0f}"
             figures: list[str] = []
