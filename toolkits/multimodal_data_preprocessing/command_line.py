@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.pipeline import SPLITS, LengthLimit, Options, PreparationReport, Progress, prepare
 from megatron_patch.data.preparation.sources import JsonSource, Source
 from megatron_patch.errors import UserError
@@ -22,6 +23,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="processes that check images and write; default: the cores, up to 8")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
+    add("--part", metavar="I/N", help="make every N-th shard only, as one of N jobs; --join makes the output of all")
+    add("--join", action="store_true", help="join the parts when all are done; the other options as given to them")
     add(
         "--max-rejected", default="1%", metavar="SHARE", help="stop when more of the records are rejected; default: 1%%"
     )
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tupl
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return INTERRUPTED
-    report(ledger, output)
+    report(ledger, output) if options.part is None else report_part(ledger, output, options.part)
     return FINE
 
 
@@ -85,6 +88,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         length_limit=length_limit_of(arguments),
         reopen_with_energon=arguments.reopen_with_energon,
         workers=arguments.workers,
+        part=None if arguments.part is None else Part.parse(arguments.part),
+        join=arguments.join,
     )
 
 
@@ -150,6 +155,15 @@ def report(ledger: PreparationReport, output: Path) -> None:
     print(f"shards: {output}")
     print(f"next: give {output} to examples/llava_mcore/run_mcore_llava.sh as DATASET_PATH (18th argument)")
     print("      and VALID_DATASET_PATH (19th argument); it lists all its arguments with --help")
+
+
+def report_part(ledger: PreparationReport, output: Path, part: Part) -> None:
+    """What one part has done, and what to do next."""
+    print(f"part {part}: {ledger.records_in} records in = {sum(ledger.written.values())} written", end="")
+    print(f" + {ledger.rejected.total()} rejected (of all texts and the own images)", end="")
+    print(f" + {ledger.of_other_parts} left to the other parts")
+    print(f"done in {ledger.seconds:.2f} s: {output.name}.partial beside {output}")
+    print("next: when all parts are done, the same command with --join in place of --part")
 
 
 def run_on_json(description: str | None, source: type[JsonSource], what: str) -> int:

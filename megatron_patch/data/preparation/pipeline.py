@@ -5,6 +5,9 @@ Every record is in the shards or in the ledger's rejections with its reason: rec
 One process streams the records, checks their texts, recognises repetitions and deals them to splits and shards; workers
 read and check the images and write whole shards.  What is in a shard never depends on who writes it or when, so any
 number of workers gives the same bytes, and an interrupted conversion goes on with the shards that are missing.
+
+For the same reason the shards may be shared out.  Parts (`--part i/N`) each stream all records, make every N-th shard
+and note it in a journal of their own; joined, the records are streamed once more and every shard is found.
 """
 
 import json
@@ -23,12 +26,22 @@ import numpy as np
 from megatron_patch.atomic_files import sync, write_text
 from megatron_patch.data.preparation import shard_writer
 from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
+from megatron_patch.data.preparation.journal import digest_of
 from megatron_patch.data.preparation.json_stream import stream_records
+from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.report import SPLITS, PreparationReport, Rejection, RejectionFile
+from megatron_patch.data.preparation.sight import look
 from megatron_patch.data.preparation.sources import Source
 from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
-from megatron_patch.data.preparation.workers import Done, Job, LengthLimit, Sample, ShardBuilder, Workers, result_of
-from megatron_patch.data.preparation.workspace import LEDGER, Workspace, digest_of
+from megatron_patch.data.preparation.workers import Done, Job, LengthLimit, Sample, ShardBuilder, Workers
+from megatron_patch.data.preparation.workspace import (
+    LEDGER,
+    JoinedWorkspace,
+    PartWorkspace,
+    WholeWorkspace,
+    Workspace,
+    partial_of,
+)
 from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
@@ -58,6 +71,8 @@ class Options:
     length_limit: LengthLimit | None = None
     reopen_with_energon: bool = False  # read a few records of each split back with energon's own loader as well
     workers: int | None = None  # processes that read images and write shards; 0: none but this one; None: the cores
+    part: Part | None = None  # make this part of the shards only
+    join: bool = False  # make nothing, but the output of the parts that are done
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -72,6 +87,8 @@ class Options:
             raise UserError(f"--max-rejected {self.max_rejected_share:.0%}: wanted a share from 0% to 100%")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers {self.workers}: wanted at least 0")
+        if self.join and self.part is not None:
+            raise UserError(f"--join --part {self.part}: exclude each other; give --join once, when all parts are done")
         if self.length_limit is not None:
             self.length_limit.encoder()  # refuses what does not fit together
 
@@ -116,31 +133,40 @@ def prepare(
     progress: makes a progress bar for about so many records.
 
     Raises UserError.  When the data are refused, nothing is left behind; when the conversion is interrupted or the disk
-    is full, `<output>.partial` stays and options.resume goes on with it.
+    is full, `<output>.partial` stays and options.resume goes on with it.  So it does when a part is refused or done, or
+    a join is refused.
     """
     began = time.monotonic()
     _check_output(output, options)
     expected = source.count()
     began_with = {**source.describe(), "records_expected": expected, **options.shape_output()}
     try:
-        workspace = Workspace(output, began_with, options.resume, options.overwrite)
+        workspace = _open_workspace(source, output, began_with, options)
         try:
             ledger = _Preparation(source, options, workspace, expected, began).run(progress)
         except UserError:
-            # Refused: without a trace, unless there was one before.
-            workspace.leave() if workspace.resumed else workspace.remove()
+            workspace.refuse()
             raise
         except BaseException:
             workspace.leave()
             raise
         workspace.finish()
     except OSError as error:
-        partial = output.with_name(f"{output.name}.partial")
         raise UserError(
-            f"{output}: cannot be written ({error}); make room and give --resume, or remove {partial} and give "
-            "--output a place with room for the data"
+            f"{output}: cannot be written ({error}); make room and give --resume, or remove {partial_of(output)} and "
+            "give --output a place with room for the data"
         ) from error
     return ledger
+
+
+def _open_workspace(source: Source, output: Path, began_with: dict[str, Any], options: Options) -> Workspace:
+    """Where the shards grow.  Raises UserError."""
+    if options.join:
+        return JoinedWorkspace(output, began_with, look(source.places()))
+    if options.part is not None:
+        seen = look(source.places())
+        return PartWorkspace(output, began_with, seen, options.part, options.resume, options.overwrite)
+    return WholeWorkspace(output, began_with, options.resume, options.overwrite)
 
 
 def _check_output(output: Path, options: Options) -> None:
@@ -213,6 +239,7 @@ class _Dealer:
         self._samples: dict[str, list[Sample]] = {split: [] for split in self._most}
         self._text_bytes = dict.fromkeys(self._most, 0)
         self._shards = dict.fromkeys(self._most, 0)
+        self._jobs = 0
 
     def deal(self, sample: Sample) -> Iterator[Job]:
         """Put a sample into its shard; gives the shard when it is full."""
@@ -229,9 +256,10 @@ class _Dealer:
                 yield self._job(split)
 
     def _job(self, split: str) -> Job:
-        job = Job(split, shard_writer.shard_name(split, self._shards[split]), self._samples[split])
+        job = Job(split, shard_writer.shard_name(split, self._shards[split]), self._samples[split], self._jobs)
         self._samples[split], self._text_bytes[split] = [], 0
         self._shards[split] += 1
+        self._jobs += 1
         return job
 
 
@@ -247,7 +275,8 @@ class _Preparation:
         self._accounted = 0  # records, as far as the progress bar knows
         self._ledger = PreparationReport(Path(source.name).name)
         self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # split -> shard -> samples
-        self._rejections = RejectionFile(workspace.folder / "rejected.jsonl")
+        # A part's are in its journal, or found again when the parts are joined.
+        self._rejections = None if options.part else RejectionFile(workspace.folder / "rejected.jsonl")
         self._ids = Deduplicator()
         self._contents = Deduplicator()
 
@@ -257,12 +286,17 @@ class _Preparation:
         try:
             self._write_shards(progress)
             self._check_limit(self._ledger.records_in)
-            self._rejections.finish()
+            if self._rejections is not None:
+                self._rejections.finish()
         finally:
-            self._rejections.close()
+            if self._rejections is not None:
+                self._rejections.close()
         self._ledger.check()
         if self._ledger.records_in == 0:
             raise UserError(f"{self._source.name}: holds no records")
+        if self._options.part is not None:
+            self._ledger.seconds = time.monotonic() - self._began
+            return self._ledger
         self._fill_train()
         shard_writer.write_meta(folder, self._counts)
         write_text(folder / LEDGER, json.dumps(self._ledger.to_json(), indent=2) + "\n", durable=True)
@@ -285,20 +319,24 @@ class _Preparation:
         maker = ShardBuilder(self._source, self._workspace.folder, options.length_limit)
         # One more than the cores: there is always one that waits for the disk.
         count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
+        count = 0 if options.join else count
         waiting: deque[tuple[str, str, str, Future[Done] | Done]] = deque()
         with Workers(count, maker) as workers:
             bar = None
             try:
                 for job in self._jobs():
+                    if options.part and Part.of_job(job.number, options.part.count) != options.part:
+                        self._ledger.of_other_parts += len(job.samples)
+                        continue
                     found = self._workspace.find(job)
                     begun = workers.submit(job) if found is None else found
                     # Not the job itself, whose texts would stay in memory.
                     waiting.append((job.split, job.name, digest_of(job), begun))
                     bar = bar or progress(self._expected)  # after the workers were forked: it may start a thread
                     while len(waiting) > workers.at_once:
-                        bar.update(self._enter(*waiting.popleft()))
+                        bar.update(self._enter(workers, *waiting.popleft()))
                 while waiting:
-                    bar.update(self._enter(*waiting.popleft()))
+                    bar.update(self._enter(workers, *waiting.popleft()))
             finally:
                 if bar is not None:
                     bar.close()
@@ -348,12 +386,12 @@ class _Preparation:
             else:
                 yield Sample(sample.number, sample.data, sample.images, sample.content, repeats_id=True)
 
-    def _enter(self, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
+    def _enter(self, workers: Workers, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
         """Enter a job into the report; returns how many more records it covers."""
         if isinstance(begun, Done):
             done = begun
         else:
-            done = result_of(begun)
+            done = workers.result(begun)
             self._workspace.enter(shard, digest, done)
         if done.written:
             self._counts[split][shard] = done.written
@@ -368,7 +406,8 @@ class _Preparation:
     def _reject(self, rejection: Rejection) -> None:
         """Enter a rejection, and stop when there are more than the limit allows however many records follow."""
         self._ledger.reject(rejection)
-        self._rejections.add(rejection)
+        if self._rejections is not None:
+            self._rejections.add(rejection)
         # Records that were not expected have no conversation, so each of them is among the rejected.
         self._check_limit(self._expected + self._ledger.rejected.total())
 

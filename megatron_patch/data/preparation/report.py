@@ -52,6 +52,7 @@ class PreparationReport:
     source: str = ""
     records_in: int = 0
     written: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    of_other_parts: int = 0  # good texts whose images and shards are the business of other parts
     rejected: Counter = field(default_factory=Counter)  # reason -> records
     repeated_ids: int = 0  # written although another record has the same id: their contents differ
     text_only: int = 0
@@ -66,11 +67,11 @@ class PreparationReport:
             self.examples.append(rejection)
 
     def accounted(self) -> int:
-        """Records written or rejected."""
-        return sum(self.written.values()) + self.rejected.total()
+        """Records written, rejected, or left to other parts."""
+        return sum(self.written.values()) + self.rejected.total() + self.of_other_parts
 
     def check(self) -> None:
-        """in = written + rejected: otherwise this program is wrong."""
+        """in = written + rejected (+ left to other parts): otherwise this program is wrong."""
         assert self.records_in == self.accounted(), self
 
     def reasons(self) -> list[tuple[str, int]]:

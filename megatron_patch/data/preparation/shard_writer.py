@@ -42,8 +42,8 @@ class Shard:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / name
-        # With the process in its name: what a killed one left behind, or still writes, is never touched.
-        self._part = folder / f"{name}.part-{os.getpid()}"
+        # A name of its own: what a killed process left, or one on another machine still writes, is never touched.
+        self._part = folder / f"{name}.part-{os.urandom(8).hex()}"
         self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._pieces: list[bytes] = []
         self._buffered = 0
@@ -74,7 +74,9 @@ class Shard:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         index = struct.pack(f"<{len(self._offsets) + 1}Q", *self._offsets, end)
-        self._path.with_name(f"{self._path.name}.idx").write_bytes(index)
+        index_part = self._part.with_name(f"{self._part.name}.idx")
+        index_part.write_bytes(index)
+        index_part.rename(f"{self._path}.idx")
         self._part.rename(self._path)
         return self._written
 

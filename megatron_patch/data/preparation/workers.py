@@ -41,6 +41,7 @@ class Job:
     split: str
     name: str
     samples: Sequence[Sample]
+    number: int = 0  # its place among the jobs of all splits
 
 
 @dataclass(frozen=True)
@@ -166,20 +167,19 @@ class Workers:
         future.set_result(self._maker.make(job))
         return future
 
+    def result(self, begun: "Future[Done]") -> Done:
+        """Wait for a job.  Raises OSError when its shard could not be written, UserError when its worker died."""
+        try:
+            return begun.result()
+        except BrokenProcessPool as error:
+            raise died() from error
+
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def result_of(future: "Future[Done]") -> Done:
-    """Wait for a job.  Raises OSError when its shard could not be written, UserError when its worker died."""
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise died() from error
 
 
 def died() -> UserError:

@@ -1,176 +1,301 @@
-"""The folder in which a conversion grows, and the journal by which an interrupted one goes on."""
+"""The folder in which a conversion grows, and the journals by which an interrupted one goes on.
 
-import fcntl
-import hashlib
+`<output>.partial` holds shards that are whole, and a journal with a line for each; it becomes the output at the end.
+A conversion by one process (or by one that has others work for it) has one journal, parts have one each.
+"""
+
 import json
 import os
 import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_patch.atomic_files import sync
-from megatron_patch.data.preparation.report import Rejection
+from megatron_patch.data.preparation.journal import Journal, differences
+from megatron_patch.data.preparation.parts import Part, parts_in
+from megatron_patch.data.preparation.sight import Sight
+from megatron_patch.data.preparation.sight import differences as unlike
 from megatron_patch.data.preparation.workers import Done, Job
 from megatron_patch.errors import UserError
 
 JOURNAL = "journal.jsonl"
 LEDGER = "ledger.json"
 FORMAT = 1
-SECONDS_FOR_WORKERS_TO_END = 5  # after their parent was killed
 
 
-class Workspace:
-    """`<output>.partial`: shards that are whole, and a journal with a line for each; becomes the output at the end.
+class Workspace(Protocol):
+    """What a conversion asks of its folder."""
+
+    folder: Path
+
+    def find(self, job: Job) -> Done | None:
+        """What became of this job before.  Raises UserError when the job was another one then."""
+
+    def enter(self, job_name: str, digest: str, done: Done) -> None:
+        """Note that a shard is whole."""
+
+    def finish(self) -> None:
+        """All is done."""
+
+    def refuse(self) -> None:
+        """Stop because something is wrong with the data or the options."""
+
+    def leave(self) -> None:
+        """Stop, so that it can be resumed."""
+
+
+class WholeWorkspace:
+    """Of a conversion that is not in parts.
 
     Raises UserError when it exists and is to be neither resumed nor replaced, when another process works in it, or when
     it began with other data or options (`began_with`).
     """
 
     def __init__(self, output: Path, began_with: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-        self.folder = output.with_name(f"{output.name}.partial")
+        self.folder = partial_of(output)
         self._output = output
-        self._began_with = json.loads(json.dumps({"format": FORMAT, **began_with}))
-        self._finished: dict[str, int] = {}  # shard -> place of its line in the journal
+        began_with = _plain(began_with)
+        if (parts := parts_in(self.folder)) and not overwrite:
+            raise UserError(
+                f"{self.folder}: holds parts of a conversion ({', '.join(map(str, parts))}); give --join when all are "
+                "done, or --overwrite to begin anew"
+            )
         if self.folder.exists() and not (resume or overwrite):
             raise UserError(
                 f"{self.folder}: is an interrupted conversion; give --resume to go on, or --overwrite to begin anew"
             )
-        self.resumed = resume and (self.folder / JOURNAL).is_file()
-        if not self.resumed:
-            self._begin()
-        self._journal = (self.folder / JOURNAL).open("r+b")
-        self._lock()
-        if self.resumed:
-            self._read_journal()
-            self._remove_unfinished()
+        self._resumed = resume and (self.folder / JOURNAL).is_file()
+        if not self._resumed:
+            self._begin(began_with)
+        self._journal = Journal(self.folder / JOURNAL)
+        if self._resumed:
+            self._journal.read()
+            if different := differences(self._journal.began_with, began_with):
+                raise _began_differently(self.folder, different)
+            _remove_unfinished(self.folder, [self._journal])
 
     def find(self, job: Job) -> Done | None:
-        """What became of this job before the interruption.  Raises UserError when the job was another one then."""
-        place = self._finished.get(job.name)
-        if place is None:
-            return None
-        self._journal.seek(place)
-        line = json.loads(self._journal.readline())
-        if line["digest"] != digest_of(job):
-            raise UserError(
-                f"{self.folder}: the records of {job.name} are not those it was written from; the source has changed "
-                "since the conversion was interrupted: give --overwrite instead of --resume to begin anew"
-            )
-        if line["size"] and not _is_whole(self.folder / job.name, line["size"], line["written"]):
-            return None
-        rejected = [Rejection.of_journal(rejection) for rejection in line["rejected"]]
-        return Done(line["written"], line["text_only"], line["repeated_ids"], line["size"], rejected)
+        """What became of this job before the interruption."""
+        return self._journal.find(job)
 
     def enter(self, job_name: str, digest: str, done: Done) -> None:
         """Note that a shard is whole."""
-        line = asdict(done) | {"shard": job_name, "digest": digest}
-        line["rejected"] = [list(asdict(rejection).values()) for rejection in done.rejected]
-        self._append(line)
+        self._journal.enter(job_name, digest, done)
 
     def finish(self) -> None:
         """The folder becomes the output, in place of one that exists."""
+        _become(self._output, self.folder, [self._journal])
+
+    def refuse(self) -> None:
+        """Without a trace, unless there was one before."""
         self._journal.close()
-        (self.folder / JOURNAL).unlink()
-        sync(self.folder)
-        if self._output.exists():
-            old = self._output.with_name(f"{self._output.name}.old-{os.getpid()}")
-            self._output.rename(old)
-            self.folder.rename(self._output)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self._output)
-        sync(self._output.parent)
+        if not self._resumed:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def leave(self) -> None:
         """Stop, so that it can be resumed."""
         self._journal.close()
 
-    def remove(self) -> None:
-        """Stop and leave nothing."""
-        self._journal.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _begin(self) -> None:
+    def _begin(self, began_with: Mapping[str, Any]) -> None:
         if self.folder.exists():
-            if (self.folder / JOURNAL).is_file():
-                self._journal = (self.folder / JOURNAL).open("r+b")
-                self._lock()
-            elif any(self.folder.iterdir()) and not (self.folder / LEDGER).is_file():
-                raise UserError(f"{self.folder}: is no interrupted conversion, so it is not removed; move it away")
+            journals = [JOURNAL] if (self.folder / JOURNAL).is_file() else []
+            journals += [part.journal for part in parts_in(self.folder)]
+            opened = [Journal(self.folder / name) for name in journals]  # nobody works in it
+            if not opened and any(self.folder.iterdir()) and not (self.folder / LEDGER).is_file():
+                raise _foreign(self.folder)
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        self._journal = (self.folder / JOURNAL).open("wb")
-        self._append(self._began_with)
+        Journal.begin(self.folder / JOURNAL, began_with)
+
+
+class PartWorkspace:
+    """Of one part; others may be at work in the same folder, on other machines.
+
+    Raises UserError as WholeWorkspace, and when the folder belongs to a conversion in another number of parts or in
+    none, or other parts see other files (`seen`, of sight.look) or began with other data or options.
+    """
+
+    def __init__(
+        self, output: Path, began_with: Mapping[str, Any], seen: Sight, part: Part, resume: bool, overwrite: bool
+    ) -> None:
+        self.folder = partial_of(output)
+        path = self.folder / part.journal
+        began_with = _plain(began_with)
+        there = parts_in(self.folder)
+        self._refuse_others(part, there)
+        for other in there:
+            if other != part and (other_began := Journal.beginning(self.folder / other.journal)):
+                _compare(self.folder, other, other_began, began_with, seen)
+        if path.exists() and not (resume or overwrite):
+            raise UserError(
+                f"{self.folder}: part {part} was interrupted or is done; give --resume to go on, or --overwrite to "
+                "begin it anew"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Journal.begin(path, {**began_with, "seen": seen})
+        self._journal = Journal(path)
+        self._journal.read()
+        if not resume or not self._journal.began_with:
+            self._journal.restart({**began_with, "seen": seen})
+        else:
+            _compare(self.folder, part, self._journal.began_with, began_with, seen)
+
+    def find(self, job: Job) -> Done | None:
+        """What became of this job before the interruption."""
+        return self._journal.find(job)
+
+    def enter(self, job_name: str, digest: str, done: Done) -> None:
+        """Note that a shard is whole, its index included: this machine may be gone when the parts are joined."""
+        if done.written:
+            sync(self.folder / f"{job_name}.idx")
+        self._journal.enter(job_name, digest, done)
+
+    def finish(self) -> None:
+        """The part can be joined."""
+        sync(self.folder)
+        self._journal.end()
         self._journal.close()
 
-    def _lock(self) -> None:
-        """Until every process that shares the open journal has ended, workers included."""
-        deadline = time.monotonic() + SECONDS_FOR_WORKERS_TO_END
-        while True:
-            try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{self.folder}: another process is converting into it; wait for it") from None
-                time.sleep(0.1)
+    def refuse(self) -> None:
+        """What is done stays: others are at work in the folder."""
+        self._journal.close()
 
-    def _read_journal(self) -> None:
-        """Find the lines of finished shards; a last line that was cut off by the interruption is dropped."""
-        place, first = 0, True
-        for raw in self._journal:
-            try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if line is None:
-                break
-            if first:
-                self._compare(line)
-                first = False
-            else:
-                self._finished[line["shard"]] = place
-            place += len(raw)
-        if first:
-            self._compare({})
-        self._journal.truncate(place)
+    def leave(self) -> None:
+        """Stop, so that it can be resumed."""
+        self._journal.close()
 
-    def _compare(self, before: Mapping[str, Any]) -> None:
-        names = sorted(before.keys() | self._began_with.keys())
-        changed = [
-            f"{name} was {before.get(name)}, is now {self._began_with.get(name)}"
-            for name in names
-            if before.get(name) != self._began_with.get(name)
-        ]
-        if changed:
+    def _refuse_others(self, part: Part, there: Iterable[Part]) -> None:
+        if (self.folder / JOURNAL).is_file():
             raise UserError(
-                f"{self.folder}: began differently ({'; '.join(changed)}); give what it began with, or --overwrite "
-                "instead of --resume to begin anew"
+                f"{self.folder}: is a conversion that is not in parts; go on with it without --part and with --resume, "
+                "or remove it"
             )
-
-    def _remove_unfinished(self) -> None:
-        kept = {JOURNAL, *self._finished, *(f"{name}.idx" for name in self._finished)}
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json.dumps(line, default=str).encode() + b"\n")
-        self._journal.flush()
+        counts = sorted({other.count for other in there} - {part.count})
+        if counts:
+            raise UserError(
+                f"{self.folder}: was begun in {counts[0]} parts, --part {part} is of {part.count}; give I/{counts[0]}, "
+                "or remove it"
+            )
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() and not there else []
+        if not all(name.startswith("journal-") for name in names):  # another part may be making its journal just now
+            raise _foreign(self.folder)
 
 
-def digest_of(job: Job) -> str:
-    """Changes when any record of the job does."""
-    numbers = [number for sample in job.samples for number in (sample.number, sample.content)]
-    return hashlib.blake2b(repr((job.split, numbers)).encode(), digest_size=16).hexdigest()
+class JoinedWorkspace:
+    """Of all parts, each of which has ended.  Writes no shards.
+
+    Raises UserError when parts are missing, unfinished, at work, of several conversions, or saw other files.
+    """
+
+    def __init__(self, output: Path, began_with: Mapping[str, Any], seen: Sight) -> None:
+        self.folder = partial_of(output)
+        self._output = output
+        there = parts_in(self.folder)
+        counts = sorted({part.count for part in there})
+        if len(counts) != 1:
+            what = ", ".join(map(str, there)) or "none"
+            raise UserError(
+                f"{self.folder}: holds the parts {what}, wanted 1/N to N/N of one N; give the commands with --part "
+                "first, then --join"
+            )
+        self._count = counts[0]
+        missing = {Part(number, self._count) for number in range(1, self._count + 1)} - set(there)
+        self._journals = {part: Journal(self.folder / part.journal) for part in there}
+        problems = [f"part {part} has not begun" for part in sorted(missing)]
+        for part, journal in self._journals.items():
+            journal.read()
+            if not journal.ended:
+                problems.append(f"part {part} has not ended")
+        if problems:
+            raise UserError(
+                f"{self.folder}: {', '.join(problems)}; give the command of each with --part and --resume, then --join"
+            )
+        for part, journal in self._journals.items():
+            _compare(self.folder, part, journal.began_with, _plain(began_with), seen)
+        _remove_unfinished(self.folder, self._journals.values())
+
+    def find(self, job: Job) -> Done:
+        """What its part has made of it.  Raises UserError when that is not there any more."""
+        part = Part.of_job(job.number, self._count)
+        done = self._journals[part].find(job)
+        if done is None:
+            raise UserError(
+                f"{self.folder}: {job.name} of part {part} is missing or damaged; give the command of --part {part} "
+                "with --resume, then --join"
+            )
+        return done
+
+    def enter(self, job_name: str, digest: str, done: Done) -> None:
+        """Nothing is made here."""
+        raise AssertionError(job_name)
+
+    def finish(self) -> None:
+        """The folder becomes the output, in place of one that exists."""
+        _become(self._output, self.folder, list(self._journals.values()))
+
+    def refuse(self) -> None:
+        """What the parts have done stays."""
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop, so that it can be joined later."""
+        for journal in self._journals.values():
+            journal.close()
 
 
-def _is_whole(shard: Path, size: int, samples: int) -> bool:
-    index = Path(f"{shard}.idx")
-    return (
-        shard.is_file() and shard.stat().st_size == size and index.is_file() and index.stat().st_size == 8 * samples + 8
+def partial_of(output: Path) -> Path:
+    """Where an output grows."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def _plain(began_with: Mapping[str, Any]) -> dict[str, Any]:
+    """As a journal gives it back."""
+    return json.loads(json.dumps({"format": FORMAT, **began_with}))
+
+
+def _compare(folder: Path, part: Part, before: Mapping[str, Any], now: Mapping[str, Any], seen: Sight) -> None:
+    """Raises UserError unless a part began with what is so now, on a machine that sees the same files."""
+    settings = {name: value for name, value in before.items() if name != "seen"}
+    if different := differences(settings, now):
+        raise _began_differently(f"{folder}: part {part}", different)
+    if different := unlike(before["seen"], seen):
+        raise UserError(
+            f"{folder}: part {part} saw other files on its machine than this one sees ({'; '.join(different[:3])}); "
+            "mount the same folders on all, and give the command of the part that lacked them with --overwrite"
+        )
+
+
+def _began_differently(what: object, different: Iterable[str]) -> UserError:
+    return UserError(
+        f"{what}: began differently ({'; '.join(different)}); give what it began with, or --overwrite instead of "
+        "--resume to begin anew"
     )
+
+
+def _foreign(folder: Path) -> UserError:
+    return UserError(f"{folder}: is no interrupted conversion, so it is not removed; move it away")
+
+
+def _remove_unfinished(folder: Path, journals: Iterable[Journal]) -> None:
+    kept = set()
+    for journal in journals:
+        kept |= {journal.path.name, *journal.finished, *(f"{name}.idx" for name in journal.finished)}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _become(output: Path, folder: Path, journals: Iterable[Journal]) -> None:
+    for journal in journals:
+        journal.close()
+        journal.path.unlink()
+    sync(folder)
+    if output.exists():
+        old = output.with_name(f"{output.name}.old-{os.getpid()}")
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old)
+    else:
+        folder.rename(output)
+    sync(output.parent)

@@ -264,11 +264,11 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(odd, tmp_path, seed: int)
 @pytest.fixture
 def interrupted(odd, tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A copy of the source and the output of its conversion, which ended when the third shard was to be entered."""
-    from megatron_patch.data.preparation.workspace import Workspace
+    from megatron_patch.data.preparation.workspace import WholeWorkspace
 
     root = tmp_path / "in"
     shutil.copytree(odd[0], root, ignore=shutil.ignore_patterns("once"))
-    enter, calls = Workspace.enter, itertools.count(1)
+    enter, calls = WholeWorkspace.enter, itertools.count(1)
 
     def stop_at_third(self, *words) -> None:
         if next(calls) == 3:
@@ -276,7 +276,7 @@ def interrupted(odd, tmp_path, monkeypatch) -> tuple[Path, Path]:
         enter(self, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "enter", stop_at_third)
+        patch.setattr(WholeWorkspace, "enter", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
             convert_odd(root, tmp_path / "wds", workers=0)
     assert (tmp_path / "wds.partial").is_dir() and not (tmp_path / "wds").exists()
@@ -328,10 +328,10 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(odd, interrupted) -
 
 
 def test_two_conversions_into_one_folder_are_refused(interrupted, monkeypatch) -> None:
-    from megatron_patch.data.preparation import workspace
+    from megatron_patch.data.preparation import journal
 
     root, output = interrupted
-    monkeypatch.setattr(workspace, "SECONDS_FOR_WORKERS_TO_END", 0.2)
+    monkeypatch.setattr(journal, "SECONDS_FOR_WORKERS_TO_END", 0.2)
     import fcntl
 
     with (output.with_name("wds.partial") / "journal.jsonl").open() as file:

@@ -33,6 +33,10 @@ class Source(ABC):
         """What must still be the same when an interrupted conversion goes on: {name: plain value}."""
 
     @abstractmethod
+    def places(self) -> list[Path]:
+        """Files and folders that it reads, those that are there: what other machines must see as well."""
+
+    @abstractmethod
     def count(self) -> int:
         """The number of records, or of those that have a conversation, without converting them."""
 

@@ -69,6 +69,10 @@ class HfDatasetSource(Source):
             "image_roots": self._folders.describe(),
         }
 
+    def places(self) -> list[Path]:
+        """Folder of the table, and of images that it names."""
+        return [self._path, *self._folders.places()]
+
     def count(self) -> int:
         """Rows."""
         return self._rows

@@ -27,6 +27,10 @@ class ImageFolders:
         """Absolute paths."""
         return [os.path.realpath(folder) for folder in self._folders]
 
+    def places(self) -> list[Path]:
+        """The folders."""
+        return [Path(folder) for folder in self._folders]
+
     def read(self, name: str) -> bytes:
         """Bytes of the first file of this name.  Raises RecordError."""
         if name.startswith("/") or (".." in name and ".." in name.split("/")):

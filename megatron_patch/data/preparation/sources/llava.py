@@ -31,6 +31,10 @@ class JsonSource(Source):
         """File and folders."""
         return {**describe_file(self._path), "image_roots": self._folders.describe()}
 
+    def places(self) -> list[Path]:
+        """File and folders."""
+        return [self._path, *self._folders.places()]
+
     def count(self) -> int:
         """Records that have a conversation, counted by its key."""
         return count_key(self._path, self.keys)

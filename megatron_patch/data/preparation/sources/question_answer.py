@@ -56,6 +56,10 @@ class QuestionAnswerSource(Source):
         sizes = [path.stat().st_size if path.is_file() else None for path in self._paths]
         return {"source": [str(path.resolve()) for path in self._paths], "bytes": sizes}
 
+    def places(self) -> list[Path]:
+        """Folders and tars."""
+        return self._paths
+
     def count(self) -> int:
         """Samples, whole or not."""
         return sum(1 for _ in self.items())
