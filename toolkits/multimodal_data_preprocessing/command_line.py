@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_patch.data.preparation.parts import Part
-from megatron_patch.data.preparation.pipeline import SPLITS, LengthLimit, Options, PreparationReport, Progress, prepare
+from megatron_patch.data.preparation.pipeline import (
+    ENGINES,
+    SPLITS,
+    LengthLimit,
+    Options,
+    PreparationReport,
+    Progress,
+    prepare,
+)
 from megatron_patch.data.preparation.sources import JsonSource, Source
 from megatron_patch.errors import UserError
 
@@ -25,6 +33,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
     add("--part", metavar="I/N", help="make every N-th shard only, as one of N jobs; --join makes the output of all")
     add("--join", action="store_true", help="join the parts when all are done; the other options as given to them")
+    add("--engine", choices=ENGINES, default="local", help="who makes shards: processes here, or a running Ray cluster")
+    add("--ray-address", metavar="HOST:PORT", help="of its head; default: the cluster this machine is a node of")
     add(
         "--max-rejected", default="1%", metavar="SHARE", help="stop when more of the records are rejected; default: 1%%"
     )
@@ -90,6 +100,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         workers=arguments.workers,
         part=None if arguments.part is None else Part.parse(arguments.part),
         join=arguments.join,
+        engine=arguments.engine,
+        ray_address=arguments.ray_address,
     )
 
 

@@ -29,11 +29,20 @@ from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
 from megatron_patch.data.preparation.journal import digest_of
 from megatron_patch.data.preparation.json_stream import stream_records
 from megatron_patch.data.preparation.parts import Part
+from megatron_patch.data.preparation.ray_workers import RayCluster, RayWorkers
 from megatron_patch.data.preparation.report import SPLITS, PreparationReport, Rejection, RejectionFile
 from megatron_patch.data.preparation.sight import look
 from megatron_patch.data.preparation.sources import Source
 from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
-from megatron_patch.data.preparation.workers import Done, Job, LengthLimit, Sample, ShardBuilder, Workers
+from megatron_patch.data.preparation.workers import (
+    Done,
+    Job,
+    LengthLimit,
+    Sample,
+    ShardBuilder,
+    Workers,
+    WorkersLost,
+)
 from megatron_patch.data.preparation.workspace import (
     LEDGER,
     JoinedWorkspace,
@@ -51,6 +60,7 @@ __all__ = ["SPLITS", "LengthLimit", "Options", "PreparationReport", "prepare", "
 MAX_REJECTED_SHARE = 0.01
 LEAST_SHARDS = 10  # per split, where that leaves at least LEAST_SAMPLES_PER_SHARD in each
 LEAST_SAMPLES_PER_SHARD = 10
+ENGINES = ("local", "ray")
 RECORDS_AT_ONCE = 500  # are looked up among the earlier ones together ...
 TEXT_BYTES_AT_ONCE = 4 << 20  # ... or fewer, with so much text; also the most text of one shard
 
@@ -73,6 +83,8 @@ class Options:
     workers: int | None = None  # processes that read images and write shards; 0: none but this one; None: the cores
     part: Part | None = None  # make this part of the shards only
     join: bool = False  # make nothing, but the output of the parts that are done
+    engine: str = "local"  # one of ENGINES: who reads images and writes shards, processes here or a Ray cluster
+    ray_address: str | None = None  # HOST:PORT; None: RAY_ADDRESS, else the cluster of which this machine is a node
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -89,6 +101,12 @@ class Options:
             raise UserError(f"--workers {self.workers}: wanted at least 0")
         if self.join and self.part is not None:
             raise UserError(f"--join --part {self.part}: exclude each other; give --join once, when all parts are done")
+        if self.engine == "ray" and (self.join or self.part is not None):
+            raise UserError("--engine ray: excludes --part and --join, which need no cluster; give one or the other")
+        if self.engine == "ray" and self.workers == 0:
+            raise UserError("--engine ray --workers 0: wanted at least 1, shards that are begun at a time")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UserError(f"--ray-address {self.ray_address}: has no meaning without --engine ray")
         if self.length_limit is not None:
             self.length_limit.encoder()  # refuses what does not fit together
 
@@ -100,6 +118,9 @@ class Options:
             "reject_duplicate_ids": self.reject_duplicate_ids,
             "length_limit": None if self.length_limit is None else vars(self.length_limit),
         }
+
+
+StartWorkers = Callable[[ShardBuilder], Workers | RayWorkers]
 
 
 class Progress(Protocol):
@@ -138,12 +159,32 @@ def prepare(
     """
     began = time.monotonic()
     _check_output(output, options)
+    if options.engine == "ray":
+        with RayCluster(options.ray_address, look(source.places())) as cluster:
+            return _convert(source, output, options, progress, cluster.workers(options.workers), began)
+    # One more than the cores: there is always one that waits for the disk.
+    count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
+    count = 0 if options.join else count
+    return _convert(source, output, options, progress, lambda maker: Workers(count, maker), began)
+
+
+def _convert(
+    source: Source,
+    output: Path,
+    options: Options,
+    progress: Callable[[int], Progress],
+    start: StartWorkers,
+    began: float,
+) -> PreparationReport:
     expected = source.count()
     began_with = {**source.describe(), "records_expected": expected, **options.shape_output()}
     try:
         workspace = _open_workspace(source, output, began_with, options)
         try:
-            ledger = _Preparation(source, options, workspace, expected, began).run(progress)
+            ledger = _Preparation(source, options, workspace, expected, began).run(progress, start)
+        except WorkersLost:
+            workspace.leave()
+            raise
         except UserError:
             workspace.refuse()
             raise
@@ -280,11 +321,11 @@ class _Preparation:
         self._ids = Deduplicator()
         self._contents = Deduplicator()
 
-    def run(self, progress: Callable[[int], Progress]) -> PreparationReport:
+    def run(self, progress: Callable[[int], Progress], start: StartWorkers) -> PreparationReport:
         """Write shards, rejections, ledger and `.nv-meta`, and read them back.  Raises UserError and OSError."""
         folder = self._workspace.folder
         try:
-            self._write_shards(progress)
+            self._write_shards(progress, start)
             self._check_limit(self._ledger.records_in)
             if self._rejections is not None:
                 self._rejections.finish()
@@ -297,6 +338,8 @@ class _Preparation:
         if self._options.part is not None:
             self._ledger.seconds = time.monotonic() - self._began
             return self._ledger
+        for left in folder.glob("*.part-*"):  # by workers on machines that died
+            left.unlink(missing_ok=True)
         self._fill_train()
         shard_writer.write_meta(folder, self._counts)
         write_text(folder / LEDGER, json.dumps(self._ledger.to_json(), indent=2) + "\n", durable=True)
@@ -314,14 +357,11 @@ class _Preparation:
         assert found == {split: self._ledger.written[split] for split in filled}, (found, self._ledger)
         return self._ledger
 
-    def _write_shards(self, progress: Callable[[int], Progress]) -> None:
+    def _write_shards(self, progress: Callable[[int], Progress], start: StartWorkers) -> None:
         options = self._options
         maker = ShardBuilder(self._source, self._workspace.folder, options.length_limit)
-        # One more than the cores: there is always one that waits for the disk.
-        count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
-        count = 0 if options.join else count
         waiting: deque[tuple[str, str, str, Future[Done] | Done]] = deque()
-        with Workers(count, maker) as workers:
+        with start(maker) as workers:
             bar = None
             try:
                 for job in self._jobs():
@@ -386,7 +426,9 @@ class _Preparation:
             else:
                 yield Sample(sample.number, sample.data, sample.images, sample.content, repeats_id=True)
 
-    def _enter(self, workers: Workers, split: str, shard: str, digest: str, begun: "Future[Done] | Done") -> int:
+    def _enter(
+        self, workers: Workers | RayWorkers, split: str, shard: str, digest: str, begun: "Future[Done] | Done"
+    ) -> int:
         """Enter a job into the report; returns how many more records it covers."""
         if isinstance(begun, Done):
             done = begun

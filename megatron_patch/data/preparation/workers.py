@@ -76,7 +76,7 @@ class ShardBuilder:
 
     def __init__(self, source: Source, folder: Path, limit: LengthLimit | None) -> None:
         self._source = source
-        self._folder = folder
+        self.folder = folder
         self._limit = limit
         self._encoder: ConversationEncoder | None = None
 
@@ -84,7 +84,7 @@ class ShardBuilder:
         """Write one shard of the samples whose images are good.  Raises OSError when it cannot be written."""
         rejected: list[Rejection] = []
         text_only = repeated_ids = 0
-        shard = Shard(self._folder, job.name)
+        shard = Shard(self.folder, job.name)
         try:
             for sample in job.samples:
                 try:
@@ -138,6 +138,10 @@ def _image_names(sample: Sample) -> list[str]:
     return image if isinstance(image, list) else [image]
 
 
+class WorkersLost(UserError):
+    """Nothing is wrong with the data: what is done stays, to be resumed."""
+
+
 class Workers:
     """So many processes that make shards; none: this one does it.  A context manager."""
 
@@ -182,9 +186,9 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-def died() -> UserError:
+def died() -> WorkersLost:
     """What is said when a worker is gone."""
-    return UserError(
+    return WorkersLost(
         "a worker process was killed, perhaps for lack of memory; give --resume to go on, with fewer --workers"
     )
 

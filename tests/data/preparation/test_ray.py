@@ -1,0 +1,183 @@
+"""Conversions by a Ray cluster: the bytes of the local ones, whatever dies; a node that does not see all is refused."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.data.preparation import ray_workers
+from megatron_patch.data.preparation.parts import Part
+from megatron_patch.data.preparation.pipeline import Options, prepare
+from megatron_patch.data.preparation.ray_workers import PACKAGE
+from megatron_patch.data.preparation.sources import LlavaSource
+from megatron_patch.errors import UserError
+from tests.data.factories import convert_records, make_records
+from tests.data.preparation.test_pipeline import CONVERTER, files_of
+from tests.package_cache import installed
+
+WITH = ("msgpack==1.2.4", "requests==2.34.2", "certifi==2026.10.19.post1", "charset-normalizer==3.5.3")
+RECORDS, PER_SHARD = 1500, 5
+WORDS = ("--samples-per-shard", PER_SHARD, "--keep-going", "--engine", "ray")
+
+
+class Nodes:
+    """The cluster of ray_cluster.py."""
+
+    def __init__(self, packages: Path) -> None:
+        self.environment = os.environ | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
+        script = Path(__file__).with_name("ray_cluster.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+        )
+        self.address = self._process.stdout.readline().strip()
+        assert self.address
+
+    def tell(self, line: str) -> None:
+        """Do so, and wait until it is done."""
+        print(line, file=self._process.stdin, flush=True)
+        assert self._process.stdout.readline().strip() == "done"
+
+    def convert(self, root: Path, *words: object) -> subprocess.Popen:
+        """The converter's command on this cluster, begun."""
+        line = [
+            sys.executable,
+            CONVERTER,
+            root,
+            "--image-root",
+            root / "images",
+            *WORDS,
+            "--ray-address",
+            self.address,
+            *words,
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, line)), env=self.environment, **pipes)
+
+    def close(self) -> None:
+        """The end of the cluster."""
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two nodes."""
+    try:
+        packages = installed(PACKAGE, *WITH)
+    except FileNotFoundError as error:
+        pytest.skip(f"Ray cannot be installed: {error}")
+    cluster = Nodes(packages)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """Records, one of them without its image, and what the local conversion gives."""
+    root = make_records(tmp_path_factory.mktemp("records") / "in", RECORDS)
+    (root / "images/7.png").unlink()
+    convert_records(root, "once", samples_per_shard=PER_SHARD, keep_going=True)
+    return root, files_of(root / "once")
+
+
+def wait_for_shards(running: subprocess.Popen, partial: Path, count: int) -> None:
+    """Until so many shards are there."""
+    while len(list(partial.glob("*.tar"))) < count:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_node_dies_and_the_driver_is_killed_and_resumed(nodes, source, capsys) -> None:
+    root, expected = source
+    running = nodes.convert(root)
+    wait_for_shards(running, root / "wds.partial", 20)
+    nodes.tell("kill")
+    at_death = len(list((root / "wds.partial").glob("*.tar")))
+    _, errors = running.communicate(timeout=300)
+    assert running.returncode == 0, errors
+    assert at_death and files_of(root / "wds") == expected
+    shutil.rmtree(root / "wds")
+
+    nodes.tell("add")
+    running = nodes.convert(root)
+    wait_for_shards(running, root / "wds.partial", 20)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert not (root / "wds").exists()
+    journal = (root / "wds.partial/journal.jsonl").read_text().count("\n")
+    running = nodes.convert(root, "--resume")
+    _, errors = running.communicate(timeout=300)
+    assert running.returncode == 0, errors
+    assert files_of(root / "wds") == expected and 1 < journal < len([name for name in expected if name[-4:] == ".tar"])
+    with capsys.disabled():
+        print(f"\n{at_death} shards when the node died, {journal - 1} noted when the driver was killed, of", end=" ")
+        print(sum(name.endswith(".tar") for name in expected))
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_pictures_is_refused(nodes, source) -> None:
+    """Last, for the node stays."""
+    root, _ = source
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("a mount namespace needs root")
+    nodes.tell(f"blind {root / 'images'}")
+    there = files_of(root)
+    running = nodes.convert(root, "--output", root / "other")
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 2 and "png is there and not here" in errors, errors
+    assert socket.gethostname() in errors and "Traceback" not in errors
+    assert files_of(root) == there
+
+
+# --- What is refused before anything is created
+
+
+@pytest.fixture
+def records(tmp_path) -> LlavaSource:
+    root = make_records(tmp_path / "in", 12)
+    return LlavaSource(root / "data.json", [root / "images"])
+
+
+def test_without_ray_the_command_says_how_to_get_it(records, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"--engine ray: Ray is not installed for .*; pip install {PACKAGE}"):
+        prepare(records, tmp_path / "wds", Options(engine="ray"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"--ray-address 127.0.0.1:1: does not answer \(.*refused"),
+        ("127.0.0.1:99999", r"does not answer"),
+        ("ray://127.0.0.1:10001", r"wanted HOST:PORT of the cluster's head, .* not through Ray's client"),
+        ("head", r"wanted HOST:PORT"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_refused(records, tmp_path, monkeypatch, address, message) -> None:
+    monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match=message):
+        prepare(records, tmp_path / "wds", Options(engine="ray", ray_address=address))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"engine": "ray", "part": Part(1, 2)}, "--engine ray: excludes --part and --join"),
+        ({"engine": "ray", "join": True}, "--engine ray: excludes --part and --join"),
+        ({"engine": "ray", "workers": 0}, "--engine ray --workers 0: wanted at least 1"),
+        ({"ray_address": "head:6379"}, "--ray-address head:6379: has no meaning without --engine ray"),
+    ],
+)
+def test_options_that_do_not_go_together(words, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Options(**words)
