@@ -42,6 +42,8 @@ class RayCluster:
         if importlib.util.find_spec("ray") is None:
             raise UserError(f"--engine ray: Ray is not installed for {sys.executable}; pip install {PACKAGE}")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to Ray's makers
+        # Where something else answers, or the cluster last seen here is gone, Ray tries 20 times, 40 s each.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         address = address or os.environ.get("RAY_ADDRESS") or "auto"
         if address != "auto":
             _check_answer(address)

@@ -19,8 +19,9 @@ from megatron_patch.data.preparation.pipeline import Options, PreparationReport,
 from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
 from tests.data.factories import make_records
-from tests.data.preparation.test_pipeline import CONVERTER, files_of
+from tests.data.preparation.test_pipeline import CONVERTER, ROOT, files_of
 from tests.data.torture import make_torture
+from tests.launchers.test_nodes import SLURM, slurm, wait_until  # noqa: F401
 
 ALL = [Part(number, 3) for number in (1, 2, 3)]
 
@@ -257,3 +258,56 @@ def test_the_commands_of_parts_and_join(tmp_path) -> None:
     wrong = run(sys.executable, CONVERTER, root, "--overwrite", "--part", "3/2")
     assert wrong.returncode == 2 and "--part 3/2: wanted I/N" in wrong.stderr
     assert json.loads((root / "wds/ledger.json").read_text())["records_in"] == 40
+
+
+SBATCH = ROOT / "examples/llava_mcore/convert_data.sbatch"
+
+
+def test_the_array_script_gives_the_words_of_part_and_join(tmp_path) -> None:
+    """As SLURM starts it, but for a converter that prints its words."""
+    (tmp_path / "toolkits/multimodal_data_preprocessing").mkdir(parents=True)
+    (tmp_path / "toolkits/multimodal_data_preprocessing/show.py").write_text("import sys\nprint(sys.argv[1:])")
+    place = {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "16"}
+    words = ("show.py", "my data.json", "--output", "out")
+    assert run("bash", SBATCH, *words, **place, **array).stdout == f"{[*words[1:], '--part', '3/16', '--resume']}\n"
+    again = run("bash", SBATCH, *words, **place, **array | {"SLURM_ARRAY_TASK_MAX": "3"}, PARTS="16")
+    assert again.stdout == f"{[*words[1:], '--part', '3/16', '--resume']}\n"
+    assert run("bash", SBATCH, *words, **place).stdout == f"{[*words[1:], '--join']}\n"
+    wrong = run("bash", SBATCH, "absent.py", **place)
+    assert wrong.returncode == 2 and "absent.py: no such file; submit from the folder" in wrong.stderr
+    checker = Path(sys.executable).with_name("shellcheck")
+    assert run(checker, SBATCH).stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, SLURM)), reason="slurmctld, slurmd and munged are not installed"
+)
+def test_an_array_of_slurm_one_part_killed_and_repeated(tmp_path, slurm) -> None:  # noqa: F811
+    root = make_records(tmp_path / "in", 3000)
+    words = ["convert_llava_pretrain_to_wds.py", root, "--samples-per-shard", "5", "--workers", "1"]
+    assert run(sys.executable, CONVERTER, *words[1:], "--output", root / "once").returncode == 0
+
+    def submit(*options: str) -> str:
+        line = ["sbatch", "--parsable", "--cpus-per-task=1", f"--output={tmp_path}/log-%j", *options, SBATCH, *words]
+        done = subprocess.run(list(map(str, line)), env=slurm, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def states(number: str) -> list[str]:
+        return run("squeue", "-h", "-t", "all", "-r", "-o", "%T", "-j", number, **slurm).stdout.split()
+
+    journal = root / "wds.partial/journal-2-of-3.jsonl"
+    parts = submit("--array=1-3")
+    wait_until(lambda: journal.is_file() and journal.read_text().count("\n") > 5, tmp_path / "log")
+    run("scancel", "--full", "--signal=KILL", f"{parts}_2", **slurm)
+    wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(states(parts)), tmp_path / "log")
+    assert sorted(states(parts)) == ["CANCELLED", "COMPLETED", "COMPLETED"] and '"end"' not in journal.read_text()
+    early = submit()
+    wait_until(lambda: states(early) == ["FAILED"], tmp_path / "log")
+    assert "part 2/3 has not ended" in (tmp_path / f"log-{early}").read_text() and not (root / "wds").exists()
+    again = submit("--array=2", "--export=ALL,PARTS=3")
+    join = submit(f"--dependency=afterok:{again}")
+    wait_until(lambda: states(join) == ["COMPLETED"], tmp_path / f"log-{join}")
+    assert files_of(root / "wds") == files_of(root / "once")
