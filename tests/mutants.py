@@ -68,6 +68,8 @@ OF_BALANCE = "tests/data/loading/test_balance.py"
 OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
 EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
+WORKSPACE, RAY_WORKERS = (f"megatron_patch/data/preparation/{name}.py" for name in ("workspace", "ray_workers"))
+OF_PARTS, OF_RAY = "tests/data/preparation/test_parts.py", "tests/data/preparation/test_ray.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
 OF_COMMANDS = "tests/launchers/test_commands.py"
@@ -1040,7 +1042,7 @@ RECORDS = [
         ),
     ),
     *of(
-        "megatron_patch/data/preparation/workspace.py",
+        "megatron_patch/data/preparation/journal.py",
         f"{OF_PIPELINE}::test_a_shard_that_was_damaged_meanwhile_is_written_again",
         (
             "a damaged shard is taken for whole",
@@ -1053,9 +1055,104 @@ RECORDS = [
         f"{OF_PIPELINE}::test_a_killed_command_leaves_nothing_that_looks_finished",
         (
             "a killed preparation looks finished",
-            'self.folder = output.with_name(f"{output.name}.partial")',
-            "self.folder = output",
+            'return output.with_name(f"{output.name}.partial")',
+            "return output",
         ),
+    ),
+    *of(
+        PIPELINE,
+        f"{OF_PARTS}::test_each_shard_is_made_by_one_part_and_all_together_are_the_local_ones",
+        ("every part makes all shards", "if options.part and Part.of_job(", "if False and Part.of_job("),
+        (
+            "records of other parts are forgotten",
+            "self._ledger.of_other_parts += len(job.samples)",
+            "self._ledger.of_other_parts += 0",
+        ),
+    ),
+    *of(
+        WORKSPACE,
+        f"{OF_PARTS}::test_what_does_not_belong_together_is_refused_and_left",
+        (
+            "a join does without a part that has not begun",
+            'problems = [f"part {part} has not begun" for part in sorted(missing)]',
+            "problems = []",
+        ),
+        ("a join takes a part that has not ended", "if not journal.ended:", "if False:"),
+        ("parts of other options are joined", "if different := differences(settings, now):", "if different := []:"),
+        ("parts of another number share a folder", "        if counts:", "        if False:"),
+        ("a part that is there is begun anew unasked", "if path.exists() and not (resume or overwrite):", "if False:"),
+        (
+            "a whole conversion removes parts unasked",
+            "if (parts := parts_in(self.folder)) and not overwrite:",
+            "if (parts := []) and not overwrite:",
+        ),
+    ),
+    *of(
+        WORKSPACE,
+        f"{OF_PARTS}::test_parts_and_a_whole_conversion_do_not_share_a_folder",
+        ("a part works in the folder of a whole conversion", "if (self.folder / JOURNAL).is_file():", "if False:"),
+    ),
+    *of(
+        WORKSPACE,
+        f"{OF_PARTS}::test_finished_shards_of_a_part_are_not_written_again",
+        ("a join leaves out a shard that is damaged", "        if done is None:", "        if False:"),
+        ("a part begins anew in place of resuming", "if not resume or not self._journal.began_with:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/sight.py",
+        f"{OF_PARTS}::test_a_machine_without_the_pictures_is_refused",
+        ("a file that is not here is not missed", "if file is not None and not os.path.isfile(file):", "if False:"),
+        (
+            "a file that was not there is not missed",
+            "elif file is None and (other := _file_in(place)) is not None:",
+            "elif False:",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/parts.py",
+        f"{OF_PARTS}::test_a_part_is_one_of_n",
+        (
+            "a part may have any number",
+            "if part is None or not 1 <= part.number <= part.count:",
+            "if part is None:",
+        ),
+    ),
+    *of(
+        PIPELINE,
+        f"{OF_PARTS}::test_part_and_join_exclude_each_other",
+        ("--join takes --part", "if self.join and self.part is not None:", "if False:"),
+    ),
+    *of(
+        PIPELINE,
+        f"{OF_RAY}::test_options_that_do_not_go_together",
+        (
+            "--engine ray takes --part",
+            'if self.engine == "ray" and (self.join or self.part is not None):',
+            "if False:",
+        ),
+        ("--engine ray takes no workers", 'if self.engine == "ray" and self.workers == 0:', "if False:"),
+        (
+            "--ray-address is taken without --engine ray",
+            'if self.ray_address is not None and self.engine != "ray":',
+            "if False:",
+        ),
+    ),
+    *of(
+        PIPELINE,
+        f"{OF_RAY}::test_without_ray_the_command_says_how_to_get_it",
+        ("--engine ray has no effect", '    if options.engine == "ray":', "    if False:"),
+    ),
+    *of(
+        RAY_WORKERS,
+        f"{OF_RAY}::test_an_address_that_does_not_answer_is_refused",
+        ("a Ray address is not tried first", "    if found is None:", "    if True:"),
+    ),
+    *of(
+        RAY_WORKERS,
+        f"{OF_RAY}::test_what_a_node_answers",
+        ("a node takes any folder for the output", "if path.read_text() != path.name:", "if False:"),
+        ("a node that lost its images rejects records", "if lacking and (problems", "if False and (problems"),
+        ("a node that joined late is not looked at", "if is_new and (problems", "if False and (problems"),
     ),
     *of(
         "megatron_patch/data/record.py",

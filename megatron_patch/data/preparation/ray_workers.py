@@ -192,7 +192,7 @@ def _by_value(repository: str) -> Callable[..., Any]:
     return call
 
 
-_makers: dict[bytes, ShardBuilder] = {}  # of this process, by setup
+_setups: dict[bytes, tuple[ShardBuilder, Sight, str]] = {}  # of this process: the one in use, unpickled
 
 
 def look(setup: bytes) -> list[str]:
@@ -203,26 +203,24 @@ def look(setup: bytes) -> list[str]:
 
 def make(setup: bytes, job: bytes) -> Done | OSError | str:
     """Make a pickled Job: what became of it, why it could not be written, or why this node cannot be trusted."""
-    maker = _makers.get(setup)
+    is_new = setup not in _setups
+    maker, seen, token = pickle.loads(setup) if is_new else _setups[setup]
+    if is_new and (problems := _unseen(seen, token)):
+        return _named(problems)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
+    _setups.clear()
+    _setups[setup] = (maker, seen, token)
+    wanted = pickle.loads(job)
     try:
-        if maker is None:
-            maker, seen, token = pickle.loads(setup)
-            if problems := _unseen(seen, token):
-                return _named(problems)
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
-            _makers.clear()
-            _makers[setup] = maker
-        wanted = pickle.loads(job)
         done = maker.make(wanted)
-        if any(rejection.reason in MISSING for rejection in done.rejected):
-            _, seen, token = pickle.loads(setup)
-            if problems := _unseen(seen, token):
-                return _named(problems)
         if done.written:
             sync(maker.folder / f"{wanted.name}.idx")  # this node may be gone when the folder is finished
-        return done
     except OSError as error:
         return error
+    lacking = any(rejection.reason in MISSING for rejection in done.rejected)
+    if lacking and (problems := _unseen(seen, token)):
+        return _named(problems)
+    return done
 
 
 def _unseen(seen: Mapping[str, str | None], token: str | None) -> list[str]:

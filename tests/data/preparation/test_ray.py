@@ -1,6 +1,7 @@
 """Conversions by a Ray cluster: the bytes of the local ones, whatever dies; a node that does not see all is refused."""
 
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -16,7 +17,9 @@ from megatron_patch.data.preparation import ray_workers
 from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.pipeline import Options, prepare
 from megatron_patch.data.preparation.ray_workers import PACKAGE
+from megatron_patch.data.preparation.sight import look
 from megatron_patch.data.preparation.sources import LlavaSource
+from megatron_patch.data.preparation.workers import Job, Sample, ShardBuilder
 from megatron_patch.errors import UserError
 from tests.data.factories import convert_records, make_records
 from tests.data.preparation.test_pipeline import CONVERTER, files_of
@@ -135,6 +138,43 @@ def test_a_node_that_does_not_see_the_pictures_is_refused(nodes, source) -> None
     assert running.returncode == 2 and "png is there and not here" in errors, errors
     assert socket.gethostname() in errors and "Traceback" not in errors
     assert files_of(root) == there
+
+
+# --- What a node does, without Ray
+
+
+def setup_of(root: Path, folder: Path) -> tuple[bytes, bytes]:
+    """Shard builder, sight and token as the command sends them; a job of two records with images."""
+    folder.mkdir()
+    (folder / "token").write_text("token")
+    source = LlavaSource(root / "data.json", [root / "images"])
+    maker = ShardBuilder(source, folder, None)
+    samples = [Sample(number, b'{"image": "%d.png"}' % number, [f"{number}.png"], number) for number in (1, 2)]
+    setup = (maker, look(source.places()), str(folder / "token"))
+    return pickle.dumps(setup), pickle.dumps(Job("train", "train-000000.tar", samples))
+
+
+def test_what_a_node_answers(tmp_path, monkeypatch) -> None:
+    root = make_records(tmp_path / "in", 12)
+    setup, job = setup_of(root, tmp_path / "wds.partial")
+    assert ray_workers.look(setup) == []
+    (tmp_path / "wds.partial/token").write_text("of another folder")
+    assert "wds.partial is not the folder of the command" in ray_workers.make(setup, job)  # it joined late
+    (tmp_path / "wds.partial/token").write_text("token")
+    assert ray_workers.make(setup, job).written == 2
+    assert sorted(path.name for path in (tmp_path / "wds.partial").iterdir()) == [
+        "token",
+        "train-000000.tar",
+        "train-000000.tar.idx",
+    ]
+    (root / "images/1.png").rename(tmp_path / "aside")
+    assert [one.reason for one in ray_workers.make(setup, job).rejected] == ["image missing"]  # of all nodes
+    (root / "images").rename(tmp_path / "images")
+    assert "png is there and not here" in ray_workers.make(setup, job)  # of this node: it lost the mount
+    assert "png is there and not here" in ray_workers.look(setup)[0]
+    (tmp_path / "images").rename(root / "images")
+    monkeypatch.setattr(ShardBuilder, "make", lambda self, job: os.stat("/absent"))
+    assert isinstance(ray_workers.make(setup, job), FileNotFoundError)
 
 
 # --- What is refused before anything is created

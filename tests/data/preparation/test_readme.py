@@ -64,7 +64,7 @@ def test_commands_of_the_readme(tmp_path) -> None:
     (tmp_path / "toolkits").symlink_to(ROOT / "toolkits")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         if "benchmark" in block:
             continue  # below, in small
@@ -82,6 +82,7 @@ def test_commands_of_the_readme(tmp_path) -> None:
         "vqa-dataset-wds": 12,
         "captions-dataset-wds": 12,
         "mix665k": 30,
+        "in-parts": 30,
     }
     assert {name: sum(reopen(tmp_path / name).values()) for name in expected} == expected
 
