@@ -1072,20 +1072,28 @@ RECORDS = [
     *of(
         WORKSPACE,
         f"{OF_PARTS}::test_what_does_not_belong_together_is_refused_and_left",
-        (
-            "a join does without a part that has not begun",
-            'problems = [f"part {part} has not begun" for part in sorted(missing)]',
-            "problems = []",
-        ),
-        ("a join takes a part that has not ended", "if not journal.ended:", "if False:"),
         ("parts of other options are joined", "if different := differences(settings, now):", "if different := []:"),
-        ("parts of another number share a folder", "        if counts:", "        if False:"),
         ("a part that is there is begun anew unasked", "if path.exists() and not (resume or overwrite):", "if False:"),
         (
             "a whole conversion removes parts unasked",
             "if (parts := parts_in(self.folder)) and not overwrite:",
             "if (parts := []) and not overwrite:",
         ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/journal.py",
+        f"{OF_PARTS}::test_what_does_not_belong_together_is_refused_and_left",
+        (
+            "a join does without a part that has not begun",
+            'problems = [f"part {part} has not begun" for part in sorted(missing)]',
+            "problems = []",
+        ),
+        ("a join takes a part that has not ended", "if not journal.ended:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/parts.py",
+        f"{OF_PARTS}::test_what_does_not_belong_together_is_refused_and_left",
+        ("parts of another number share a folder", "    if counts:", "    if False:"),
     ),
     *of(
         WORKSPACE,

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +164,35 @@ def refusal(workspace: Workspace, folder: Path, **changes: str) -> str:
         read_config(argv(workspace, **{"freeze_vision_tower": "", "feature_cache": str(folder), **changes}))
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+@pytest.mark.slow
+def test_parts_one_of_them_killed_and_repeated_give_the_same_bytes(
+    caches: Callable, damaged: Workspace, tmp_path: Path
+) -> None:
+    folder, output = caches(), tmp_path / "features"
+    words = ("--precision", "fp32", "--image-tiles", "1x1", "--image-aspect-ratio", "crop")
+    line = [interpreter.python(), str(TOOL), str(damaged.dataset), "--checkpoint", str(damaged.checkpoint), *words]
+    line += ["--output", str(output), "--batch-size", "1", "--part", "2/3"]
+    killed = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "features.partial"
+    while not list(partial.glob("**/*.features")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert "was begun in 3 parts, --part 1/2 is of 2" in cache(
+        damaged, output, *words, "--part", "1/2", expected_exit=2
+    )
+    assert "holds parts (2/3); give --join" in cache(damaged, output, *words, expected_exit=2)
+    cache(damaged, output, *words, "--part", "1/3")
+    told = cache(damaged, output, *words, "--join", expected_exit=2)
+    assert "part 3/3 has not begun, part 2/3 has not ended; give the command of each with --part, then" in told
+    for part in ("2/3", "3/3"):
+        assert f"part {part}: " in cache(damaged, output, *words, "--part", part)
+    cache(damaged, output, *words, "--join")
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
 
 
 def test_what_it_belongs_to_is_accepted(caches: Callable, damaged: Workspace) -> None:

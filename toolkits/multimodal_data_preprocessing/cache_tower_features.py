@@ -5,6 +5,9 @@
 CKPT is the checkpoint that training starts from, or any other with the same tower; images are made as CKPT was trained,
 else as training would begin from it, unless the options say otherwise.  The features grow in DIR.partial, shard by
 shard, and are there as DIR at the end; interrupted, the same command goes on.  Then train with FEATURE_CACHE=DIR.
+
+On several machines: N jobs with --part 1/N to N/N make every N-th shard each, the command with --join ends it; DIR has
+the bytes of the command without them.
 """
 
 import argparse
@@ -27,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import toolkits.environment  # noqa: F401
 from megatron_patch import device
+from megatron_patch.atomic_files import write_text
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.data.loading.blend import is_blend
 from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
+from megatron_patch.data.preparation.journal import Journal, ended_parts
+from megatron_patch.data.preparation.parts import Part, parts_in, refuse_another_count
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import LlavaFolder
 from toolkits.multimodal_data_preprocessing.inspect_dataset import ALL_TOKENS, grid, positive, read_checkpoint
@@ -64,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="default: train, the one that training reads cached")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at once; default: 32")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode; default: 2")
+    parser.add_argument("--part", metavar="I/N", help="make every N-th shard only, as one of N jobs")
+    parser.add_argument("--join", action="store_true", help="make DIR of the parts when all are done")
     images = parser.add_argument_group("images", "default: as the checkpoint was trained, else as training's defaults")
     images.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, help="how an image becomes square")
     images.add_argument("--image-tiles", type=grid, metavar="COLUMNSxROWS", help="tiles of an image; 1x1: none")
@@ -87,6 +95,9 @@ def read_settings(arguments: argparse.Namespace) -> DataConfig:
 
 def cache_features(arguments: argparse.Namespace) -> None:
     """Make the folder of features, or what is missing of it.  Raises UserError."""
+    part = None if arguments.part is None else Part.parse(arguments.part)
+    if arguments.join and part is not None:
+        raise UserError(f"--join --part {part}: exclude each other; give --join once, when all parts are done")
     if is_blend(arguments.dataset):
         raise UserError(f"{arguments.dataset}: is a list of folders; wanted one of them, each has features of its own")
     device.install()  # before anything imports Megatron
@@ -112,11 +123,21 @@ def cache_features(arguments: argparse.Namespace) -> None:
     if (partial / KEY).is_file():
         refuse_another(partial, FeatureKey(**json.loads((partial / KEY).read_text())), key)
     shape = (geometry.tower.image_tokens, geometry.tower.hidden)
-    missing = [name for name, _ in dataset.shards if shard_rows(partial, name) is None]
+    names = [name for name, _ in dataset.shards]
+    own = [name for number, name in enumerate(names) if part is None or Part.of_job(number, part.count) == part]
+    missing = [name for name in own if shard_rows(partial, name) is None]
+    journals = ended_parts(partial, "--part").values() if arguments.join else ()
+    if arguments.join and missing:
+        raise UserError(f"{partial}: {', '.join(missing[:10])} are missing; give the commands of all parts again")
+    if not arguments.join:
+        refuse_sharing(partial, part)
     row_bytes = shape[0] * shape[1] * dtype.itemsize
     check_space(partial, predicted_images(dataset, settings.tiles) * row_bytes * len(missing) // len(dataset.shards))
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / KEY).write_text(json.dumps(asdict(key)))
+    if part is not None:
+        Journal.begin(partial / part.journal, {})
+        journal = Journal(partial / part.journal)  # and nobody else does this part now
+    write_text(partial / KEY, json.dumps(asdict(key)))
 
     rate = None
     if missing:
@@ -128,11 +149,31 @@ def cache_features(arguments: argparse.Namespace) -> None:
                 raise
             raise UserError(f"{partial}: the disk is full; make room, and the same command goes on") from None
         rate = tower.images / tower.seconds if tower.images else None
+    if part is not None:
+        journal.end()
+        print(f"part {part}: {len(own)} of {len(dataset.shards)} shards are in {partial}")
+        print("next: when all parts are done, the same command with --join in place of --part")
+        return
     shards = [[name, records, shard_rows(partial, name)] for name, records in dataset.shards]
     write_manifest(partial / "features.json", key, shape=shape, shards=shards)
+    for journal in journals:
+        journal.close()
+        journal.path.unlink()
     (partial / KEY).unlink()
     os.rename(partial, output)
     tell(output, rate, arguments.precision)
+
+
+def refuse_sharing(partial: Path, part: Part | None) -> None:
+    """Raise UserError where a folder was begun in other parts than now."""
+    if part is None and (there := parts_in(partial)):
+        raise UserError(
+            f"{partial}: holds parts ({', '.join(map(str, there))}); give --join when all are done, or remove it"
+        )
+    if part is not None and (partial / KEY).is_file() and not parts_in(partial):
+        raise UserError(f"{partial}: was begun without --part; go on with it so, or remove it")
+    if part is not None:
+        refuse_another_count(partial, part)
 
 
 def refuse_another(folder: Path, found: Any, wanted: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.atomic_files import atomic_file
+from megatron_patch.data.preparation.parts import Part, parts_in
 from megatron_patch.data.preparation.report import Rejection
 from megatron_patch.data.preparation.workers import Done, Job
 from megatron_patch.errors import UserError
@@ -128,6 +129,31 @@ class Journal:
                         f"{self.path.parent}: another process is converting into it ({self.path.name}); wait for it"
                     ) from None
                 time.sleep(0.1)
+
+
+def ended_parts(folder: Path, again: str) -> dict[Part, Journal]:
+    """The journals of all parts of a folder, read; again: the options by which a part goes on, for the message.
+
+    Raises UserError unless all of one number are there and have ended.
+    """
+    there = parts_in(folder)
+    counts = sorted({part.count for part in there})
+    if len(counts) != 1:
+        what = ", ".join(map(str, there)) or "none"
+        raise UserError(
+            f"{folder}: holds the parts {what}, wanted 1/N to N/N of one N; give the commands with --part first, then "
+            "--join"
+        )
+    missing = {Part(number, counts[0]) for number in range(1, counts[0] + 1)} - set(there)
+    problems = [f"part {part} has not begun" for part in sorted(missing)]
+    journals = {part: Journal(folder / part.journal) for part in there}
+    for part, journal in journals.items():
+        journal.read()
+        if not journal.ended:
+            problems.append(f"part {part} has not ended")
+    if problems:
+        raise UserError(f"{folder}: {', '.join(problems)}; give the command of each with {again}, then --join")
+    return journals
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

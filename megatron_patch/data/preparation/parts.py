@@ -39,6 +39,16 @@ class Part:
         return f"journal-{self.number}-of-{self.count}.jsonl"
 
 
+def refuse_another_count(folder: Path, part: Part) -> None:
+    """Raises UserError when the parts in this folder are of another number."""
+    counts = sorted({other.count for other in parts_in(folder)} - {part.count})
+    if counts:
+        raise UserError(
+            f"{folder}: was begun in {counts[0]} parts, --part {part} is of {part.count}; give I/{counts[0]}, or "
+            "remove it"
+        )
+
+
 def parts_in(folder: Path) -> list[Part]:
     """Those that have begun in this folder."""
     names = (_JOURNAL.fullmatch(path.name) for path in folder.glob("journal-*"))

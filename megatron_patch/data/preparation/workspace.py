@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_patch.atomic_files import sync
-from megatron_patch.data.preparation.journal import Journal, differences
-from megatron_patch.data.preparation.parts import Part, parts_in
+from megatron_patch.data.preparation.journal import Journal, differences, ended_parts
+from megatron_patch.data.preparation.parts import Part, parts_in, refuse_another_count
 from megatron_patch.data.preparation.sight import Sight
 from megatron_patch.data.preparation.sight import differences as unlike
 from megatron_patch.data.preparation.workers import Done, Job
@@ -171,12 +171,7 @@ class PartWorkspace:
                 f"{self.folder}: is a conversion that is not in parts; go on with it without --part and with --resume, "
                 "or remove it"
             )
-        counts = sorted({other.count for other in there} - {part.count})
-        if counts:
-            raise UserError(
-                f"{self.folder}: was begun in {counts[0]} parts, --part {part} is of {part.count}; give I/{counts[0]}, "
-                "or remove it"
-            )
+        refuse_another_count(self.folder, part)
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() and not there else []
         if not all(name.startswith("journal-") for name in names):  # another part may be making its journal just now
             raise _foreign(self.folder)
@@ -191,33 +186,14 @@ class JoinedWorkspace:
     def __init__(self, output: Path, began_with: Mapping[str, Any], seen: Sight) -> None:
         self.folder = partial_of(output)
         self._output = output
-        there = parts_in(self.folder)
-        counts = sorted({part.count for part in there})
-        if len(counts) != 1:
-            what = ", ".join(map(str, there)) or "none"
-            raise UserError(
-                f"{self.folder}: holds the parts {what}, wanted 1/N to N/N of one N; give the commands with --part "
-                "first, then --join"
-            )
-        self._count = counts[0]
-        missing = {Part(number, self._count) for number in range(1, self._count + 1)} - set(there)
-        self._journals = {part: Journal(self.folder / part.journal) for part in there}
-        problems = [f"part {part} has not begun" for part in sorted(missing)]
-        for part, journal in self._journals.items():
-            journal.read()
-            if not journal.ended:
-                problems.append(f"part {part} has not ended")
-        if problems:
-            raise UserError(
-                f"{self.folder}: {', '.join(problems)}; give the command of each with --part and --resume, then --join"
-            )
+        self._journals = ended_parts(self.folder, "--part and --resume")
         for part, journal in self._journals.items():
             _compare(self.folder, part, journal.began_with, _plain(began_with), seen)
         _remove_unfinished(self.folder, self._journals.values())
 
     def find(self, job: Job) -> Done:
         """What its part has made of it.  Raises UserError when that is not there any more."""
-        part = Part.of_job(job.number, self._count)
+        part = Part.of_job(job.number, len(self._journals))
         done = self._journals[part].find(job)
         if done is None:
             raise UserError(
