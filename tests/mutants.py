@@ -1598,6 +1598,30 @@ RUNS = [
     ),
     *of(
         f"{INFERENCE}/run.py",
+        f"{OF_RUN}::test_parts_that_do_not_belong_together_are_refused",
+        ("parts of another number lie side by side", "    if counts:", "    if False:"),
+        ("a merge does without a part", "    if missing:", "    if False:"),
+        ("a merge takes parts of other settings", "        _check_settings(part)", "        pass"),
+        ("a merge takes a part that is cut off", "if summary.lines != len(part.lines()):", "if False:"),
+        ("a part is begun beside a whole run", "if job.part[1] > 1 and whole.exists():", "if False:"),
+    ),
+    *of(
+        f"{INFERENCE}/run.py",
+        f"{OF_RUN}::test_parts_one_of_them_interrupted_give_the_same_file",
+        (
+            "a part that goes on asks the first part's lines",
+            "read_lines(job.prompts, job.image_root, lines.start + done)",
+            "read_lines(job.prompts, job.image_root, done)",
+        ),
+        ("a part that is done is asked again", "    if job.target.exists():", "    if False:"),
+    ),
+    *of(
+        "megatron_patch/launch/asking.py",
+        f"{OF_RUN}::test_the_command",
+        ("a single prompt takes --part", "if arguments.merge or arguments.part != (1, 1):", "if False:"),
+    ),
+    *of(
+        f"{INFERENCE}/run.py",
         OF_RUN,
         ("half a line stays", "file.truncate(end)", "file.truncate()"),
         ("a job goes on with other settings", "    if different:", "    if not different and not now:"),

@@ -10,7 +10,7 @@ from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_o
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Request
-from megatron_patch.inference.run import TOLD, Job, check_job, run
+from megatron_patch.inference.run import TOLD, Job, check_job, merge, run
 from megatron_patch.launch.asking import COMMANDS, image_root
 
 
@@ -38,11 +38,15 @@ def answer_file(arguments: argparse.Namespace) -> None:
             "dtype": arguments.dtype,
             "template": str(arguments.template),
         },
+        part=arguments.part,
     )
-    check_job(job)
-    with engine_of(arguments) as engine:
-        summary = run(job, engine)
-    print(f"{summary.lines} lines, {summary.lines - len(summary.errors)} answered: {job.output}", file=sys.stderr)
+    if arguments.merge:
+        summary = merge(job)
+    else:
+        check_job(job)
+        with engine_of(arguments) as engine:
+            summary = run(job, engine)
+    print(f"{summary.lines} lines, {summary.lines - len(summary.errors)} answered: {job.target}", file=sys.stderr)
     if summary.errors:
         more = len(summary.errors) - TOLD
         told = [*summary.errors[:TOLD], *([f"and {more} more, see the lines with `error`"] if more > 0 else [])]

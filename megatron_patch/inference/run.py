@@ -2,19 +2,25 @@
 
 While it runs the lines stand in OUTPUT.partial, and what they were made with in OUTPUT.partial.settings; OUTPUT is
 there once it is whole.  The same call again goes on behind the last whole line.
+
+A part of several answers its share of the lines into OUTPUT.part-2-of-3, what they were made with beside it; merged,
+they become OUTPUT.
 """
 
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_patch.atomic_files import write_text
+from megatron_patch.atomic_files import atomic_file, write_text
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Answer, Engine, Prompt, RequestError, Sampling
 from megatron_patch.inference.prompt_file import Line, count_lines, read_lines
@@ -33,16 +39,36 @@ class Job:
     sampling: Sampling
     batch_size: int
     model: dict[str, str]  # whatever else the answers depend on, compared when the job goes on
+    part: tuple[int, int] = (1, 1)  # the number-th of so many shares of the lines, from 1
+
+    @property
+    def target(self) -> Path:
+        """The file it writes: the output, or beside it that of a part."""
+        number, count = self.part
+        return self.output if count == 1 else self.output.with_name(f"{self.output.name}.part-{number}-of-{count}")
 
     @property
     def partial(self) -> Path:
         """The file while it is not whole."""
-        return self.output.with_name(f"{self.output.name}.partial")
+        return self.target.with_name(f"{self.target.name}.partial")
 
     @property
     def settings(self) -> Path:
-        """What its lines were made with."""
-        return self.output.with_name(f"{self.output.name}.partial.settings")
+        """What its lines were made with; kept with a part until it is merged."""
+        return self.target.with_name(f"{self.target.name}.partial.settings")
+
+    def lines(self) -> range:
+        """Its lines of the prompts, from 0."""
+        number, count = self.part
+        total = count_lines(self.prompts)
+        return range(total * (number - 1) // count, total * number // count)
+
+    def parts(self) -> list["Job"]:
+        """Those that have begun, of whatever count."""
+        names = re.compile(re.escape(self.output.name) + r"\.part-(\d+)-of-(\d+)(\.partial.*)?")
+        found = (names.fullmatch(path.name) for path in self.output.absolute().parent.iterdir())
+        parts = {(int(name[1]), int(name[2])) for name in found if name}
+        return [replace(self, part=part) for part in sorted(parts)]
 
 
 @dataclass(frozen=True)
@@ -64,22 +90,33 @@ def check_job(job: Job) -> None:
     for problem in job_problems(job.prompts, job.image_root, job.output):
         raise UserError(problem)
     count_lines(job.prompts)
-    if job.partial.exists():
+    counts = sorted({part.part[1] for part in job.parts()} - {job.part[1]})
+    if counts:
+        raise UserError(
+            f"{job.output}: was begun in {counts[0]} parts; give --part I/{counts[0]}, --merge when all are answered, "
+            f"or remove {job.output.name}.part-*"
+        )
+    whole = replace(job, part=(1, 1)).partial
+    if job.part[1] > 1 and whole.exists():
+        raise UserError(f"{whole}: was begun without --part; go on with it so, or remove it")
+    if job.partial.exists() or job.target.exists():
         _check_settings(job)
 
 
 def run(job: Job, engine: Engine) -> Summary:
     """Answer what is not answered yet; job has passed check_job."""
+    lines = job.lines()
+    if job.target.exists():  # a part that was done before
+        return _read_summary(job.target, lines)
     if not job.partial.exists():
         write_text(job.settings, json.dumps(_settings(job), indent=2) + "\n")
-    done, errors = _whole_lines(job.partial)
-    total = count_lines(job.prompts)
+    done, errors = _whole_lines(job.partial, lines.start)
     with (
         open(job.partial, "ab") as output,
-        tqdm(total=total, initial=done, desc="prompts", unit="prompt", dynamic_ncols=True) as progress,
+        tqdm(total=len(lines), initial=done, desc="prompts", unit="prompt", dynamic_ncols=True) as progress,
     ):
-        lines = _prepared(read_lines(job.prompts, job.image_root, done), engine, 2 * job.batch_size)
-        for batch in _batches(lines, job.batch_size):
+        coming = islice(read_lines(job.prompts, job.image_root, lines.start + done), len(lines) - done)
+        for batch in _batches(_prepared(coming, engine, 2 * job.batch_size), job.batch_size):
             prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
             answers = iter(engine.answer(prompts, job.sampling))
             told = []
@@ -89,16 +126,64 @@ def run(job: Job, engine: Engine) -> Summary:
                     told.append(_answered(line, next(answers)))
                 else:
                     told.append({"id": line.id, "error": prompt})
-                    errors.append(f"line {done} ({line.id}): {prompt}")
+                    errors.append(f"line {lines.start + done} ({line.id}): {prompt}")
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in told)
             output.write(text.encode("utf-8", "backslashreplace"))
             output.flush()
             progress.update(len(batch))
             progress.set_postfix(errors=len(errors), refresh=False)
         os.fsync(output.fileno())
-    os.replace(job.partial, job.output)
-    job.settings.unlink()
+    os.replace(job.partial, job.target)
+    if job.part[1] == 1:
+        job.settings.unlink()
     return Summary(done, errors)
+
+
+def merge(job: Job) -> Summary:
+    """The answers of all parts become the output, in the order of the prompts.
+
+    Raises:
+        UserError: a part is missing, not whole, or was made with something else.
+    """
+    for problem in job_problems(job.prompts, job.image_root, job.output):
+        raise UserError(problem)
+    there = job.parts()
+    counts = sorted({part.part[1] for part in there})
+    if len(counts) != 1:
+        what = ", ".join(part.target.name for part in there) or "nothing"
+        raise UserError(
+            f"{job.output}: wanted beside it the parts of one number, got {what}; give --part 1/N to N/N first"
+        )
+    parts = [replace(job, part=(number, counts[0])) for number in range(1, counts[0] + 1)]
+    missing = [f"{part.part[0]}/{part.part[1]}" for part in parts if not part.target.is_file()]
+    if missing:
+        raise UserError(f"{job.output}: part {', '.join(missing)} is not answered; give its command, then --merge")
+    summaries = []
+    for part in parts:
+        _check_settings(part)
+        summary = _read_summary(part.target, part.lines())
+        if summary.lines != len(part.lines()):
+            raise UserError(
+                f"{part.target}: holds {summary.lines} lines, wanted {len(part.lines())}; remove it and answer it again"
+            )
+        summaries.append(summary)
+    with atomic_file(job.output, durable=True, replace=False) as beside, open(beside, "wb") as output:
+        for part in parts:
+            with open(part.target, "rb") as answers:
+                shutil.copyfileobj(answers, output)
+    for part in parts:
+        part.target.unlink()
+        part.settings.unlink()
+    errors = [error for summary in summaries for error in summary.errors]
+    return Summary(sum(summary.lines for summary in summaries), errors)
+
+
+def _read_summary(file: Path, lines: range) -> Summary:
+    """Of a file that is whole; lines: those of the prompts that it answers."""
+    with open(file, "rb") as opened:
+        told = [json.loads(line) for line in opened]
+    numbered = enumerate(told, lines.start + 1)
+    return Summary(len(told), [f"line {n} ({one['id']}): {one['error']}" for n, one in numbered if "error" in one])
 
 
 def _answered(line: Line, answer: Answer) -> dict[str, str | int]:
@@ -137,8 +222,10 @@ def _check_settings(job: Job) -> None:
         )
 
 
-def _whole_lines(partial: Path) -> tuple[int, list[str]]:
-    """How many lines are answered, and the errors among them; what a kill left of another line is cut off."""
+def _whole_lines(partial: Path, first: int) -> tuple[int, list[str]]:
+    """How many lines are answered, from number `first` (from 0) on, and the errors among them; what a kill left of
+    another line is cut off.
+    """
     count, end, errors = 0, 0, []
     if not partial.exists():
         return 0, []
@@ -148,7 +235,7 @@ def _whole_lines(partial: Path) -> tuple[int, list[str]]:
                 break
             count, end, told = count + 1, end + len(line), json.loads(line)
             if "error" in told:
-                errors.append(f"line {count} ({told['id']}): {told['error']}")
+                errors.append(f"line {first + count} ({told['id']}): {told['error']}")
         file.truncate(end)
     return count, errors
 

@@ -56,7 +56,8 @@ Each line of P.jsonl is {"image": ..., "prompt": ...}, {"question_id": ..., "ima
 {"id": ..., "images": [...], "conversations": [{"from": "human", "value": ...}]}.  Each line of A.jsonl belongs to the
 same line of P.jsonl: id, answer, finish_reason (stop or length), prompt_tokens, completion_tokens; or id and error.
 Lines that cannot be answered are counted and named on stderr at the end.  Until all is answered the lines stand in
-A.jsonl.partial; the same command goes on there after an interruption.
+A.jsonl.partial; the same command goes on there after an interruption.  --part 1/4 answers the first quarter of the
+lines; the parts may run side by side on any GPUs or machines, and --merge makes A.jsonl of them.
 
 Exit code: 0 when every line is accounted for, those with an error too; 2 when the call is wrong.
 """
@@ -147,6 +148,9 @@ def _inference(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--image-root", type=Path, metavar="DIR", help="image names start here; default: beside JSONL")
     many.add_argument("--output", type=Path, metavar="JSONL", help="the answers, one a line; must not exist")
     many.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at once; default: 8")
+    sharing = many.add_mutually_exclusive_group()
+    sharing.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="answer part I of N")
+    sharing.add_argument("--merge", action="store_true", help="JSONL of all parts, which have been answered")
     one = parser.add_argument_group("one prompt")
     one.add_argument("--prompt", metavar="TEXT", help="may hold <image> where an image stands")
     one.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be given again")
@@ -256,6 +260,8 @@ def _inference_problems(arguments: argparse.Namespace) -> Iterator[str]:
     elif arguments.prompts is None:
         if arguments.output is not None or arguments.image_root is not None:
             yield "--output and --image-root belong to --prompts; one prompt's answer is printed"
+        if arguments.merge or arguments.part != (1, 1):
+            yield "--part and --merge belong to --prompts; a single prompt has no parts"
         yield from _images(arguments)
     elif arguments.output is None or arguments.image:
         yield "--prompts wants --output, and no --image: images are named in the file; see --help"

@@ -14,7 +14,7 @@ import pytest
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Engine, Request, Sampling
-from megatron_patch.inference.run import Job, check_job, run
+from megatron_patch.inference.run import Job, check_job, merge, run
 from tests.inference.conftest import Folders
 from tests.warm import interpreter
 
@@ -154,6 +154,55 @@ def test_an_interrupted_run_goes_on_where_it_was(job: Job, engine: Engine, tmp_p
     assert len(summary.errors) == sum(error is not None for error in BAD_LINES.values())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parts_one_of_them_interrupted_give_the_same_file(job: Job, engine: Engine, tmp_path: Path, temperature: float):
+    job = dataclasses.replace(job, sampling=Sampling(max_new_tokens=6, temperature=temperature))
+    whole = run(job, engine)
+    other = dataclasses.replace(job, output=tmp_path / "shared.jsonl")
+    parts = [dataclasses.replace(other, part=(number, 3)) for number in (1, 2, 3)]
+    assert [line for part in parts for line in part.lines()] == list(range(2 * len(BAD_LINES)))
+    with pytest.raises(Interrupted):
+        run(parts[1], DyingEngine(engine, 1))
+    for part in (parts[0], parts[2], parts[1]):
+        check_job(part)
+        run(part, engine)
+        assert not other.output.exists()
+    again = run(parts[1], DyingEngine(engine, 0))  # it is done: nothing is asked
+    assert again.lines == len(parts[1].lines()) and again.errors == [
+        error for error in whole.errors if int(error.split()[1]) - 1 in parts[1].lines()
+    ]
+    assert merge(other) == whole
+    assert other.output.read_bytes() == job.output.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl", "shared.jsonl"]
+
+
+def test_parts_that_do_not_belong_together_are_refused(job: Job, engine: Engine):
+    one, two = (dataclasses.replace(job, part=(number, 2)) for number in (1, 2))
+    with pytest.raises(UserError, match="wanted beside it the parts of one number, got nothing"):
+        merge(job)
+    run(one, engine)
+    with pytest.raises(UserError, match="part 2/2 is not answered; give its command, then --merge"):
+        merge(job)
+    for part in ((1, 3), (1, 1)):
+        with pytest.raises(UserError, match="was begun in 2 parts; give --part I/2, --merge"):
+            check_job(dataclasses.replace(job, part=part))
+    with pytest.raises(UserError, match="was begun with other settings"):
+        check_job(dataclasses.replace(one, model={"model": "n"}))
+    run(two, engine)
+    with pytest.raises(UserError, match="was begun with other settings"):
+        merge(dataclasses.replace(job, sampling=Sampling(max_new_tokens=7)))
+    content = two.target.read_bytes()
+    two.target.write_bytes(content.splitlines(True)[0])
+    with pytest.raises(UserError, match="holds 1 lines, wanted"):
+        merge(job)
+    two.target.write_bytes(content)
+    assert not job.output.exists() and merge(job).lines == 2 * len(BAD_LINES)
+    job.output.unlink()
+    job.partial.write_bytes(b"")
+    with pytest.raises(UserError, match="was begun without --part"):
+        check_job(one)
+
+
 def test_a_run_with_other_settings_is_refused(job: Job, engine: Engine):
     with pytest.raises(Interrupted):
         run(job, DyingEngine(engine, 1))
@@ -208,6 +257,13 @@ def test_the_command(job: Job, folders: Folders, engine: Engine, tmp_path: Path)
     assert job.output.read_bytes() == in_process.output.read_bytes()
     again = call(command(job, folders.exported))
     assert again.returncode == 2 and again.stderr == f"error: {job.output} exists; name another file, or remove it\n"
+    job.output.unlink()
+    for words in (("--part", "1/2"), ("--part", "2/2"), ("--merge",)):
+        done = call(command(job, folders.exported, "--batch-size", 4, *words))
+        assert done.returncode == 0, done.stderr
+    assert job.output.read_bytes() == in_process.output.read_bytes()
+    alone = call([*command(job, folders.exported)[:4], "--prompt", "x", "--part", "1/2"])
+    assert alone.returncode == 2 and "--part and --merge belong to --prompts" in alone.stderr
 
 
 def test_one_prompt_on_the_command_line(folders: Folders, engine: Engine):
