@@ -1628,8 +1628,8 @@ RUNS = [
         ("files of a job are not looked at", "for problem in job_problems(", "for problem in () and job_problems("),
         (
             "a job begins anew",
-            "read_lines(job.prompts, job.image_root, done)",
-            "read_lines(job.prompts, job.image_root)",
+            "read_lines(job.prompts, job.image_root, lines.start + done)",
+            "read_lines(job.prompts, job.image_root, lines.start)",
         ),
     ),
     *of(

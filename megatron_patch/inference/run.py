@@ -87,8 +87,7 @@ def check_job(job: Job) -> None:
     """
     if job.batch_size < 1:
         raise UserError(f"batch size is {job.batch_size}, wanted at least 1")
-    for problem in job_problems(job.prompts, job.image_root, job.output):
-        raise UserError(problem)
+    _check_files(job)
     count_lines(job.prompts)
     counts = sorted({part.part[1] for part in job.parts()} - {job.part[1]})
     if counts:
@@ -101,6 +100,11 @@ def check_job(job: Job) -> None:
         raise UserError(f"{whole}: was begun without --part; go on with it so, or remove it")
     if job.partial.exists() or job.target.exists():
         _check_settings(job)
+
+
+def _check_files(job: Job) -> None:
+    for problem in job_problems(job.prompts, job.image_root, job.output):
+        raise UserError(problem)
 
 
 def run(job: Job, engine: Engine) -> Summary:
@@ -145,8 +149,7 @@ def merge(job: Job) -> Summary:
     Raises:
         UserError: a part is missing, not whole, or was made with something else.
     """
-    for problem in job_problems(job.prompts, job.image_root, job.output):
-        raise UserError(problem)
+    _check_files(job)
     there = job.parts()
     counts = sorted({part.part[1] for part in there})
     if len(counts) != 1:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 SUBFOLDERS = 64  # of each folder, the first by name; they may be mounts of their own
@@ -16,7 +17,9 @@ def look(places: Iterable[Path]) -> Sight:
         path = os.path.realpath(place)
         seen[path] = path if os.path.isfile(path) else _file_in(path)
         if not os.path.isfile(path):
-            seen |= {below: _file_in(below) for below in sorted(_list(path)[1])[:SUBFOLDERS]}
+            # Outputs of conversions may come and go there.
+            folders = (below for below in sorted(_list(path)[1]) if not os.path.isdir(f"{below}/.nv-meta"))
+            seen |= {below: _file_in(below) for below in islice(folders, SUBFOLDERS)}
     return seen
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.pipeline import Options, PreparationReport, prepare
+from megatron_patch.data.preparation.sight import differences, look
 from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
 from tests.data.factories import make_records
@@ -222,6 +223,21 @@ def test_a_machine_without_the_pictures_is_refused(tmp_path, way: str) -> None:
     convert(root, tmp_path / "wds", join=True)
     convert(root, tmp_path / "once")
     assert files_of(tmp_path / "wds") == files_of(tmp_path / "once")
+
+
+def test_other_outputs_beside_the_pictures_come_and_go(tmp_path) -> None:
+    """Image names may start from a folder that holds outputs, too."""
+    root = make_records(tmp_path / "in", 12)
+    before = look([root])
+    convert(root, root / "other")
+    (root / "wds.partial").mkdir()
+    (root / "images/more").mkdir()
+    assert (
+        look([root]) == before == {str(root): str(root / "data.json"), str(root / "images"): before[f"{root}/images"]}
+    )
+    assert before[f"{root}/images"].startswith(f"{root}/images/") and differences(before, look([root])) == []
+    (root / "more").mkdir()
+    assert differences(before, look([root])) == [f"{root}/more is here and not there"]
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "1/0", "-1/3", "1/3/5", "a/b"])
