@@ -2,19 +2,15 @@
 
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 
-class FileWindow(io.RawIOBase):
-    """Bytes [start, start + length) of an open file, or fewer when it ends earlier; only what is asked for is read.
+class RangeFile(io.RawIOBase):
+    """`size` bytes as a file; read(start, length) gives a range of them, and is asked for no more than is wanted."""
 
-    The file's own position is neither used nor moved, so forked processes may share the descriptor.
-    """
-
-    def __init__(self, descriptor: int, start: int, length: int) -> None:
-        self._descriptor, self._start = descriptor, start
-        self._size = min(length, os.fstat(descriptor).st_size - start)
-        self._position = 0
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._position = read, size, 0
 
     def readable(self) -> bool:
         """True, as BufferedReader asks."""
@@ -37,7 +33,18 @@ class FileWindow(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer from the present place on; returns the bytes read."""
         length = max(0, min(len(buffer), self._size - self._position))
-        data = os.pread(self._descriptor, length, self._start + self._position)
+        data = self._read(self._position, length)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+class FileWindow(RangeFile):
+    """Bytes [start, start + length) of an open file, or fewer when it ends earlier; only what is asked for is read.
+
+    The file's own position is neither used nor moved, so forked processes may share the descriptor.
+    """
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        size = min(length, os.fstat(descriptor).st_size - start)
+        super().__init__(lambda place, count: os.pread(descriptor, count, start + place), size)

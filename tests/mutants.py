@@ -1390,6 +1390,10 @@ RUNS = [
         RULES,
         f"{OF_ARGUMENTS}::test_folders_must_have_the_splits_that_are_read",
         ("a folder without the split", "if found is not None and split not in found:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/launch/stored_data.py",
+        f"{OF_ARGUMENTS}::test_folders_must_have_the_splits_that_are_read",
         ("splits of no shards count", "return [name for name, empty in names if not empty]", "return [*dict(names)]"),
     ),
     *of(
@@ -2832,7 +2836,173 @@ ANY_RESOLUTION = [
     ),
 ]
 
+STORE, STORED_DATA = "megatron_patch/object_storage.py", "megatron_patch/launch/stored_data.py"
+OF_URLS, OF_STORED = "tests/test_object_storage.py", "tests/data/loading/test_object_storage.py"
+OF_STORED_RUNS, OF_UPLOAD = "tests/training/test_object_storage.py", "tests/data/preparation/test_upload.py"
+NOT_STARTED = f"{OF_STORED_RUNS}::test_what_cannot_be_read_is_refused_before_anything_starts"
+STORED = [
+    *of(
+        STORE,
+        f"{OF_STORED}::test_no_record_is_skipped_for_what_the_store_does",
+        ("a store that refuses makes bad records", "class StorageError(Exception):", "class StorageError(ValueError):"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_an_outage_changes_nothing",
+        ("an outage stops the run", "if waited + delay > _patience_s or", "if True or"),
+        ("every request tells of the outage", "if now - _told >= TOLD_EVERY_S:", "if True:"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_patience_ends",
+        ("patience never ends", "if waited + delay > _patience_s or", "if"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_an_orphan_does_not_wait",
+        ("an orphan asks for twenty minutes", "_patience_s or os.getppid() != parent:", "_patience_s:"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_a_wrong_key_is_refused_and_not_named",
+        ("403 is asked for again", "if isinstance(error, PermissionError) or status in (401, 403):", "if False:"),
+        ("MSC tells its own story", ".setLevel(logging.CRITICAL)", ".setLevel(logging.WARNING)"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_what_is_no_dataset",
+        ("a missing bucket is an absent file", 'if code == "NoSuchBucket":', "if False:"),
+    ),
+    *of(
+        STORE,
+        f"{OF_STORED}::test_objects",
+        ("a range begins at the object's start", "Range(offset=start, size=size)", "Range(offset=0, size=size)"),
+    ),
+    *of(
+        STORE,
+        f"{OF_URLS}::test_credentials_of_a_url_are_not_shown",
+        ("a signature is shown", 'text.partition("?")[0].partition("://")', 'text.partition("://")'),
+        ("a key is shown", "{host.rpartition('@')[2]}", "{host}"),
+    ),
+    *of(
+        STORE,
+        f"{OF_URLS}::test_urls_that_can_be_read",
+        ("a URL with a key is asked for", "if (problem := url_problem(url)) is not None:", "if False:"),
+    ),
+    *of(
+        STORE,
+        f"{OF_URLS}::test_what_is_wrong_with_the_profile_is_said_without_its_secrets",
+        (
+            "the profile's error is quoted",
+            "return f\"MSC's configuration cannot be used ({kind}",
+            "return f\"MSC's configuration cannot be used ({error} {kind}",
+        ),
+    ),
+    *of(
+        STORE,
+        f"{OF_URLS}::test_calls_run_together_and_keep_their_order",
+        ("one request at a time", "for _ in range(min(threads, len(futures))):", "for _ in range(1):"),
+    ),
+    *of(
+        "megatron_patch/data/loading/dataset.py",
+        f"{OF_STORED}::test_requests_are_under_way_together",
+        ("a batch reads record after record", "return at_once(calls) if self.stored else calls", "return calls"),
+        ("all threads of a batch ask for an index", "with self._asking:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/data/loading/dataset.py",
+        f"{OF_STORED}::test_a_missing_shard_is_found_at_the_start",
+        (
+            "a shard without its index passes",
+            'return self._stored_sizes.get(name) if f"{name}.idx" in self._stored_sizes else None',
+            "return self._stored_sizes.get(name)",
+        ),
+    ),
+    *of(
+        LOADER,
+        f"{OF_STORED}::test_one_rank_looks_for_all",
+        ("every rank looks at the labels", "if data_parallel_rank == 0 or not dataset.stored:", "if True:"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_STORED}::test_no_record_is_skipped_for_what_the_store_does[1]",
+        (
+            "a worker's traceback is the message",
+            "str(error).rstrip().splitlines()[-1].removeprefix",
+            "str(error).removeprefix",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/loading/blend.py",
+        f"{OF_STORED}::test_blends_name_urls_and_lie_in_a_store",
+        ("a folder of a blend is no URL", "if is_url(path) or is_url(name):", "if is_url(path):"),
+    ),
+    *of(
+        "megatron_patch/data/loading/lengths.py",
+        f"{OF_STORED}::test_lengths_are_measured_once_and_lie_beside_the_data",
+        ("lengths beside a bucket are not fetched", "            _fetch(dataset, file)\n", "            pass\n"),
+        ("lengths are not put beside a bucket", "        _publish(dataset, file)\n", "        pass\n"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_CONFIG}::test_what_does_not_fit_is_refused",
+        (
+            "a checkpoint goes to a folder msc:",
+            "    for folder_name in filter(None, (arguments.save, arguments.load)):",
+            "    for folder_name in ():",
+        ),
+    ),
+    *of(
+        STORED_DATA,
+        NOT_STARTED,
+        ("the launcher does not ask the store", "if is_url(path) and (found :=", "if False and (found :="),
+    ),
+    *of(
+        STORED_DATA,
+        f"{OF_STORED_RUNS}::test_a_split_that_is_absent_is_refused",
+        ("any split of a stored folder passes", "if found is not None and split not in found:", "if False:"),
+    ),
+    *of(
+        ROWS,
+        NOT_STARTED,
+        ("a refusal shows the key of a URL", "{quoted(without_credentials(self[name]))}", "{quoted(self[name])}"),
+    ),
+    *of(
+        "megatron_patch/launch/rules.py",
+        f"{OF_STORED_RUNS}::test_checkpoints_are_not_kept_in_object_storage",
+        (
+            "a run writes into a folder msc:",
+            'return "it is in object storage: only data',
+            'return None and "it is in object storage: only data',
+        ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/upload.py",
+        f"{OF_UPLOAD}::test_an_object_of_another_size_is_seen",
+        ("an upload is not looked at again", "if there.get(name) != sizes[name]]:", "if False]:"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/upload.py",
+        f"{OF_UPLOAD}::test_what_the_store_refuses_is_no_dataset",
+        (
+            "split.yaml is sent among the first",
+            "names = sorted(sizes.keys() - {LAST}, key",
+            "names = sorted(sizes.keys(), key",
+        ),
+    ),
+    *of(
+        "megatron_patch/data/preparation/upload.py",
+        f"{OF_UPLOAD}::test_every_file_arrives_and_the_last_makes_the_dataset",
+        ("an upload goes over a dataset that is there", "    if LAST in present:", "    if False:"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/command_line.py",
+        f"{OF_UPLOAD}::test_a_target_that_cannot_be_is_refused_before_anything_is_made",
+        ("the target is looked at after the conversion", "if arguments.upload is not None:", "if False:"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *STORED),
 ]

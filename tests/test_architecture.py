@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # the standard library (checkpoint_files: torch) when they are imported, and may be imported by all.
 FREE = {
     *("errors", "geometry", "language_models", "vision_towers", "model_sizes", "tokenizer_files", "checkpoint_files"),
+    "object_storage",
     *(
         "atomic_files",
         "file_window",

@@ -9,6 +9,7 @@
     training.py       rows of both stages, and the words for Megatron that they become
     presets.py        published recipes
     training_rules.py the rules that hold between arguments of a training run
+    stored_data.py    data in object storage, looked at before the start
     conversion.py     rows, rules and words of the checkpoint converter
     run_file.py       the values of a run in a file: --config, --from, and beside the checkpoints
     asking.py         chat, server, prompts and benchmarks: their options and rules

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_patch.launch.rules import AUTO_BOOLEAN, BOOLEAN, PROGRAM, REPOSITORY, Rule, one_of
+from megatron_patch.object_storage import is_url, without_credentials
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Call(Mapping[str, str]):
         self._wrong.add(name)
         place = self._places.get(name)
         where = f"argument {place}" if place else "environment"
-        self.complain(f"{where} {name}={quoted(self[name])}", text)
+        self.complain(f"{where} {name}={quoted(without_credentials(self[name]))}", text)
 
     def complain(self, label: str, text: str) -> None:
         """One more thing wrong, said once."""
@@ -184,9 +185,9 @@ class Call(Mapping[str, str]):
             refuse(self._complaints, self.program)
 
     def absolute(self, name: str) -> str:
-        """A path: one that begins with a dash must not look like an option later.  `none` and "" stay."""
+        """A path: one that begins with a dash must not look like an option later.  `none`, "" and URLs stay."""
         value = self[name]
-        return value if value in ("", "none") or value.startswith("/") else f"{os.getcwd()}/{value}"
+        return value if value in ("", "none") or value.startswith("/") or is_url(value) else f"{os.getcwd()}/{value}"
 
     def python(self) -> str:
         """The interpreter that runs everything."""

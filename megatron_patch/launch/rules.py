@@ -11,6 +11,7 @@ from typing import Any
 from megatron_patch import llava_folder
 from megatron_patch.lora import PARTS, PEFT_CONFIG
 from megatron_patch.model_sizes import MODEL_SIZES
+from megatron_patch.object_storage import is_url, url_problem
 
 # As it was called: the launchers may be reached through a link, and name their programs beside it.
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -205,7 +206,9 @@ def _none_or(problem: Callable[[str], str | None]) -> Callable[[str], str | None
 
 
 def dataset_problem(value: str) -> str | None:
-    """Why it is no energon dataset."""
+    """Why it is no energon dataset.  Object storage is not asked here: stored_data.py does, once all else is right."""
+    if is_url(value):
+        return url_problem(value)
     if value.endswith((".yaml", ".yml")) and os.path.isfile(value):
         return None
     return missing(value, ".nv-meta")
@@ -223,6 +226,8 @@ def writable_problem(value: str) -> str | None:
     """Why nothing can be written into this folder, which may have to be made."""
     if not value:
         return "it is empty"
+    if is_url(value):
+        return "it is in object storage: only data is read from there"
     if os.path.realpath(value) == "/":
         return "it is the root of the file system"
     place = existing_part(value)
@@ -262,7 +267,10 @@ MODEL_OR_CHECKPOINT = Rule("a Hugging Face model folder or a converted checkpoin
 MODEL_FOLDER = Rule("a Hugging Face model folder", lambda value: missing(value, "config.json"))
 TOWER = Rule("a Hugging Face model folder, a .pt file, or none", _none_or(_tower_problem))
 LLAVA_FOLDER = Rule("a folder with LLaVA configuration and tokenizer", _llava_folder_problem)
-DATASET = Rule("an energon dataset (folder with .nv-meta, or a .yaml that lists such folders)", dataset_problem)
+DATASET = Rule(
+    "an energon dataset (folder with .nv-meta, or a .yaml that lists such folders; a path, msc:// or s3://)",
+    dataset_problem,
+)
 OUTPUT = Rule("a folder to write into, not /", writable_problem, Path)
 NEW_FOLDER = Rule("a new or empty folder, not /", _new_or_empty_problem)
 FEATURES = Rule("a folder of cache_tower_features.py", lambda value: missing(value, "features.json"), Path)

@@ -8,7 +8,6 @@ what is meant.
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_patch.launch.rules import (
     grid,
     newest_iteration,
 )
+from megatron_patch.launch.stored_data import data_problems, splits_in
 from megatron_patch.llava_folder import ANY_RESOLUTION, LlavaFolder
 from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
@@ -254,25 +254,24 @@ def _tiles_of(checkpoint: str) -> tuple[int, int]:
 
 @_rule("DATASET_PATH", "VALID_DATASET_PATH", "EVAL_ITERS")
 def _splits(values: Values) -> Findings:
-    wanted = {"DATASET_PATH": "train"} | ({"VALID_DATASET_PATH": "val"} if values["EVAL_ITERS"] != "0" else {})
-    for name, split in wanted.items():
-        found = splits_of(values[name])
+    for name, (path, split) in _wanted_splits(values).items():
+        found = splits_of(path)
         if found is not None and split not in found:
             yield name, f"must have the split {split} (its .nv-meta/split.yaml has {', '.join(found) or 'none'})"
 
 
-def splits_of(dataset: str) -> list[str] | None:
-    """Splits with shards of an energon folder, as its split.yaml names them; None: they cannot be told from it.
+def _wanted_splits(values: Values) -> dict[str, tuple[str, str]]:
+    """{argument: (dataset, split)} of what is read."""
+    wanted = {"DATASET_PATH": "train"} | ({"VALID_DATASET_PATH": "val"} if values["EVAL_ITERS"] != "0" else {})
+    return {name: (values[name], split) for name, split in wanted.items()}
 
-    The file is YAML as energon writes it: split_parts, and below it names with lists.
-    """
+
+def splits_of(dataset: str) -> list[str] | None:
+    """Splits with shards of an energon folder, as its split.yaml names them; None: they cannot be told from it."""
     try:
-        text = Path(dataset, ".nv-meta", "split.yaml").read_text(encoding="utf-8")
+        return splits_in(Path(dataset, ".nv-meta", "split.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
-        return None
-    parts = re.search(r"^split_parts:\s*\n((?:[ \t-].*\n?|\n)*)", text, re.M)
-    names = re.findall(r"^[ \t]+(\w+):[ \t]*(\[\s*\])?", parts.group(1), re.M) if parts else []
-    return [name for name, empty in names if not empty] if names else None
+        return None  # in object storage, too: that is looked at once, in check_training
 
 
 # ---------------------------------------------------------------- between arguments and the model
@@ -373,6 +372,9 @@ def check_training(call: Call, is_stage_2: bool) -> Job | None:
         call.refuse(name, text)
     _check_model(call, wrong, is_stage_2)
     _check_output(call)
+    if call.right("DATASET_PATH", "VALID_DATASET_PATH", "EVAL_ITERS"):
+        for name, text in data_problems(_wanted_splits(call)):
+            call.refuse(name, text)
     named = call["WANDB_PROJECT"] or call["WANDB_NAME"]
     if named and call.environment.get("WANDB_MODE") != "disabled" and not wandb_wanted(call.environment):
         call.complain(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_patch.launch.training import ARGUMENTS, options
 from megatron_patch.launch.training_rules import FRESH_PROJECTOR, model_violations, projector_is_fresh, violations
 from megatron_patch.llava_folder import IMAGE_SETTINGS, LlavaFolder, TrainingSettings
 from megatron_patch.lora import LoraRecord
+from megatron_patch.object_storage import is_url
 from megatron_patch.step_balance import RecordCost
 from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.training.adapters import check_peft, lora_of, read_record
@@ -271,6 +273,12 @@ def read_config(argv: list[str]) -> RunConfig:
         raise UserError(
             "--use-megatron-fsdp is not offered: with megatron-core 0.19.2 it cannot save a LLaVA; use FSDP=full"
         )
+    for folder_name in filter(None, (arguments.save, arguments.load)):
+        if is_url(re.sub(":/+", "://", str(folder_name), count=1)):  # Path makes one of two slashes
+            raise UserError(
+                f"--save or --load {folder_name}: checkpoints are not kept in object storage; megatron-core 0.19.2 "
+                "writes the data position to a disk whatever --enable-msc says; name a folder"
+            )
     if arguments.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "W&B was asked for (WANDB_API_KEY or WANDB_MODE=offline), but the package wandb is not installed; "
@@ -284,7 +292,7 @@ def read_config(argv: list[str]) -> RunConfig:
         if split == "val" and not arguments.eval_iters:
             continue
         for part in read_parts(path, split):
-            if not (Path(part.path) / ".nv-meta").is_dir():
+            if not is_url(part.path) and not (Path(part.path) / ".nv-meta").is_dir():
                 raise UserError(
                     f"{name} {part.path}: no .nv-meta folder in it, so not an energon folder; write one with a "
                     "converter of toolkits/multimodal_data_preprocessing"

@@ -6,6 +6,7 @@ from megatron_patch import device, patches
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.data.loading.loader import build_train_loader, build_valid_loader
 from megatron_patch.errors import UserError
+from megatron_patch.object_storage import StorageError
 from megatron_patch.training.config import has_checkpoint, parse_own_arguments, read_config
 from megatron_patch.training.loader_state import read_saved_state
 
@@ -29,6 +30,6 @@ def check_llava(argv: list[str]) -> None:
         build_train_loader(settings.train_dataset_path, settings.data, 0, 1, with_pixels=False, state=state)
         if settings.valid_dataset_path:
             build_valid_loader(settings.valid_dataset_path, settings.data, 0, 1, with_pixels=False)
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ from megatron_patch.atomic_files import atomic_folder, write_text
 from megatron_patch.errors import UserError
 from megatron_patch.launch import processes, run_file
 from megatron_patch.llava_folder import TEMPLATE, TRAINING, LlavaFolder
+from megatron_patch.object_storage import StorageError
 from megatron_patch.patches.touch_points import LOOP, wrap
 from megatron_patch.step_flop import Frozen
 from megatron_patch.training.adapters import with_base
@@ -168,6 +169,8 @@ def train_llava() -> None:
             )
     except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
         refuse(error)
+    except StorageError as error:  # after all patience; every rank speaks, for others may read well
+        sys.exit(f"error: rank {args.rank}: {error}; the same command goes on from the last checkpoint")
     finally:
         settle()
     if torch.distributed.is_initialized():

@@ -18,6 +18,7 @@ from megatron_patch import device, patches
 from megatron_patch.arguments import add_arguments
 from megatron_patch.data.loading.loader import build_train_loader
 from megatron_patch.errors import UserError
+from megatron_patch.object_storage import StorageError
 from megatron_patch.training.config import RunConfig, frozen_parts, read_config
 
 MICRO_BATCHES = 2  # that are read
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> int:
     """Print what the rank is; exit code 2 and one sentence when it could not start."""
     try:
         print(rehearse(argv).text())
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     return 0

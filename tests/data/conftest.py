@@ -1,9 +1,12 @@
 """Tiny tokenizers, a small energon folder, and settings that fit them."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from megatron_patch.data.loading import DataConfig
 from tests.data.factories import SPECIAL_TOKENS, convert_records, make_records, save_tokenizer
+from tests.object_store import Store
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = make_records(tmp_path_factory.mktemp("records"), 103)
     convert_records(root)
     return str(root / "wds")
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """An S3 server, at first empty."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    yield store
+    store.close()

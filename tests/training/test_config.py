@@ -60,6 +60,7 @@ def test_settings_follow_from_the_checkpoint(workspace: Workspace) -> None:
         ({"train_dataset_path": "/nonexistent"}, "DATASET_PATH.*no .nv-meta"),
         ({"init_from": "/nonexistent"}, "PRETRAIN_CHECKPOINT_PATH.*no finished checkpoint"),
         ({"init_from": "none"}, "needs TOKENIZER_PATH"),
+        ({"save": "msc://store/run"}, "checkpoints are not kept in object storage"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, str], message: str, workspace: Workspace) -> None:

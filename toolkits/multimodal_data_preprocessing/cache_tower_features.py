@@ -38,6 +38,7 @@ from megatron_patch.data.preparation.journal import Journal, ended_parts
 from megatron_patch.data.preparation.parts import Part, parts_in, refuse_another_count
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import LlavaFolder
+from megatron_patch.object_storage import StorageError, is_url
 from toolkits.multimodal_data_preprocessing.inspect_dataset import ALL_TOKENS, grid, positive, read_checkpoint
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # PR of the launchers; fp8 keeps the tower in bf16
@@ -51,7 +52,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         cache_features(arguments)
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -100,6 +101,8 @@ def cache_features(arguments: argparse.Namespace) -> None:
         raise UserError(f"--join --part {part}: exclude each other; give --join once, when all parts are done")
     if is_blend(arguments.dataset):
         raise UserError(f"{arguments.dataset}: is a list of folders; wanted one of them, each has features of its own")
+    if is_url(arguments.dataset) and arguments.output is None:
+        raise UserError(f"{arguments.dataset}: is in object storage; say with --output where the features go")
     device.install()  # before anything imports Megatron
     import torch
 

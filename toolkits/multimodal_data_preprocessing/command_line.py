@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_patch.data.preparation.pipeline import (
     prepare,
 )
 from megatron_patch.data.preparation.sources import JsonSource, Source
+from megatron_patch.data.preparation.upload import check_target, upload_folder
 from megatron_patch.errors import UserError
 
 FINE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
@@ -50,6 +52,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         action="store_true",
         help="read back with energon's own loader as well: some seconds and 0.6 GB of memory for its import",
     )
+    add(
+        "--upload",
+        metavar="URL",
+        help="put the shards into object storage at the end: msc://PROFILE/DIR, s3://BUCKET/DIR",
+    )
     add("--max-tokens", type=int, metavar="N", help="reject longer records; needs the three options below")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer (llava/ of a checkpoint)")
     add("--template", metavar="T", help="conversation template, as CONVERSATION_TEMPLATE of the launchers")
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tupl
     """Convert what `make` finds: the source, and where its shards go by default.  Returns the exit code."""
     try:
         options = options_of(arguments)
+        if arguments.upload is not None:
+            check_target(arguments.upload)
         source, default_output = make(arguments)
         output = arguments.output or default_output
         ledger = prepare(source, output, options, show_progress)
@@ -82,7 +91,32 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tupl
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return INTERRUPTED
     report(ledger, output) if options.part is None else report_part(ledger, output, options.part)
+    return FINE if arguments.upload is None else upload_converted(output, arguments.upload)
+
+
+def upload_converted(output: Path, url: str) -> int:
+    """The end of a conversion with --upload; the shards are here whatever becomes of it.  Returns the exit code."""
+    again = f"upload_dataset.py {output} {url}"
+    try:
+        upload(output, url)
+    except UserError as error:
+        print(f"error: {error}, with {again}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"interrupted; {again} uploads it", file=sys.stderr)
+        return INTERRUPTED
     return FINE
+
+
+def upload(folder: Path, url: str) -> None:
+    """Put a folder into object storage and say what to do with it.  Raises UserError."""
+    from tqdm import tqdm
+
+    begin = time.perf_counter()
+    with tqdm(unit=" files", desc="uploading", mininterval=0.5) as bar:
+        size = upload_folder(folder, url, lambda name: bar.update(1))
+    print(f"uploaded: {url} ({size / 1e6:.1f} MB in {time.perf_counter() - begin:.1f} s)")
+    print(f"next: give {url} to examples/llava_mcore/run_mcore_llava.sh as DATASET_PATH (18th argument)")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

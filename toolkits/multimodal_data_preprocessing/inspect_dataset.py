@@ -31,6 +31,7 @@ from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
+from megatron_patch.object_storage import StorageError
 
 ALL_TOKENS = 1 << 30  # longest record where --max-length sets no other limit
 LOOKED_AT = 2000  # records of a folder whose figures are taken, without --all
@@ -47,7 +48,7 @@ def main() -> int:
             inspect_record(arguments)
         else:
             inspect_folder(arguments)
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head`

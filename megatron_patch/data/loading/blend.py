@@ -12,7 +12,7 @@ The YAML is energon's Metadataset, of either version, as far as it describes a l
       val:
         path: pretrain/wds
 
-Paths start at the YAML file's folder.
+Paths start at the YAML file's folder.  The file and any of the folders may be in object storage.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from megatron_patch.errors import UserError
+from megatron_patch.object_storage import ObjectFolder, StorageError, is_url, join
 
 LISTS = {"blend": "weight", "datasets": "weight", "blend_epochized": "repetitions"}
 # Keys of an entry whose absence changes nothing here: subflavors choose cookers, and ours knows the layouts by itself.
@@ -49,7 +50,9 @@ def read_parts(path: str, split: str) -> list[Part]:
     if not is_blend(path):
         return [Part(path, split)]
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(_text(path))
+    except StorageError as error:
+        raise UserError(str(error)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     splits = content.get("splits") if isinstance(content, dict) else None
@@ -58,6 +61,13 @@ def read_parts(path: str, split: str) -> list[Part]:
     if split not in splits:
         raise UserError(f"{path}: has no split {split!r} (it has {', '.join(map(str, splits))}); add it below `splits`")
     return _parts(path, split, splits[split])
+
+
+def _text(path: str) -> str:
+    if not is_url(path):
+        return Path(path).read_text()
+    folder, _, name = path.rpartition("/")
+    return ObjectFolder(folder).read(name).decode()
 
 
 def _parts(path: str, split: str, entry: Any) -> list[Part]:
@@ -70,6 +80,13 @@ def _parts(path: str, split: str, entry: Any) -> list[Part]:
     return [_part(path, split, one, LISTS[kinds[0]]) for one in entries]
 
 
+def _beside(path: str, name: str) -> str:
+    """A folder that a YAML file names."""
+    if is_url(path) or is_url(name):
+        return join(path.rpartition("/")[0], name)
+    return str(Path(path).parent / name)
+
+
 def _part(path: str, split: str, entry: Any, number: str | None) -> Part:
     """One entry; `number`: the name of its number, if it may have one."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
@@ -80,7 +97,7 @@ def _part(path: str, split: str, entry: Any, number: str | None) -> Part:
             f"{path}: split {split}: {entry['path']} has {', '.join(sorted(map(str, unknown)))}, which is not known "
             f"here; wanted path, split_part{f' and {number}' if number else ''}"
         )
-    folder = str(Path(path).parent / entry["path"])
+    folder = _beside(path, entry["path"])
     if is_blend(folder):
         raise UserError(f"{path}: split {split}: {entry['path']} is a YAML file itself; name its folders here")
     part_split = str(entry.get("split_part", split))

@@ -1,6 +1,8 @@
 """One split of an energon dataset as a sequence of raw samples, read at random positions."""
 
 import bisect
+import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -8,9 +10,12 @@ import json
 import os
 import struct
 import tarfile
+import tempfile
+import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import yaml
@@ -20,48 +25,62 @@ from megatron_patch.data.loading.blend import is_blend, read_parts
 from megatron_patch.data.loading.metadata import read_split
 from megatron_patch.data.record import is_image_part
 from megatron_patch.errors import UserError
-from megatron_patch.file_window import FileWindow
+from megatron_patch.file_window import FileWindow, RangeFile
+from megatron_patch.object_storage import Absent, ObjectFolder, StorageError, at_once, is_url
 
 OPEN_SHARDS = 64
+META = ".nv-meta"
+# What energon and we read of it; the rest, an index of all records among it, stays where it is.
+META_FILES = (".info.json", ".info.yaml", "split.yaml", "split.json", "dataset.yaml")
+SMALL_SAMPLE = 64 * 1024  # bytes up to which a stored sample is read whole for its text, in one request
+TEXT_BLOCK = 16 * 1024  # bytes of a request for the text of a larger one
+
+Parts = dict[str, Any]
 
 
 class EnergonFolder:
     """`folder[i]` -> parts of sample i as bytes (json, jpg, ...) with `__key__` and `__shard__`; None if excluded.
 
-    Samples of a folder that was prepared with a field map have it as `__field_map__`.
-    Raises UserError when the path is no energon folder, or the split is absent, empty or has missing shards.
+    The path may be a URL of object storage: the samples, their order and the fingerprint are those of the same folder
+    on a disk.  Samples of a folder that was prepared with a field map have it as `__field_map__`.
+    Raises UserError when the path is no energon folder, or the split is absent, empty or has missing shards; reading
+    from object storage raises StorageError.
     """
 
     def __init__(self, path: str, split: str) -> None:
-        meta = Path(path) / ".nv-meta"
-        if not meta.is_dir():
-            got = (
-                "no .nv-meta folder in it"
-                if Path(path).is_dir()
-                else "not a folder"
-                if Path(path).exists()
-                else "absent"
-            )
-            raise UserError(
-                f"{path}: {got}; wanted an energon folder, as "
-                "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py writes it"
-            )
         self.path = path
         self.split = split
-        self._shards = read_split(path, split)
+        try:
+            self.store = ObjectFolder(path) if is_url(path) else None  # where a read is a request
+            self._read_meta()
+        except StorageError as error:
+            raise UserError(str(error)) from None
+
+    def _read_meta(self) -> None:
+        path, split = self.path, self.split
+        with _local_meta(path, self.store) as root:
+            self._shards = read_split(path, split, root)
+            self._field_map = _read_field_map(root / META / "dataset.yaml")
         self.shard_counts = self._shards.counts  # int64 [shards]
         self._starts = np.concatenate(([0], np.cumsum(self.shard_counts)))
+        self._stored_sizes = self.store.sizes() if self.store else {}
         told = hashlib.sha256(f"[{json.dumps(split)}, [".encode())  # the JSON of [split, [[name, count, size], ...]]
         for number, count in enumerate(self.shard_counts.tolist()):
             name = self._shards.name(number)
-            tar = f"{path}/{name}"
-            if not os.path.isfile(f"{tar}.idx") or not os.path.isfile(tar):
+            size = self._size_of(name)
+            if size is None:
                 raise UserError(f"{path}: shard {name} or its .idx file is missing; convert the data again")
-            told.update(f"{', ' if number else ''}{json.dumps([name, count, os.path.getsize(tar)])}".encode())
+            told.update(f"{', ' if number else ''}{json.dumps([name, count, size])}".encode())
         told.update(b"]]")
         self.fingerprint = told.hexdigest()[:32]
-        self._field_map = _read_field_map(meta / "dataset.yaml")
         self._open: OrderedDict[int, _Shard] = OrderedDict()
+
+    def _size_of(self, name: str) -> int | None:
+        """Bytes of a shard; None: it, or its .idx file, is not there."""
+        if self.store:
+            return self._stored_sizes.get(name) if f"{name}.idx" in self._stored_sizes else None
+        tar = f"{self.path}/{name}"
+        return os.path.getsize(tar) if os.path.isfile(f"{tar}.idx") and os.path.isfile(tar) else None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -76,17 +95,17 @@ class EnergonFolder:
         shard = self._shard_of(index)
         return f"{self._shards.name(shard)}[{index - self._starts[shard]}]"
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def __getitem__(self, index: int) -> Parts | None:
         return self._read(index, with_images=True)
 
-    def read_text(self, index: int) -> dict[str, Any] | None:
+    def read_text(self, index: int) -> Parts | None:
         """Like folder[index], with b"" in place of each image, whose bytes are not read."""
         return self._read(index, with_images=False)
 
-    def _read(self, index: int, with_images: bool) -> dict[str, Any] | None:
+    def _read(self, index: int, with_images: bool) -> Parts | None:
         number = self._shard_of(index)
         name = self._shards.name(number)
-        shard = self._open.pop(number, None) or _Shard(Path(self.path) / name)
+        shard = self._open.pop(number, None) or self._open_shard(name)
         self._open[number] = shard  # the most recently used one comes last
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
@@ -94,6 +113,11 @@ class EnergonFolder:
         if f"{name}/{parts['__key__']}" in self._shards.excludes:
             return None
         return {**parts, "__shard__": name, **({"__field_map__": self._field_map} if self._field_map else {})}
+
+    def _open_shard(self, name: str) -> "_Shard":
+        if self.store:
+            return _StoredShard(self.store, name, self._stored_sizes[name])
+        return _LocalShard(Path(self.path) / name)
 
     def _shard_of(self, index: int) -> int:
         """Number of the shard that holds the sample."""
@@ -105,6 +129,35 @@ class EnergonFolder:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
+@contextlib.contextmanager
+def _local_meta(path: str, store: ObjectFolder | None) -> Iterator[Path]:
+    """A folder on a disk whose .nv-meta is that of the path.  Raises UserError: there is none; StorageError."""
+    if not store:
+        if not (Path(path) / META).is_dir():
+            here = Path(path)
+            _refuse_folder(
+                path, f"no {META} folder in it" if here.is_dir() else "not a folder" if here.exists() else "absent"
+            )
+        yield Path(path).absolute()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / META).mkdir()
+        calls = [functools.partial(store.read, f"{META}/{name}") for name in META_FILES]
+        for name, get in zip(META_FILES, at_once(calls), strict=True):
+            with contextlib.suppress(Absent):
+                (Path(folder) / META / name).write_bytes(get())
+        if not any((Path(folder) / META).iterdir()):
+            _refuse_folder(path, f"no {META} folder in it")
+        yield Path(folder)
+
+
+def _refuse_folder(path: str, got: str) -> NoReturn:
+    raise UserError(
+        f"{path}: {got}; wanted an energon folder, as "
+        "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py writes it"
+    )
+
+
 class _Shard:
     """Random access to the samples of one tar file through its `.idx` file.
 
@@ -112,26 +165,32 @@ class _Shard:
     workers; this one reads at given offsets and keeps nothing.
     """
 
-    def __init__(self, tar: Path) -> None:
-        self._file = tar.open("rb", buffering=0)
-        self._index = tar.with_name(f"{tar.name}.idx").open("rb", buffering=0)
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a sample begins and ends.  Raises ValueError: it is not in the index."""
+        raise NotImplementedError
 
-    def read(self, number: int, with_images: bool) -> dict[str, Any]:
-        """Parts of a sample and its `__key__`.  Raises OSError, ValueError or TarError for a damaged shard."""
-        # Two offsets at a time, of which each has eight bytes: whole indices would be 8 GB at a billion samples.
-        place = os.pread(self._index.fileno(), 16, 8 * number)
-        if len(place) < 16:
-            samples = os.fstat(self._index.fileno()).st_size // 8 - 1
-            raise ValueError(f"sample {number} is not in the index of {samples} samples")
-        start, end = struct.unpack("<QQ", place)
+    def _whole(self, start: int, length: int) -> bytes:
+        """Bytes of the file, fewer where it ends."""
+        raise NotImplementedError
+
+    def _window(self, start: int, length: int) -> BinaryIO:
+        """The same as a file of which only what is asked for is read."""
+        raise NotImplementedError
+
+    def read(self, number: int, with_images: bool) -> Parts:
+        """Parts of a sample and its `__key__`.
+
+        Raises OSError, ValueError or TarError for a damaged shard, StorageError where object storage does not answer.
+        """
+        start, end = self._span(number)
         if with_images:
-            sample: BinaryIO = io.BytesIO(os.pread(self._file.fileno(), end - start, start))
+            sample: BinaryIO = io.BytesIO(self._whole(start, end - start))
         else:
-            sample = io.BufferedReader(FileWindow(self._file.fileno(), start, end - start), tarfile.BLOCKSIZE)
+            sample = self._window(start, end - start)
         if sample.seek(0, os.SEEK_END) < end - start:
             raise ValueError(f"the file ends {end - start - sample.tell()} bytes before the sample does")
         sample.seek(0)
-        parts: dict[str, Any] = {}
+        parts: Parts = {}
         with tarfile.open(fileobj=sample, mode="r:") as archive:
             for member in archive:
                 # Which files are parts of a sample, and where a key ends: energon's rules.
@@ -146,6 +205,60 @@ class _Shard:
         if not parts:
             raise ValueError("the sample has no files")
         return parts
+
+
+def _not_in_the_index(number: int, samples: int) -> NoReturn:
+    raise ValueError(f"sample {number} is not in the index of {samples} samples")
+
+
+class _LocalShard(_Shard):
+    """On a disk."""
+
+    def __init__(self, tar: Path) -> None:
+        self._file = tar.open("rb", buffering=0)
+        self._index = tar.with_name(f"{tar.name}.idx").open("rb", buffering=0)
+
+    def _span(self, number: int) -> tuple[int, int]:
+        # Two offsets at a time, of which each has eight bytes: whole indices would be 8 GB at a billion samples.
+        place = os.pread(self._index.fileno(), 16, 8 * number)
+        if len(place) < 16:
+            _not_in_the_index(number, os.fstat(self._index.fileno()).st_size // 8 - 1)
+        return struct.unpack("<QQ", place)
+
+    def _whole(self, start: int, length: int) -> bytes:
+        return os.pread(self._file.fileno(), length, start)
+
+    def _window(self, start: int, length: int) -> BinaryIO:
+        return io.BufferedReader(FileWindow(self._file.fileno(), start, length), tarfile.BLOCKSIZE)
+
+
+class _StoredShard(_Shard):
+    """In object storage: a request for each sample, and one for the index, 8 bytes of it per sample."""
+
+    def __init__(self, store: ObjectFolder, name: str, size: int) -> None:
+        """size: bytes of the tar file."""
+        self.store, self._name, self._size = store, name, size
+        self._index: np.ndarray | None = None
+        self._asking = threading.Lock()  # or all threads of a batch would ask for the same index
+
+    def _span(self, number: int) -> tuple[int, int]:
+        with self._asking:
+            if self._index is None:
+                data = self.store.read(f"{self._name}.idx")
+                self._index = np.frombuffer(data[: len(data) // 8 * 8], dtype="<u8")
+        if number + 1 >= len(self._index):
+            _not_in_the_index(number, len(self._index) - 1)
+        return int(self._index[number]), int(self._index[number + 1])
+
+    def _whole(self, start: int, length: int) -> bytes:
+        return self.store.read(self._name, start, max(0, min(length, self._size - start)))
+
+    def _window(self, start: int, length: int) -> BinaryIO:
+        if length <= SMALL_SAMPLE:
+            return io.BytesIO(self._whole(start, length))
+        size = max(0, min(length, self._size - start))
+        reader = RangeFile(lambda place, count: self.store.read(self._name, start + place, count), size)
+        return io.BufferedReader(reader, TEXT_BLOCK)
 
 
 def _read_field_map(where: Path) -> dict[str, str] | None:
@@ -184,14 +297,30 @@ class Dataset:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def __getitem__(self, index: int) -> Parts | None:
         folder, own = self._place(index)
         return folder[own]
 
-    def read_text(self, index: int) -> dict[str, Any] | None:
+    def read_text(self, index: int) -> Parts | None:
         """As EnergonFolder.read_text."""
         folder, own = self._place(index)
         return folder.read_text(own)
+
+    @property
+    def stored(self) -> bool:
+        """Is any of its folders in object storage, where a read is a request?"""
+        return any(folder.store for folder in self.folders)
+
+    def reads(self, indices: Sequence[int], with_images: Sequence[bool]) -> list[Callable[[], Parts | None]]:
+        """For each record a function that gives dataset[index], or with_images False its read_text, or raises.
+
+        From object storage they are all under way at once, so that a batch waits about as long as one of its records.
+        """
+        calls = [
+            functools.partial(self.__getitem__ if whole else self.read_text, index)
+            for index, whole in zip(indices, with_images, strict=True)
+        ]
+        return at_once(calls) if self.stored else calls
 
     def name(self, index: int) -> str:
         """As EnergonFolder.name, with the folder where there are several."""

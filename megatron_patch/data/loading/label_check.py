@@ -72,10 +72,12 @@ def _sample(dataset: Dataset, encoder: TaskEncoder) -> Iterator[EncodedText | Re
     """Records at equal distances, encoded or refused; records that split.yaml leaves out are passed over."""
     count = min(SAMPLE_RECORDS, len(dataset))
     image_step = max(1, count // SAMPLE_IMAGES)
-    for number, index in enumerate(np.linspace(0, len(dataset) - 1, count).astype(int).tolist()):
-        with_images = number % image_step == 0
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+    whole = [number % image_step == 0 for number in range(count)]
+    reads = dataset.reads(indices, [one or encoder.config.sizes_matter for one in whole])
+    for with_images, read in zip(whole, reads, strict=True):
         try:
-            parts = dataset[index] if with_images else encoder.read_text(dataset, index)
+            parts = read()
             if parts is not None:
                 yield encoder.encode(parts) if with_images else encoder.encode_text(cook(parts))
         except RecordError as error:

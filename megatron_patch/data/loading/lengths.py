@@ -11,7 +11,7 @@ import logging
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,12 @@ from torch.utils.data import Dataset as TorchDataset
 from megatron_patch.atomic_files import atomic_file
 from megatron_patch.data.loading.collator import as_it_is
 from megatron_patch.data.loading.config import DataConfig
-from megatron_patch.data.loading.dataset import Dataset
+from megatron_patch.data.loading.dataset import META, Dataset, Parts
 from megatron_patch.data.loading.sampler import RecordLengths
 from megatron_patch.data.loading.task_encoder import TaskEncoder
 from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.object_storage import Absent, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,14 @@ def record_lengths(dataset: Dataset, encoder: TaskEncoder, config: DataConfig) -
     file = lengths_folder(dataset) / f"llava_lengths_{_key(dataset, config)}.npy"
     records = len(dataset)
     with locked(file.with_suffix(".lock")):
+        if not file.is_file():
+            _fetch(dataset, file)
         with contextlib.suppress(OSError, ValueError):  # absent, or damaged: then measured again
             return open_lengths(file, records)
         chunks = _former_lengths(file.with_suffix(".npz"), records) or _measured(dataset, encoder)
         with atomic_file(file) as unfinished:
             write_lengths(unfinished, chunks, records)
+        _publish(dataset, file)
     return open_lengths(file, records)
 
 
@@ -132,12 +136,13 @@ class _Chunks(TorchDataset):
             raise IndexError(number)
         first = number * CHUNK_RECORDS
         indices = range(first, min(first + CHUNK_RECORDS, len(self._dataset)))
-        return np.array([self._length(index) for index in indices], dtype=np.int32).T
+        reads = self._dataset.reads(indices, [self._encoder.config.sizes_matter] * len(indices))
+        return np.array([self._length(read) for read in reads], dtype=np.int32).T
 
-    def _length(self, index: int) -> tuple[int, int]:
+    def _length(self, read: Callable[[], Parts | None]) -> tuple[int, int]:
         """(tokens, images) of a record; (0, 0) if it cannot be used."""
         try:
-            parts = self._encoder.read_text(self._dataset, index)
+            parts = read()
             if parts is None:
                 return 0, 0
             text = self._encoder.encode_text(cook(parts))
@@ -161,11 +166,28 @@ def _key(dataset: Dataset, config: DataConfig) -> str:
     return told.hexdigest()[:16]
 
 
+def _fetch(dataset: Dataset, file: Path) -> None:
+    """The file that lies beside a dataset in object storage, if one does, for the processes of this node."""
+    if store := dataset.folders[0].store:
+        with contextlib.suppress(Absent), atomic_file(file) as unfinished:
+            unfinished.write_bytes(store.read(f"{META}/{file.name}"))
+
+
+def _publish(dataset: Dataset, file: Path) -> None:
+    """Put the file beside a dataset in object storage, where that may be written."""
+    if store := dataset.folders[0].store:
+        try:
+            store.write(f"{META}/{file.name}", file.read_bytes())
+        except StorageError as error:
+            logger.warning("%s; the lengths stay on this machine, in %s", error, file)
+
+
 def lengths_folder(dataset: Dataset) -> Path:
-    """Beside the data, or where that is read-only in the temporary folder."""
-    meta = Path(dataset.folders[0].path) / ".nv-meta"
-    if os.access(meta, os.W_OK):
-        return meta
+    """Beside the data, or where that is read-only or in object storage in the temporary folder."""
+    if not dataset.folders[0].store:
+        meta = Path(dataset.folders[0].path) / META
+        if os.access(meta, os.W_OK):
+            return meta
     own = Path(tempfile.gettempdir()) / f"llava_lengths_{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
     return own

@@ -46,6 +46,7 @@ from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError, current_reason
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import IGNORE_LABEL
+from megatron_patch.object_storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ NAMED_IN_LOG = 100  # skipped records that are written to the log one by one
 # images (tiles are images of their own), the pairs of tokens of which one sees the other, and of the images those whose
 # features are cached, which the tower does not see.
 WORK = ("records", "tokens", "labels", "images", "pairs", "cached")
+
+NAME_OF_ERROR = f"{StorageError.__module__}.{StorageError.__name__}"
 
 Batch = dict[str, Any]
 Skipped = tuple[str, str, str]  # record, reason, detail
@@ -77,7 +80,8 @@ def build_train_loader(
     """
     dataset = EnergonDataset(path, "train")
     encoder = TaskEncoder(config, with_pixels)
-    check_labels(dataset, encoder, config.max_skipped_share)
+    if data_parallel_rank == 0 or not dataset.stored:  # else every rank would make the same thousand requests
+        check_labels(dataset, encoder, config.max_skipped_share)
     order, meaning = _train_order(dataset, encoder, config)
     features = FeatureCache(config.feature_cache) if config.feature_cache is not None else None
     loader = TrainLoader(
@@ -171,9 +175,11 @@ class _Batches(Dataset):
         rows: list[EncodedRecord | None] = []
         counts = {"kept": 0, "truncated": 0}
         skipped: list[Skipped] = []
-        for index in (index for position in positions for index in self.order[position]):
+        indices = [index for position in positions for index in self.order[position]]
+        reads = self.dataset.reads(indices, [self._features is None] * len(indices))
+        for index, read in zip(indices, reads, strict=True):
             try:
-                row = self._encode(index)
+                row = self._encode(index, read)
             except RecordError as error:
                 skipped.append((self.dataset.name(index), error.reason, error.detail))
                 rows.append(None)
@@ -192,9 +198,9 @@ class _Batches(Dataset):
             batch["features"] = torch.cat([self._features.none(), *(row.features for row in kept)])
         return batch, counts, skipped
 
-    def _encode(self, index: int) -> EncodedRecord:
+    def _encode(self, index: int, read: Callable[[], dict[str, Any] | None]) -> EncodedRecord:
         try:
-            parts = self.dataset[index] if self._features is None else self.dataset.read_text(index)
+            parts = read()
         except (OSError, ValueError, tarfile.TarError) as error:
             raise RecordError("malformed", f"shard: {type(error).__name__}: {error}") from error
         if parts is None:
@@ -262,18 +268,20 @@ class _Loader:
         # The loader draws a seed for its workers: from a generator of its own, for the global one belongs to training.
         generator = torch.Generator().manual_seed(self._config.seed)
         self._batches.order[position]  # far into an epoch this takes seconds: here once, not in every worker
-        return iter(
-            DataLoader(
-                self._batches,
-                batch_size=None,
-                sampler=self._positions(position),
-                num_workers=workers,
-                collate_fn=as_it_is,
-                generator=generator,
-                prefetch_factor=2 if workers else None,
-                multiprocessing_context="fork" if workers else None,
-            )
+        batches = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=self._positions(position),
+            num_workers=workers,
+            collate_fn=as_it_is,
+            generator=generator,
+            prefetch_factor=2 if workers else None,
+            multiprocessing_context="fork" if workers else None,
         )
+        try:
+            yield from batches
+        except StorageError as error:  # that of a worker carries its traceback
+            raise StorageError(str(error).rstrip().splitlines()[-1].removeprefix(f"{NAME_OF_ERROR}: ")) from None
 
     def _count(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
         """Add a batch that is being handed out; UserError when too many records had to be skipped."""

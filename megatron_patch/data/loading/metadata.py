@@ -28,13 +28,17 @@ class Split:
         return self.names[shard].decode()
 
 
-def read_split(path: str, split: str) -> Split:
-    """One split of a folder that has a `.nv-meta`.  Raises UserError: it has no such split, or one without shards."""
+def read_split(path: str, split: str, root: Path | None = None) -> Split:
+    """One split of a folder that has a `.nv-meta`, or of which `root` has a copy of it on a disk.
+
+    Raises UserError: it has no such split, or one without shards.
+    """
     remedy = "convert again with a share for each split, as in --split 9,1,0"
-    root = EPath(Path(path).absolute())
+    where = Path(root or path).absolute()
+    folder = EPath(where)
     try:
-        counts = _named(get_dataset_info(root), "shard_counts", dict)
-        content = _read_split_file(root)
+        counts = _named(get_dataset_info(folder), "shard_counts", dict)
+        content = _read_split_file(folder)
         parts = _named(content, "split_parts", dict)
         if split not in parts:
             raise UserError(f"{path}: .nv-meta/split.yaml has no split {split!r}; {remedy}")
@@ -48,7 +52,8 @@ def read_split(path: str, split: str) -> Split:
         if not found.any():
             raise UserError(f"{path}: split {split!r} has no records; {remedy}")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: split {split!r} cannot be read ({error}); {remedy}") from None
+        told = str(error).replace(str(where), path)
+        raise UserError(f"{path}: split {split!r} cannot be read ({told}); {remedy}") from None
     encoded = np.array([name.encode() for name in names])
     return Split(encoded, found, frozenset(name for name in excludes if "/" in name))
 
