@@ -2998,7 +2998,12 @@ STORED = [
     *of(
         "toolkits/multimodal_data_preprocessing/command_line.py",
         f"{OF_UPLOAD}::test_a_target_that_cannot_be_is_refused_before_anything_is_made",
-        ("the target is looked at after the conversion", "if arguments.upload is not None:", "if False:"),
+        ("the target is looked at after the conversion", "        if arguments.upload is not None:\n", "        if False:\n"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/command_line.py",
+        f"{OF_UPLOAD}::test_a_part_is_not_uploaded",
+        ("a part is uploaded", "if arguments.upload is not None and options.part is not None:", "if False:"),
     ),
 ]
 

@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], tupl
     """Convert what `make` finds: the source, and where its shards go by default.  Returns the exit code."""
     try:
         options = options_of(arguments)
+        if arguments.upload is not None and options.part is not None:
+            raise UserError("--upload is not for --part: a part is no dataset; give it to the command with --join")
         if arguments.upload is not None:
             check_target(arguments.upload)
         source, default_output = make(arguments)

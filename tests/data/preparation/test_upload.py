@@ -94,6 +94,15 @@ def test_a_target_that_cannot_be_is_refused_before_anything_is_made(url: str, to
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
 
 
+def test_a_part_is_not_uploaded(tmp_path: Path) -> None:
+    make_records(tmp_path, 22)
+    line = [sys.executable, str(TOOLS / "convert_llava_instruct_to_wds.py"), str(tmp_path / "data.json")]
+    words = ["--part", "1/2", "--upload", "msc://store/up/part"]
+    done = subprocess.run([*line, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "give it to the command with --join" in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
+
+
 @pytest.mark.slow
 def test_a_converter_uploads_at_its_end_and_a_folder_by_itself(object_store: Store, tmp_path: Path) -> None:
     make_records(tmp_path, 22)
