@@ -2685,7 +2685,11 @@ ANY_RESOLUTION = [
             "return image.width, image.height",
             "return image.height, image.width",
         ),
-        ("sizes follow the EXIF tag in any case", "if apply_exif_orientation and turned:", "if turned:"),
+        (
+            "sizes follow the EXIF tag in any case",
+            "elif apply_exif_orientation and image.getexif()",
+            "elif image.getexif()",
+        ),
     ),
     *of(
         LLAVA,
@@ -2998,7 +3002,11 @@ STORED = [
     *of(
         "toolkits/multimodal_data_preprocessing/command_line.py",
         f"{OF_UPLOAD}::test_a_target_that_cannot_be_is_refused_before_anything_is_made",
-        ("the target is looked at after the conversion", "        if arguments.upload is not None:\n", "        if False:\n"),
+        (
+            "the target is looked at after the conversion",
+            "        if arguments.upload is not None:\n",
+            "        if False:\n",
+        ),
     ),
     *of(
         "toolkits/multimodal_data_preprocessing/command_line.py",

@@ -119,12 +119,14 @@ def test_known_sizes() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_the_size_by_the_header_is_that_of_the_image(kind: str, orientation: int) -> None:
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
     saved = {} if kind in ("GIF", "BMP") else {"exif": exif}
+    if kind == "MPO":  # as telephones write them
+        saved |= {"save_all": True, "append_images": [Image.new("RGB", (20, 10))]}
     Image.new("RGB", (40, 30), (200, 10, 10)).save(file, kind, **saved)
     for turned in (True, False):
         opened = open_image(file.getvalue(), turned)

@@ -33,6 +33,7 @@ MAX_SIDE_PX = 65_500  # libjpeg's limit; Pillow keeps a pointer for every row
 SMOOTH_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 ORIENTATION = 0x0112  # EXIF's tag
 TURNED_ASIDE = (5, 6, 7, 8)  # its values that swap height and width
+ORIENTATION_IN_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where Pillow looks for it
 ROWS_AT_ONCE = 256  # of deep or transparent images, which need several copies while they are made plain
 
 # Pillow warns of odd metadata and of sizes near its own limit.  What is refused is counted here, the rest is fine.
@@ -148,13 +149,12 @@ def _size_by_header(data: bytes, apply_exif_orientation: bool) -> tuple[int, int
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "WEBP", "BMP"))
         _refuse_large(*image.size)
-        # a PNG's EXIF block may stand behind its pixels: then Pillow would have to decode those
-        turned = image.format in ("JPEG", "WEBP") or (image.format == "PNG" and b"eXIf" in data)
-        if apply_exif_orientation and turned:
-            if image.format == "PNG":
+        if apply_exif_orientation and image.format == "PNG":
+            # its orientation may stand behind its pixels: then Pillow would have to decode those
+            if any(mark in data for mark in ORIENTATION_IN_PNG):
                 return None
-            if image.getexif().get(ORIENTATION) in TURNED_ASIDE:
-                return image.width, image.height
+        elif apply_exif_orientation and image.getexif().get(ORIENTATION) in TURNED_ASIDE:
+            return image.width, image.height
         return image.height, image.width
     except RecordError:
         raise
