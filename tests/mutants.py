@@ -123,8 +123,8 @@ MODEL = [
         ),
         (
             "a trained tower gets no gradient",
-            "        if self._tower_learns:\n            return self.image_features(pixels)",
-            "        if False:\n            return self.image_features(pixels)",
+            "with contextlib.nullcontext() if self._tower_learns else",
+            "with contextlib.nullcontext() if False else",
         ),
     ),
     *of(
@@ -2795,6 +2795,15 @@ ANY_RESOLUTION = [
         "tests/conversion/test_original_layout.py::test_next_in_the_original_layout",
         ("an original NeXT is taken for 1.5", 'return "llava_next", [list(size)', 'return "llava", [list(size)'),
         ("derived configs have no grids", '"image_grid_pinpoints": config["image_grid_pinpoints"],', ""),
+    ),
+    *of(
+        LLAVA,
+        OF_ANSWERS,
+        (
+            "the tower sees the first tiles alone",
+            "parts = pixels.split(TILES_AT_ONCE)",
+            "parts = [pixels[:TILES_AT_ONCE]] * 4",
+        ),
     ),
     *of(
         "megatron_patch/inference/prompt.py",

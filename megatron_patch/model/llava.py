@@ -3,6 +3,7 @@
 Letters of shapes are explained in the package's docstring.  Stage 0 of a pipeline owns tower and projector.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
@@ -194,7 +195,7 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     }
 
 
-TILES_AT_ONCE = 32  # through a frozen tower
+TILES_AT_ONCE = 32  # through the tower, without gradients
 
 
 class ImageNewline(MegatronModule):
@@ -464,7 +465,13 @@ class LlavaModel(MegatronModule):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels uint8 [N, 3, side, side] -> [N, P, tower.hidden], for forward(); first stage only."""
-        return tower_features(self.vision_model, self.geometry.tower, pixels, self.pixel_mean, self.pixel_std)
+        # An image may be 37 tiles for few tokens: without gradients the tower's memory does not follow from that.
+        whole = self.geometry.any_resolution is None or torch.is_grad_enabled() or len(pixels) <= TILES_AT_ONCE
+        statistics = (self.pixel_mean, self.pixel_std)
+        if whole:
+            return tower_features(self.vision_model, self.geometry.tower, pixels, *statistics)
+        parts = pixels.split(TILES_AT_ONCE)
+        return torch.cat([tower_features(self.vision_model, self.geometry.tower, part, *statistics) for part in parts])
 
     def next_logits(
         self, tokens: Tensor, pixels: Tensor | None, cache: KeyValueCache, plans: Tensor | None = None
@@ -563,12 +570,8 @@ class LlavaModel(MegatronModule):
             if not self._tower_learns and not self.tower_for_text:
                 return weight.new_zeros(1, tower.image_tokens, tower.hidden)
             pixels = torch.zeros(1, 3, tower.side_px, tower.side_px, dtype=torch.uint8, device=weight.device)
-        if self._tower_learns:
+        with contextlib.nullcontext() if self._tower_learns else torch.no_grad():
             return self.image_features(pixels)
-        # An image may be 37 tiles for few tokens: what a frozen tower needs at once must not follow from the images.
-        at_once = len(pixels) if self.geometry.any_resolution is None else TILES_AT_ONCE
-        with torch.no_grad():
-            return torch.cat([self.image_features(tiles) for tiles in pixels.split(at_once)])
 
     def _on_this_context_rank(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """States [B, S, ...] -> [B, S / CP, ...], this rank's positions."""

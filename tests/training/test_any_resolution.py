@@ -17,8 +17,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
+from megatron_patch.data.conversation import Exchange
 from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset
 from megatron_patch.data.loading.loader import build_train_loader
+from megatron_patch.data.record import cook
+from megatron_patch.inference import Request, Sampling, open_engine
 from megatron_patch.llava_folder import LlavaFolder
 from tests import tiny_models
 from tests.model.test_any_resolution import judges_images
@@ -138,6 +142,47 @@ def test_packed_rows_are_equal_however_they_are_cut(kind: str, workspaces: dict,
         worst = max(abs(found[i] / expected[i] - 1) for i in expected)
         print(f"{kind}, packed: largest relative difference {worst:.1e}")
         assert worst <= 7e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_during_training_are_those_of_the_export(kind: str, workspaces: dict, tmp_path: Path) -> None:
+    """Of the first records of the validation split, at PP2; the export answers through transformers."""
+    workspace, output = workspaces[kind], tmp_path / "out"
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "TRAIN_ITERS": 2, "PP": 2}
+    run(workspace, output, **settings, EVAL_INTERVAL=2, SAMPLE_ANSWERS=5)
+    told = [json.loads(line) for line in (output / "answers/iter_0000002.jsonl").read_text().splitlines()]
+    convert_to_huggingface(output / "checkpoint", tmp_path / "exported", precision="fp32", model_size="tiny")
+    dataset = Dataset(str(workspace.dataset), "val")
+    records = [cook(dataset[index]) for index in range(5)]
+    asked = [
+        Request(record.record_id, (Exchange(record.exchanges[0].question, None),), record.images) for record in records
+    ]
+    assert {len(record.images) for record in records} >= {0, 1, 2}, "records of one kind prove little"
+    with open_engine(tmp_path / "exported") as engine:
+        answers = [engine.answer([one], Sampling(max_new_tokens=32))[0].text for one in asked]
+    assert [line["answer"].strip() for line in told] == answers
+
+
+@pytest.mark.slow
+def test_inspection_shows_grids_and_tiles(workspaces: dict, tmp_path: Path) -> None:
+    workspace = workspaces["llava_next"]
+    script = ROOT / "toolkits/multimodal_data_preprocessing/inspect_dataset.py"
+    words = [
+        str(workspace.dataset),
+        "--checkpoint",
+        str(workspace.checkpoint),
+        "--template",
+        "mistral",
+        "--count",
+        "12",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(script), *words, "--output", str(tmp_path / "report")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report/report.html").read_text()
+    assert "(1 x 2 tiles)" in page and "(3 x 1 tiles)" in page and page.count("data:image/png") > 30
 
 
 def test_stage_1_shows_single_tiles_and_keeps_the_newline(workspaces: dict, tmp_path: Path) -> None:
