@@ -6,7 +6,6 @@ the gradient of image_newline.
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_patch.conversion import convert_to_megatron
 from megatron_patch.data.image import image_to_grid, image_to_pixels
 from megatron_patch.geometry import read_geometry_of
 from tests import tiny_models
-from tests.model.test_parity import PARALLELISMS, WEIGHTS, forward_and_backward, run_cases
+from tests.model.test_parity import PARALLELISMS, WEIGHTS, forward_and_backward, pack, run_cases
 
 # kind, family -> tower
 CASES = {
@@ -81,16 +80,6 @@ def make_batch(folder: Path, kind: str, seed: int) -> tuple[dict[str, torch.Tens
         "pixels": torch.cat(pixels),
         "plans": torch.tensor(plans),
     }, images
-
-
-def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The records behind each other in one row, each padded to a multiple of 4 (2 * CP)."""
-    lengths = [-(-int((row != 0).sum()) // 4) * 4 for row in batch["tokens"]]
-    row = {
-        name: torch.cat([record[:length] for record, length in zip(batch[name], lengths, strict=True)])[None]
-        for name in ("tokens", "labels")
-    }
-    return row | {"cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)}
 
 
 @pytest.fixture(scope="module")
