@@ -2640,6 +2640,10 @@ ANY_RESOLUTION = [
         ),
         ("features are shrunk later", "if ratio > 1.1 else kept", "if ratio > 1.2 else kept"),
         ("no newline is counted", "shown[0] * (shown[1] + 1)", "shown[0] * shown[1]"),
+    ),
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_of_grids_that_show_as_much_the_smaller_is_taken",
         ("the grid that wastes least is not looked for", "and wasted < least_wasted", "and False"),
     ),
     *of(
@@ -2710,7 +2714,7 @@ ANY_RESOLUTION = [
     ),
     *of(
         LLAVA,
-        f"{OF_NEW_RUNS}::test_stage_1_shows_single_tiles_and_keeps_the_newline",
+        f"{OF_NEW_RUNS}::test_stage_1_trains_the_projector_alone",
         (
             "image_newline is trained with a frozen LLM",
             "(self.image_newline, self.frozen.language_model)",

@@ -95,6 +95,17 @@ def test_pixels_equal_those_of_transformers(name: str) -> None:
         assert ours.dtype == np.uint8 and np.array_equal(ours, expected), size
 
 
+def test_of_grids_that_show_as_much_the_smaller_is_taken() -> None:
+    """Whatever their order; in those of the published models the smaller one comes first."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    candidates = ((672, 672), (336, 672), (672, 336))
+    rule = AnyResolution(candidates, 336, 24)
+    for size in ((300, 600), (600, 300), (300, 300), (672, 672), (900, 900)):
+        assert rule.grid_size(size) == select_best_resolution(size, list(candidates))
+    assert rule.grid_size((300, 600)) == (336, 672)
+
+
 def test_several_images_of_one_record_are_padded_squares_in_onevision_only() -> None:
     judge, rule = processor("OneVision"), RULES["OneVision"]
     images = [

@@ -185,19 +185,24 @@ def test_inspection_shows_grids_and_tiles(workspaces: dict, tmp_path: Path) -> N
     assert "(1 x 2 tiles)" in page and "(3 x 1 tiles)" in page and page.count("data:image/png") > 30
 
 
-def test_stage_1_shows_single_tiles_and_keeps_the_newline(workspaces: dict, tmp_path: Path) -> None:
-    """As in the original code: one tile of each image, no newline in the text, image_newline frozen with the LLM."""
+@pytest.mark.parametrize(
+    ("aspect", "longest"),
+    [("anyres", 384), pytest.param("crop", 128, marks=pytest.mark.slow)],
+    ids=["grids", "one tile"],
+)
+def test_stage_1_trains_the_projector_alone(aspect: str, longest: int, workspaces: dict, tmp_path: Path) -> None:
+    """image_newline is frozen with the LLM; with crop there is one tile of each image, as in the original stage 1."""
     workspace, output = workspaces["llava_next"], tmp_path / "out"
-    frozen = {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "IMAGE_ASPECT_RATIO": "crop"}
-    settings = {"TRAIN_ITERS": 3, "DECODER_SEQ_LEN": 128, "CONVERSATION_TEMPLATE": "mistral", **frozen}
+    frozen = {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "IMAGE_ASPECT_RATIO": aspect}
+    settings = {"TRAIN_ITERS": 3, "DECODER_SEQ_LEN": longest, "CONVERSATION_TEMPLATE": "mistral", **frozen}
     run(workspace, output, **settings)
     exported = tmp_path / "exported"
     convert_to_huggingface(output / "checkpoint", exported, precision="fp32", model_size="tiny")
     before, after = (load_file(f / "model.safetensors") for f in (workspace.checkpoint.parent / "hf", exported))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector"}
-    assert LlavaFolder(exported).settings.image_aspect_ratio == "crop"
-    # three images of 16 tokens each at most, where a grid would take up to 88 for one
+    assert LlavaFolder(exported).settings.image_aspect_ratio == aspect
+    # three images of 16 tokens each fit into 128, where a grid may take 88 for one: none is left out as too long
     summary = json.loads((output / "summary.json").read_text())
     assert summary["records"]["kept"] == 3 * 8 and not summary["records"].get("skipped")
 
