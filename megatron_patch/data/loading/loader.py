@@ -237,6 +237,25 @@ class _Positions(Sampler[Sequence[int]]):
             position += self._stride
 
 
+class _InOneSentence:
+    """Micro-batches of torch's iterator; of a worker's StorageError, which carries a traceback, the sentence is kept.
+
+    No generator: a suspended one is part of a cycle, and workers would end only when somebody collects garbage.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> "_InOneSentence":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StorageError as error:
+            raise StorageError(str(error).rstrip().splitlines()[-1].removeprefix(f"{NAME_OF_ERROR}: ")) from None
+
+
 class _Loader:
     """What train and valid loaders share: positions, workers, and the record counters taken."""
 
@@ -278,10 +297,7 @@ class _Loader:
             prefetch_factor=2 if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        try:
-            yield from batches
-        except StorageError as error:  # that of a worker carries its traceback
-            raise StorageError(str(error).rstrip().splitlines()[-1].removeprefix(f"{NAME_OF_ERROR}: ")) from None
+        return _InOneSentence(iter(batches))
 
     def _count(self, counts: dict[str, int], skipped: list[Skipped]) -> None:
         """Add a batch that is being handed out; UserError when too many records had to be skipped."""
