@@ -231,8 +231,8 @@ def test_a_tower_is_one_row(tmp_path, monkeypatch) -> None:
 def test_a_whole_model_of_another_kind_is_refused_with_the_rows(tmp_path) -> None:
     """The launcher lets every model_type that begins with llava through; the rows decide."""
     llm = tiny_models.make_tiny_llm(tmp_path / "llm", "llama")
-    rename(llm, "llava_next", {})
-    with pytest.raises(UserError, match=f"'llava_next'; known: {', '.join(LANGUAGE_MODELS)}"):
+    rename(llm, "llava_next_video", {})
+    with pytest.raises(UserError, match=f"'llava_next_video'; known: {', '.join(LANGUAGE_MODELS)}"):
         convert_to_megatron(llm, None, tmp_path / "refused", model_size="tiny", precision="fp32")
 
 
@@ -360,8 +360,8 @@ def test_what_cuda_says(tmp_path, monkeypatch) -> None:
 
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
-ROWS = """LLM family|vision tower|conversation template|source format of data|benchmark|launcher argument|cluster
-engine that answers|accelerator|Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
+ROWS = """LLM family|vision tower|kind of LLaVA|conversation template|source format of data|benchmark|launcher argument
+cluster|engine that answers|accelerator|Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
 
 
 def test_contributing_names_a_file_for_each_change() -> None:

@@ -205,9 +205,11 @@ def test_it_imports_nothing_beyond_the_standard_library_and_the_models_figures()
         "geometry",
         "language_models",
         "length_mix",
+        "llava_kinds",
         "step_balance",
         "step_flop",
         "step_time",
+        "tile_plan",
         "vision_towers",
     }
 

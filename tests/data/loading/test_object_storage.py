@@ -116,7 +116,7 @@ def test_lengths_are_measured_once_and_lie_beside_the_data(
     another = tmp_path / "another machine"
     another.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(another))
-    monkeypatch.setattr("megatron_patch.data.loading.lengths.count_lengths", None)  # must not be asked again
+    monkeypatch.setattr("megatron_patch.data.loading.lengths._measured", None)  # must not be asked again
     assert_equal_batches(take(build_train_loader(URLS[0], settings, 0, 1), 10), wanted)
     store.client.delete_object(Bucket=BUCKET, Key=name)
 
@@ -129,7 +129,7 @@ def test_lengths_stay_here_where_the_store_may_not_be_written(
         loader = build_train_loader(URLS[0], settings, 0, 1)
     assert_equal_batches(take(loader, 10), take(build_train_loader(folder, settings, 0, 1), 10))
     assert "access is denied (403 Forbidden)" in caplog.text and "the lengths stay on this machine" in caplog.text
-    assert len(list(tmp_path.glob("llava_lengths_*/llava_lengths_*.npz"))) == 1
+    assert len(list(tmp_path.glob("llava_lengths_*/llava_lengths_*.npy"))) == 1
     assert not [name for name in store.names() if "llava_lengths_" in name]
 
 

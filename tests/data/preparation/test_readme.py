@@ -62,15 +62,19 @@ def make_sources(root: Path) -> None:
 def test_commands_of_the_readme(tmp_path) -> None:
     make_sources(tmp_path)
     (tmp_path / "toolkits").symlink_to(ROOT / "toolkits")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment = environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         if "benchmark" in block:
             continue  # below, in small
         done = subprocess.run(
             ["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
+        if "s3://bucket" in block:  # which is nobody's: the words are right, and that is said
+            assert done.returncode == 2 and "no credentials found" in done.stderr, f"{block}\n{done.stderr}"
+            continue
         assert done.returncode == 0, f"{block}\n{done.stderr}"
     expected = {
         "LLaVA-Pretrain/wds": 30,
@@ -95,7 +99,7 @@ def test_options_and_reasons_of_the_readme_exist() -> None:
             *(FOLDER / f"{name}.py" for name in ("benchmark_conversion", "cache_tower_features", "inspect_dataset")),
         ]
     )
-    own = "".join(line for line in README.splitlines(True) if not re.search(r"sbatch|ray start", line))
+    own = "".join(line for line in README.splitlines(True) if not re.search(r"sbatch|ray start|Megatron's", line))
     named = set(re.findall(r"--[a-z][a-z-]+", own))
     assert named <= set(re.findall(r"--[a-z][a-z-]+", helps)), named
     rows = README.split("| reason | meaning |")[1].split("\n\n")[0].splitlines()[2:]
