@@ -7,6 +7,7 @@ there once more, from the bytes of the records on.
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,16 +150,16 @@ def test_packed_rows_are_equal_however_they_are_cut(kind: str, workspaces: dict,
 def test_answers_during_training_are_those_of_the_export(kind: str, workspaces: dict, tmp_path: Path) -> None:
     """Of the first records of the validation split, at PP2; the export answers through transformers."""
     workspace, output = workspaces[kind], tmp_path / "out"
-    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "TRAIN_ITERS": 2, "PP": 2}
-    run(workspace, output, **settings, EVAL_INTERVAL=2, SAMPLE_ANSWERS=5)
-    told = [json.loads(line) for line in (output / "answers/iter_0000002.jsonl").read_text().splitlines()]
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "TRAIN_ITERS": 3, "PP": 2}
+    run(workspace, output, **settings, EVAL_INTERVAL=3, SAMPLE_ANSWERS=9)
+    told = [json.loads(line) for line in (output / "answers/iter_0000003.jsonl").read_text().splitlines()]
     convert_to_huggingface(output / "checkpoint", tmp_path / "exported", precision="fp32", model_size="tiny")
     dataset = Dataset(str(workspace.dataset), "val")
-    records = [cook(dataset[index]) for index in range(5)]
+    records = [cook(dataset[index]) for index in range(9)]
     asked = [
         Request(record.record_id, (Exchange(record.exchanges[0].question, None),), record.images) for record in records
     ]
-    assert {len(record.images) for record in records} >= {0, 1, 2}, "records of one kind prove little"
+    assert len({len(record.images) for record in records}) >= 3, "records of one kind prove little"
     with open_engine(tmp_path / "exported") as engine:
         answers = [engine.answer([one], Sampling(max_new_tokens=32))[0].text for one in asked]
     assert [line["answer"].strip() for line in told] == answers
@@ -182,7 +183,9 @@ def test_inspection_shows_grids_and_tiles(workspaces: dict, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report/report.html").read_text()
-    assert "(1 x 2 tiles)" in page and "(3 x 1 tiles)" in page and page.count("data:image/png") > 30
+    grids = set(re.findall(r"\((\d x \d) tiles\)", page))
+    assert {"1 x 3", "3 x 1"} <= grids, grids
+    assert page.count("data:image/png") > 30, "tiles are not shown"
 
 
 @pytest.mark.parametrize(
