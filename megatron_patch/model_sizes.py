@@ -18,6 +18,9 @@ MODEL_SIZES: dict[str, tuple[int, int]] = {
     "32B": (20_000_000_000, 45_000_000_000),  # Qwen2.5-32B
     "72B": (45_000_000_000, 100_000_000_000),  # Qwen2.5-72B, Llama-2-70B
 }
+# Models whose name says another size than their weights have: rubraAI's Mistral-7B-Instruct-v0.3 has grown to 8.1
+# billion, and stays 7B in its name and in guides.
+ALSO = {"7B": (8_050_000_000, 8_200_000_000)}
 
 
 def size_name(parameters: int) -> str | None:
@@ -37,7 +40,8 @@ def check_model_size(name: str, parameters: int) -> None:
     if name not in MODEL_SIZES:
         raise UserError(f"MODEL_SIZE {name!r} is unknown; wanted one of {', '.join(MODEL_SIZES)}")
     fitting = size_name(parameters)
-    if fitting != name:
+    also_low, also_high = ALSO.get(name, (0, 0))
+    if fitting != name and not also_low <= parameters < also_high:
         low, high = MODEL_SIZES[name]
         remedy = f"pass {fitting}" if fitting else "it is larger than every known size"
         raise UserError(

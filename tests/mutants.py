@@ -2626,6 +2626,12 @@ OF_NEW_CONVERSIONS = "tests/conversion/test_any_resolution.py"
 OF_ANSWERS = "tests/inference/test_any_resolution.py::test_both_engines_give_transformers_greedy_tokens"
 ANY_RESOLUTION = [
     *of(
+        "megatron_patch/model_sizes.py",
+        "tests/conversion/test_room.py::test_a_model_may_have_the_size_of_its_name",
+        ("names of models are no sizes", "and not also_low <= parameters < also_high:", "and True:"),
+        ("every larger model is a 7B", '"7B": (8_050_000_000, 8_200_000_000)', '"7B": (7_800_000_000, 8_200_000_000)'),
+    ),
+    *of(
         TILE_PLAN,
         f"{OF_TILES}::test_as_many_tokens_as_in_transformers",
         (

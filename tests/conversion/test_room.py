@@ -88,6 +88,14 @@ def test_model_sizes_touch():
         check_model_size("72B", 200_000_000_000)
 
 
+def test_a_model_may_have_the_size_of_its_name():
+    """rubraAI's Mistral-7B-Instruct-v0.3, of 8.1 billion; Llama-3-8B, of 8.03, is no 7B."""
+    check_model_size("7B", 8_110_000_000)
+    check_model_size("8B", 8_110_000_000)
+    with pytest.raises(UserError, match="pass 8B"):
+        check_model_size("7B", 8_030_261_248)
+
+
 def test_running_layers():
     assert [running_layers(24, layer) for layer in (-2, -1, 23, 0, -25)] == [23, 24, 23, 0, 0]
     for wrong in ([-2], -26, 25, "x", None):

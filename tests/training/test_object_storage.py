@@ -87,7 +87,7 @@ def test_the_losses_of_a_run_from_disk_whatever_the_network_does(
 
     def restart() -> None:
         struck.append(faults.struck)
-        faults.cut_after = 0
+        faults.cut_after, faults.every = 0, 1
         store.proxy.down()
         store.kill()
         store.start()
