@@ -2593,7 +2593,7 @@ FSDP = [
     ),
     *of(
         "megatron_patch/patches/torch_fsdp2.py",
-        "tests/training/test_fsdp.py::test_nodes_hold_the_weights_once_each",
+        "tests/patches/test_torch_fsdp2.py::test_hybrid_shares_weights_out_within_a_node",
         ("hybrid is full", 'if get_args().fsdp != "hybrid" or group.size()', "if True or group.size()"),
     ),
     *of(

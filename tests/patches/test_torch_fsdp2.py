@@ -1,0 +1,40 @@
+"""Which ranks share a weight out between them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# (FSDP, ranks of a node) -> the mesh of four ranks: all of them, or (nodes, ranks of a node)
+MESHES = {
+    ("full", 2): (4,),
+    ("grad", 2): (4,),
+    ("hybrid", 4): (4,),
+    ("hybrid", 2): (2, 2),
+    ("hybrid", 1): (4, 1),
+}
+CODE = f"""
+import os
+from types import SimpleNamespace
+import torch
+from megatron.training.global_vars import set_args
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron_patch.patches.torch_fsdp2 import _mesh
+torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+args = SimpleNamespace(tensor_model_parallel_size=1)
+set_args(args)
+for args.fsdp, of_node in {list(MESHES)}:
+    os.environ["LOCAL_WORLD_SIZE"] = str(of_node)
+    print(tuple(_mesh(torch.distributed.group.WORLD, "cpu").shape))
+"""
+
+
+def test_hybrid_shares_weights_out_within_a_node() -> None:
+    """torch's fake processes know each other's places and send nothing."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-len(MESHES) :] == [str(shape) for shape in MESHES.values()]
