@@ -7,9 +7,8 @@ import numpy as np
 from megatron_patch.arguments import auto_template
 from megatron_patch.data.answer import AnswerReader
 from megatron_patch.data.conversation import IMAGE_MARK, ConversationEncoder, Exchange
-from megatron_patch.data.image import image_size
 from megatron_patch.data.loading.config import DataConfig
-from megatron_patch.data.loading.task_encoder import decode_images, plan_numbers
+from megatron_patch.data.loading.task_encoder import decode_images, image_sizes, plan_numbers
 from megatron_patch.data.record import image_in_front
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.templates import find_template
@@ -74,8 +73,8 @@ class PromptEncoder:
     def _encode(self, request: Request) -> Prompt:
         turns = _with_marks(request)
         images, config = [_bytes_of(image) for image in request.images], self._config
-        sizes = [image_size(data, config.apply_exif_orientation) for data in images] if config.sizes_matter else []
-        plans = [config.image_plan(size, len(images)) for size in sizes or [None] * len(images)]
+        sizes = image_sizes(images, config)
+        plans = [config.image_plan(size, len(images)) for size in sizes]
         encoded = self._conversation.encode(turns, request.system, [plan.tokens for plan in plans])
         if len(encoded.ids) >= self.max_tokens:
             raise RecordError(
@@ -85,7 +84,7 @@ class PromptEncoder:
         if self._takes_questions and not turns[-1].question.replace(IMAGE_MARK, "").strip():
             raise RecordError("malformed", "the prompt is empty")
         tokens, pixels = np.asarray(encoded.ids, dtype=np.int64), decode_images(images, config)
-        return Prompt(request.id, tokens, pixels, plan_numbers(plans), tuple(sizes))
+        return Prompt(request.id, tokens, pixels, plan_numbers(plans), tuple(filter(None, sizes)))
 
 
 def _with_marks(request: Request) -> list[Exchange]:

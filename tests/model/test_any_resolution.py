@@ -115,16 +115,5 @@ def test_logits_loss_and_gradients_equal_transformers(
     parallelism: str, make_case: Callable[[str, str], dict], tmp_path: Path
 ) -> None:
     cases = [make_case(*case) for case in CASES]
-    plan = PARALLELISMS[parallelism] | {
-        "length": 512,
-        "weights": WEIGHTS,
-        "cases": [
-            {
-                "checkpoint": str(case["folder"] / "checkpoint"),
-                "batch": str(case["folder"] / "batch.pt"),
-                "result": str(tmp_path / case["family"]),
-            }
-            for case in cases
-        ],
-    }
+    plan = PARALLELISMS[parallelism] | {"length": 512, "weights": WEIGHTS}
     run_cases(plan, cases, tmp_path, parallelism)

@@ -194,23 +194,18 @@ def test_logits_loss_and_gradients_equal_transformers(
     parallelism: str, families: tuple[str, ...], make_case: Callable[[str], dict], tmp_path: Path
 ) -> None:
     cases = [make_case(family) for family in families if fits(family, PARALLELISMS[parallelism])]
-    plan = PARALLELISMS[parallelism] | {
-        "weights": WEIGHTS,
-        "cases": [
-            {
-                "checkpoint": str(case["folder"] / "checkpoint"),
-                "batch": str(case["folder"] / "batch.pt"),
-                "result": str(tmp_path / case["family"]),
-            }
-            for case in cases
-        ],
-    }
+    plan = PARALLELISMS[parallelism] | {"weights": WEIGHTS}
     run_cases(plan, cases, tmp_path, parallelism)
 
 
 def run_cases(plan: dict, cases: list[dict], tmp_path: Path, parallelism: str) -> None:
     """Start the worker's processes on a plan, and compare() what each case gave."""
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    folders = {case["family"]: case["folder"] for case in cases}
+    told = [
+        {"checkpoint": f"{folder}/checkpoint", "batch": f"{folder}/batch.pt", "result": str(tmp_path / family)}
+        for family, folder in folders.items()
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"cases": told}))
     processes = plan["tensor"] * plan["pipeline"] * plan["context"]
     done = subprocess.run(
         [

@@ -142,7 +142,8 @@ def collect_figures(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[in
     figures = Figures()
     for index in indices:
         try:
-            parts = dataset[index] if with_images else encoder.read_text(dataset, index)
+            whole = with_images or encoder.config.sizes_matter
+            parts = dataset[index] if whole else dataset.read_text(index)
             if parts is None:
                 raise RecordError("excluded", "named in the folder's split.yaml")
             record = cook(parts)

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_patch.data.conversation import ConversationEncoder
 from megatron_patch.data.image import image_size, image_to_grid, image_to_tiles, open_image
 from megatron_patch.data.loading.config import DataConfig
-from megatron_patch.data.loading.dataset import Dataset
 from megatron_patch.data.record import Record, cook
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.geometry import IGNORE_LABEL
@@ -71,10 +70,14 @@ def decode_images(images: Sequence[bytes], config: DataConfig) -> np.ndarray:
     return np.concatenate(tiles)
 
 
+def image_sizes(images: Sequence[bytes], config: DataConfig) -> list[tuple[int, int] | None]:
+    """(height, width) of each image, upright if config says so; None where sizes do not matter.  Raises RecordError."""
+    return [image_size(data, config.apply_exif_orientation) if config.sizes_matter else None for data in images]
+
+
 def plan_images(images: Sequence[bytes], config: DataConfig) -> tuple[TilePlan, ...]:
     """Plan of each image of a record, by its header where sizes matter.  Raises RecordError."""
-    sizes = [image_size(data, config.apply_exif_orientation) if config.sizes_matter else None for data in images]
-    return tuple(config.image_plan(size, len(images)) for size in sizes)
+    return tuple(config.image_plan(size, len(images)) for size in image_sizes(images, config))
 
 
 def plan_numbers(plans: Sequence[TilePlan]) -> np.ndarray:
@@ -111,13 +114,6 @@ class TaskEncoder:
         for data in record.images:
             open_image(data, self.config.apply_exif_orientation)
         return EncodedRecord(**vars(text), pixels=None)
-
-    def read_text(self, dataset: Dataset, index: int) -> dict[str, Any] | None:
-        """The parts of a sample that encode_text() needs: the images too where their sizes matter.
-
-        Raises OSError, ValueError or TarError as the dataset.
-        """
-        return dataset[index] if self.config.sizes_matter else dataset.read_text(index)
 
     def encode_text(self, record: Record) -> EncodedText:
         """Record -> everything but its pixels; the images are not decoded.  Raises RecordError."""

@@ -62,8 +62,10 @@ def make_sources(root: Path) -> None:
 def test_commands_of_the_readme(tmp_path) -> None:
     make_sources(tmp_path)
     (tmp_path / "toolkits").symlink_to(ROOT / "toolkits")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environment = environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     assert len(blocks) == 9
     for block in blocks:
