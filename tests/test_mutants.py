@@ -66,6 +66,7 @@ def test_a_mutant_that_fits_no_more_is_refused(capsys: pytest.CaptureFixture) ->
         assert main([], [mutant]) == 1 and "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tests_that_fail_without_a_fault_prove_nothing() -> None:
     absent = Mutant("unseen", FOUND.file, FOUND.old, FOUND.new, ("tests/conversion/test_room.py::test_absent",))
     with pytest.raises(MutantError, match="do not pass without a fault"):

@@ -4,13 +4,13 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.launchers.launching import ROOT, STAGE_1, STAGE_2, Inputs, start
+from tests.warm import interpreter
 
 PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
 ACTIVATIONS = ("sel", "full", "offload", "false", "true")
@@ -25,11 +25,11 @@ def megatron_reads(commands: list[list[str]], world_size: int) -> list[dict]:
         first = next(index for index, word in enumerate(words) if word.endswith("pretrain_llava.py"))
         cases.append({"world_size": world_size, "words": words[first + 1 :]})
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests/launchers/megatron_parser.py")],
+        [interpreter.python(), str(ROOT / "tests/launchers/megatron_parser.py")],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | interpreter.ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         check=True,
     )
     return json.loads(result.stdout)
@@ -45,9 +45,11 @@ def commands_of(script, all_words: list[list[str]]) -> list[list[str]]:
         return list(pool.map(command, all_words))
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_every_precision_and_memory_saving_together(every: int, inputs: Inputs):
-    """every: one of so many combinations; of three, each value meets each other one."""
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(slice(None), marks=pytest.mark.slow, id="all"), pytest.param(slice(2, None, 7), id="pairs")]
+)
+def test_every_precision_and_memory_saving_together(chosen: slice, inputs: Inputs):
+    """All combinations, or so few of them that each value still meets each other one."""
     cases = [
         dict(PR=precision, AC=activations, DO=shared, FL=flash, OPTIMIZER_OFFLOAD=offload)
         for precision, activations, shared, flash, offload in itertools.product(
@@ -56,7 +58,7 @@ def test_every_precision_and_memory_saving_together(every: int, inputs: Inputs):
         if shared == "true" or offload == "false"  # the others are refused
     ]
     assert len(cases) == 160
-    cases = cases[::every]
+    cases = cases[chosen]
     pairs = {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
     assert len(pairs) == 20 + 8 + 8 + 12 + 10 + 10 + 15 + 4 + 4 + 6
     found = megatron_reads(commands_of(STAGE_1, [inputs.training(**case) for case in cases]), 8)

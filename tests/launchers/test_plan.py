@@ -145,7 +145,7 @@ def test_rules_hold_for_jobs_that_are_planned_and_rehearsed(inputs: Inputs):
 
 def job(workspace: Workspace, output: Path, **changes: object) -> tuple[list[str], dict[str, str]]:
     """A launcher's name and arguments, and its environment."""
-    words, environment = command(workspace, output, PYTHON=sys.executable, **changes)
+    words, environment = command(workspace, output, **changes)
     return [Path(words[1]).name, *words[2:]], environment
 
 

@@ -1,11 +1,7 @@
 """Which ranks share a weight out between them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.programs import in_warm_process
 
-ROOT = Path(__file__).resolve().parents[2]
 # (FSDP, ranks of a node) -> the mesh of four ranks: all of them, or (nodes, ranks of a node)
 MESHES = {
     ("full", 2): (4,),
@@ -32,9 +28,5 @@ for args.fsdp, of_node in {list(MESHES)}:
 
 def test_hybrid_shares_weights_out_within_a_node() -> None:
     """torch's fake processes know each other's places and send nothing."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-len(MESHES) :] == [str(shape) for shape in MESHES.values()]
+    printed = in_warm_process(CODE)
+    assert printed.splitlines()[-len(MESHES) :] == [str(shape) for shape in MESHES.values()]

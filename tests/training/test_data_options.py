@@ -35,14 +35,8 @@ def test_the_account_of_records_is_in_log_and_tensorboard(packed: tuple[str, Pat
         assert int(events.Scalars(f"records/{tag}")[-1].value) == int(last)
 
 
-@pytest.mark.parametrize(
-    "parallelism",
-    [
-        {"PP": 2},
-        pytest.param({"CP": 2, "TP": 2}, marks=pytest.mark.slow),
-        pytest.param({"NPROC_PER_NODE": 2, "DO": "true"}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # packed rows at CP2 are in test_parallelism
+@pytest.mark.parametrize("parallelism", [{"PP": 2}, {"CP": 2, "TP": 2}, {"NPROC_PER_NODE": 2, "DO": "true"}])
 def test_packed_runs_agree_with_one_process(
     parallelism: dict, packed: tuple[str, Path], damaged: Workspace, tmp_path: Path
 ) -> None:

@@ -43,7 +43,7 @@ CASES = {
     "bf16, TP2": ({"PR": "bf16"}, {"TP": 2}),
     "stage 2": ({"FREEZE_LANGUAGE_MODEL": "false"}, {"TP": 2}),
 }
-SLOW = ("one process", "packed, PP2", "stage 2", "packed, CP2 x TP2", "tiles", "bf16", "bf16, TP2", "PP2, workers")
+DEFAULT = ("one process",)
 
 
 def cache(workspace: Workspace, output: Path, *words: str, expected_exit: int = 0) -> str:
@@ -91,7 +91,9 @@ def without(damaged: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return find
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in CASES]
+)
 def test_the_run_is_the_one_without(
     case: str, caches: Callable, without: Callable, damaged: Workspace, tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_dropout_is_of_training_alone(workspace: Workspace, begin: Path, tmp_pat
 # ---------------------------------------------------------------- exports
 
 
+@pytest.mark.slow
 def test_peft_and_the_merged_export_answer_alike(workspace: Workspace, trained: Path, tmp_path: Path) -> None:
     adapter = exported(workspace, trained / "checkpoint", tmp_path / "adapter", "peft")
     merged = exported(workspace, trained / "checkpoint", tmp_path / "merged", "hub")
