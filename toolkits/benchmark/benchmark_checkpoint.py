@@ -1,11 +1,13 @@
 """Saving and loading a checkpoint beside `cp` and `sync` of the same files, in one run, in turns.
 
     python toolkits/benchmark/benchmark_checkpoint.py [--shape 135M] [--rounds 5] [--processes 1] [--work DIR]
+    python toolkits/benchmark/benchmark_checkpoint.py --shape 7B-4-layers --lora-rank 16
 
 A run of the launcher trains an iteration, saves and ends; the next one loads that, trains and saves again: so ROUNDS
 saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds are those of Megatron's own timers, of
 the slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the
-load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows.
+load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows.  With
+--lora-rank the base is copied too: what every save would write at least if it held all weights.
 """
 
 import argparse
@@ -67,6 +69,11 @@ def copy_and_sync(source: Path, target: Path) -> float:
     return seconds
 
 
+def gigabytes(folder: Path) -> float:
+    """Of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+
+
 def row(name: str, size_gb: float, seconds: Sequence[float], copies: Sequence[float]) -> str:
     """Of the table."""
     rates = [size_gb / found for found in seconds]
@@ -81,17 +88,22 @@ def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict
     write_records(work / "data", shape, 4 * shape.micro_batch * processes * (rounds + 1))
     convert_to_megatron(work / "model", None, work / "checkpoint", precision="fp32", model_size=shape.size)
     train(shape, work, 1, processes, options)
-    found: dict[str, list[float]] = {"load": [], "save": [], "copy": []}
+    base = work / "checkpoint/release"
+    found: dict[str, list[float]] = {"load": [], "save": [], "copy": [], "base": []}
     for number in tqdm(range(rounds), leave=False):
         timers = train(shape, work, number + 2, processes, options)
         (saved,) = (work / "run/checkpoint").glob("iter_*")
         timers["copy"] = copy_and_sync(saved, work / "copied")
+        timers["base"] = copy_and_sync(base, work / "copied") if "LORA_RANK" in options else 0.0
         for name, seconds in timers.items():
             found[name].append(seconds)
-    size_gb = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) / 1e9
+    size_gb = gigabytes(saved)
     print(f"{size_gb:.2f} GB, {processes} process{'es' if processes > 1 else ''}, medians of {rounds} rounds")
     for name, label in (("copy", "cp + sync"), ("save", "save"), ("load", "load")):
         print(row(label, size_gb, found[name], found["copy"]))
+    if "LORA_RANK" in options:
+        of_base = f"{gigabytes(base):.2f} GB, cp + sync {statistics.median(found['base']):.2f} s"
+        print(f"the base, weights alone: {of_base}; the checkpoint is {size_gb / gigabytes(base):.1%} of it")
 
 
 def main() -> None:
@@ -103,8 +115,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="data-parallel, with a distributed optimizer")
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--work", type=Path, help="folder on the disk to be measured; default: a temporary one")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: the language model")
     given = parser.parse_args()
     options = {"ASYNC_SAVE": str(given.async_save).lower()}
+    if given.lora_rank:
+        options["LORA_RANK"] = str(given.lora_rank)
     with tempfile.TemporaryDirectory(prefix="benchmark_checkpoint_", dir=given.work) as folder:
         measure(SHAPES[given.shape], Path(folder), given.rounds, given.processes, options)
 

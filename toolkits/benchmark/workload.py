@@ -62,6 +62,7 @@ SHAPES = {
         },
         CLIP_L, 224, 14, 40, 4, family="Qwen2", size="0.5B",
     ),
+    "7B-4-layers": Shape(SEVEN_B | {"num_hidden_layers": 4}, SMALL_TOWER, 28, 7, 40, 1, size="1B"),
     "7B-256+40": Shape(SEVEN_B, CLIP_L, 224, 14, 40, 32, 8, size="7B", weights=False),
     "7B-576+40": Shape(SEVEN_B, CLIP_L, 336, 14, 40, 16, 8, size="7B", weights=False),
     "7B-576+300": Shape(SEVEN_B, CLIP_L, 336, 14, 300, 4, 8, size="7B", weights=False),
