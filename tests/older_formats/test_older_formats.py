@@ -106,11 +106,13 @@ def test_the_checkpoint_exports_the_same(folder: Path) -> None:
     assert all(torch.equal(now[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_begins_stage_2(folder: Path) -> None:
     loss = older.first_loss(folder, "stage_2", "plain/checkpoint", script=older.STAGE_2)
     assert loss == pytest.approx(EXPECTED["first loss of stage 2"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_release_checkpoint_begins_a_run(folder: Path) -> None:
     loss = older.first_loss(folder, "from_release", "checkpoint")
     assert loss == pytest.approx(EXPECTED["first loss from release"], rel=1e-5)

@@ -204,6 +204,7 @@ def test_sample_answers(told: Done, two_ranks: Done, workspace: Workspace) -> No
     assert two_ranks.answers(20) == found
 
 
+@pytest.mark.slow
 def test_answering_and_tracing_change_nothing(told: Done, stopped: Done) -> None:
     with_answers, without = losses(told.printed), losses(stopped.printed)
     assert max(without) > 10, "no validation lies before the last loss"
@@ -218,9 +219,9 @@ def test_trace_of_the_chosen_iterations(told: Done) -> None:
     assert sum("Optimizer.step" in name for name in found) == 2
 
 
-def test_bar_only_on_a_terminal(told: Done, stopped: Done) -> None:
+def test_bar_only_on_a_terminal(told: Done, two_ranks: Done) -> None:
     assert f"{ITERATIONS}/{ITERATIONS} [" in told.on_terminal and "\x1b[2Ktraining" in told.on_terminal
-    assert "\x1b[2K" not in stopped.printed and "training:" not in stopped.printed
+    assert "\x1b[2K" not in two_ranks.printed and "training:" not in two_ranks.printed
 
 
 @pytest.mark.skipif(not HAVE_WANDB, reason="the package wandb is not installed")
