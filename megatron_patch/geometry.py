@@ -126,6 +126,7 @@ class LlavaGeometry:
     image_token_id: int
     model_type: str = "llava"
     any_resolution: AnyResolution | None = None  # None: an image is one tile, as in LLaVA-1.5
+    video_token_id: int | None = None  # None: the model knows no videos
 
     @property
     def kind(self) -> LlavaKind:
@@ -312,6 +313,11 @@ def _any_resolution(config: dict[str, Any], kind: LlavaKind, tower: TowerGeometr
     )
 
 
+def _video_token_id(config: dict[str, Any], kind: LlavaKind) -> int | None:
+    """None also where a config of such a kind does not name it: then it is a model for images alone."""
+    return config.get("video_token_index", config.get("video_token_id")) if kind.video_token else None
+
+
 def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
     """Geometry of a full LLaVA config.
 
@@ -333,6 +339,7 @@ def read_geometry(config: dict[str, Any]) -> LlavaGeometry:
         tower=tower,
         model_type=model_type,
         any_resolution=_any_resolution(config, LLAVA_KINDS[model_type], tower),
+        video_token_id=_video_token_id(config, LLAVA_KINDS[model_type]),
         projector_type=projector_type,
         image_token_id=_value(
             config, "image_token_index" if "image_token_index" in config else "image_token_id", "config.json"

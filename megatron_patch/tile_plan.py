@@ -1,16 +1,18 @@
-"""What stands for one image in the text: the tiles that the tower sees, and what of their features is kept.
+"""What stands for one image or video in the text: the tiles that the tower sees, and what of their features is kept.
 
 LLaVA-1.5 shows an image once.  LLaVA-NeXT and LLaVA-OneVision show it squeezed to a square (the base tile) and, cut
 into a grid of tiles, near its own resolution; of the grid's features those that show the padding are dropped, and a
-learnt token ends each row.  Everything here follows from the model's rule and the image's size alone, so that lengths,
-limits and plans need no pixels.  Standard library only.
+learnt token ends each row.  A video is frames without a grid: each is squeezed to one tile, its features are shrunk to
+half as many rows and columns, and one newline ends the whole.  Everything here follows from the model's rule and the
+image's size, or the number of frames, alone, so that lengths, limits and plans need no pixels.  Standard library only.
 
 Letters: P patches along a side of a tile.  Sizes are (height, width) in pixels, grids (rows, columns).
 
 Source of the formulas, down to the order of floating point operations: transformers 5.23, select_best_resolution and
 get_patch_output_size of image_processing_utils.py, LlavaNextProcessor and LlavaOnevisionProcessor
-._get_unpadded_features.  The original training code differs in few sizes: its candidates are (width, height), so that
-ties fall on the other grid, and it does not round to 7 places.
+._get_unpadded_features, for videos .replace_video_token and the model's apply_pooling.  The original training code
+differs in few sizes: its candidates are (width, height), so that ties fall on the other grid, and it does not round to
+7 places.
 """
 
 import math
@@ -22,15 +24,22 @@ PLAN_FIELDS = 8  # numbers of TilePlan.numbers
 
 @dataclass(frozen=True)
 class TilePlan:
-    """One image: its tiles, and which of their features the text holds in which order."""
+    """One image or video: its tiles, and which of their features the text holds in which order."""
 
-    tiles: int  # images that the tower sees: the base tile, then the grid's row by row
+    tiles: int  # images that the tower sees: the base tile, then the grid's row by row; the frames of a video
     tokens: int  # in the text
     grid: tuple[int, int] = (0, 0)  # rows, columns of tiles; (0, 0): none, the tiles' features follow each other
     top: int = 0  # first row of the grid's features that is kept, of P for each row of tiles
     left: int = 0
-    shown: tuple[int, int] = (0, 0)  # rows, columns to which what is kept is shrunk; a newline ends each row
+    # Rows, columns to which what is kept of a grid, or without one each tile (a frame), is shrunk.  A newline ends each
+    # row of a grid.
+    shown: tuple[int, int] = (0, 0)
     newlines: int = 0  # tokens among `tokens` that are newlines
+
+    @property
+    def frames(self) -> int:
+        """Of a video; 0 for an image."""
+        return self.tiles if any(self.shown) and not any(self.grid) else 0
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -44,6 +53,15 @@ class TilePlan:
 def whole_image(tokens: int, tiles: int = 1) -> TilePlan:
     """Tiles whose features all stand in the text, one tile behind the other: LLaVA-1.5, and fixed grids of tiles."""
     return TilePlan(tiles, tokens * tiles)
+
+
+def video_plan(frames: int, patches: int) -> TilePlan:
+    """Plan of a video of so many frames, each of patches x patches features, as LLaVA-OneVision sees it.
+
+    27 x 27 become 14 x 14: a frame takes 196 tokens.
+    """
+    side = math.ceil(patches / 2)
+    return TilePlan(frames, frames * side * side + 1, shown=(side, side), newlines=1)
 
 
 @dataclass(frozen=True)

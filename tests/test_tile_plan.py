@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_patch.data.image import image_size, image_to_grid, image_to_pixels, open_image
-from megatron_patch.tile_plan import AnyResolution, read_candidates, whole_image
+from megatron_patch.tile_plan import AnyResolution, read_candidates, video_plan, whole_image
 
 NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ONEVISION = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -118,6 +118,68 @@ def test_several_images_of_one_record_are_padded_squares_in_onevision_only() -> 
         assert (plan.tiles, plan.tokens, plan.newlines, plan.grid) == (1, 27 * 27 + 1, 1, (0, 0))
         assert np.array_equal(image_to_pixels(image, 384, "pad", (0.5, 0.5, 0.5), False), pixels[0])
     assert RULES["NeXT"].plan((100, 300), images=3) == RULES["NeXT"].plan((100, 300))
+
+
+@pytest.mark.parametrize("frames", [1, 7, 32])
+@pytest.mark.parametrize("patches", [4, 5, 24, 27])
+def test_as_many_tokens_for_a_video_as_in_transformers(patches: int, frames: int) -> None:
+    from transformers import LlavaOnevisionProcessor
+
+    judge = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+    judge.num_image_tokens, judge.video_token = patches**2, "v"
+    seen = {"pixel_values_videos": np.empty((1, frames, 0))}
+    plan = video_plan(frames, patches)
+    assert plan.tokens == len(judge.replace_video_token(seen, 0))
+    assert (plan.tiles, plan.frames, plan.newlines, plan.grid) == (frames, frames, 1, (0, 0))
+
+
+def test_images_have_no_frames() -> None:
+    rule = RULES["OneVision"]
+    plans = [rule.plan((480, 640)), rule.plan((480, 640), images=2), whole_image(576), whole_image(576, tiles=5)]
+    assert [plan.frames for plan in plans] == [0, 0, 0, 0]
+    assert video_plan(32, 27).tokens == 32 * 196 + 1
+    assert video_plan(32, 27).numbers == (32, 1, 0, 0, 0, 0, 14, 14)
+
+
+@pytest.mark.parametrize("patches", [4, 5, 27])
+def test_features_of_frames_are_shrunk_as_in_transformers(patches: int) -> None:
+    from types import SimpleNamespace
+
+    import torch
+    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+    from megatron_patch.model.llava import arrange
+
+    sizes = SimpleNamespace(vision_config=SimpleNamespace(image_size=patches, patch_size=1))
+    generator = torch.Generator().manual_seed(0)
+    features, newline = torch.randn(7, patches**2, 6, generator=generator), torch.ones(6)
+    expected = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=sizes), features)
+    found = arrange(features, [video_plan(3, patches).numbers, video_plan(4, patches).numbers], newline, patches)
+    videos = [torch.cat([part.flatten(0, 1), newline[None]]) for part in (expected[:3], expected[3:])]
+    assert torch.equal(found, torch.cat(videos))
+
+
+def test_frames_are_squeezed_as_base_tiles_are() -> None:
+    """transformers' processor of videos resizes with torchvision, which hands uint8 on to torch's interpolate.
+
+    That differs from Pillow by two grey levels at most in frames as cameras take them.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    judge, random_pixels, worst = processor("OneVision"), np.random.default_rng(4), 0
+    for size in [(384, 384), (9, 300), *sizes(8, seed=5)]:
+        image = Image.fromarray(random_pixels.integers(0, 256, (*size, 3), dtype=np.uint8))
+        ours = image_to_pixels(image, 384, "stretch", (0.5, 0.5, 0.5))
+        assert np.array_equal(ours, judge(image, return_tensors="np")["pixel_values"][0][0])
+        few = Image.fromarray(random_pixels.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        image = few.resize(size[::-1], Image.Resampling.BICUBIC)
+        ours = image_to_pixels(image, 384, "stretch", (0.5, 0.5, 0.5))
+        frames = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        torchs = interpolate(frames, (384, 384), mode="bicubic", antialias=True)[0].numpy()
+        worst = max(worst, np.abs(ours.astype(int) - torchs).max())
+    print(f"largest difference: {worst} of 255")
+    assert worst <= 2
 
 
 def test_known_sizes() -> None:

@@ -211,11 +211,13 @@ class ImageNewline(MegatronModule):
 
 
 def arrange(images: Tensor, plans: Sequence[Sequence[int]], newline: Tensor, patches: int) -> Tensor:
-    """Features of tiles -> features in the order of their placeholders, as transformers' pack_image_features.
+    """Features of tiles -> features in the order of their placeholders, as transformers' pack_image_features, and
+    for videos apply_pooling.
 
     Args:
-        images: [N, P * P, H], the tiles of all images, each image's base tile before those of its grid.
-        plans: tile_plan.TilePlan.numbers of each image.
+        images: [N, P * P, H], the tiles of all images, each image's base tile before those of its grid, and the frames
+            of all videos.
+        plans: tile_plan.TilePlan.numbers of each image and video.
         newline: [H].
         patches: P.
 
@@ -227,6 +229,9 @@ def arrange(images: Tensor, plans: Sequence[Sequence[int]], newline: Tensor, pat
     found, first = [], 0
     for tiles, newlines, rows, columns, top, left, *shown in plans:
         own, first = images[first : first + tiles], first + tiles
+        if not rows and any(shown):  # a video
+            own = own.view(tiles, patches, patches, width).permute(0, 3, 1, 2)
+            own = F.interpolate(own, shown, mode="bilinear").permute(0, 2, 3, 1)
         if not rows:
             found += [own.reshape(-1, width), newline.expand(newlines, width)]
             continue
@@ -431,16 +436,18 @@ class LlavaModel(MegatronModule):
         """One micro-batch.
 
         Args:
-            tokens: int64 [B, S], image placeholders already expanded to P per image; first stage only.
+            tokens: int64 [B, S], placeholders of images and videos already expanded to one per feature; first stage
+                only.
             labels: int64 [B, S], the token to predict at each position or IGNORE_LABEL; last stage only.
-            pixels: uint8 [N, 3, side, side] in the order of their placeholders; N may be 0; first stage only.
+            pixels: uint8 [N, 3, side, side] in the order of their placeholders, a video's frames one behind the other;
+                N may be 0; first stage only.
             cu_seqlens: int32 [records + 1], when the batch is a single row of packed records: where each begins, then
                 the row's end.  No record attends to another, positions start anew in each.  On every stage.
             features: [N, P, tower.hidden], what the tower makes of the pixels, in place of them.
             logits_at: int64 [B], without labels: of each row the one position of this context-parallel rank's part of
                 which logits are wanted.
-            plans: int64 [M, PLAN_FIELDS], on the CPU: tile_plan.TilePlan.numbers of the M images whose tiles the N are,
-                of a model that sees images at any resolution; first stage only.
+            plans: int64 [M, PLAN_FIELDS], on the CPU: tile_plan.TilePlan.numbers of the M images and videos whose tiles
+                and frames the N are, of a model that sees images at any resolution; first stage only.
             prompt_lengths: int64 [B]: where an answer of the model's own begins, in which an image token is no image.
 
         Returns:
@@ -540,6 +547,8 @@ class LlavaModel(MegatronModule):
                 embedded = text + 0.0 * images.sum().to(text.dtype)
             else:
                 is_image = tokens == self.geometry.image_token_id
+                if self.geometry.video_token_id is not None:
+                    is_image |= tokens == self.geometry.video_token_id
                 if prompt_lengths is not None:
                     is_image &= torch.arange(tokens.shape[1], device=tokens.device) < prompt_lengths[:, None]
                 embedded = text.masked_scatter(is_image.unsqueeze(-1), images.to(text.dtype))

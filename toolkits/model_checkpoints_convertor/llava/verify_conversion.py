@@ -91,6 +91,8 @@ def make_batch(arguments: argparse.Namespace, geometry: LlavaGeometry, ids: int)
         tokenizer = AutoTokenizer.from_pretrained(LlavaFolder.of(arguments.checkpoint).tokenizer)
         text = torch.tensor([tokenizer(arguments.prompt).input_ids])
     text[text == geometry.image_token_id] = 0
+    if geometry.video_token_id is not None:
+        text[text == geometry.video_token_id] = 0
     marks = torch.full((rows, image_tokens), geometry.image_token_id)
     tokens = torch.cat([text[:, :1], marks, text[:, 1:]], dim=1)
     labels = torch.full_like(tokens, IGNORE_LABEL)
