@@ -6,23 +6,28 @@ character of a trained segment.  So ids equal the original's for every tokenizer
 is where the original masks whole samples by mistake.
 """
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.templates import IMAGE_MARK, TEMPLATES, find_template, write_out
 from megatron_patch.errors import UserError
+from megatron_patch.llava_kinds import VIDEO_MARK
 
-__all__ = ["IMAGE_MARK", "TEMPLATES", "ConversationEncoder", "EncodedConversation", "Exchange"]
+__all__ = ["IMAGE_MARK", "TEMPLATES", "VIDEO_MARK", "ConversationEncoder", "EncodedConversation", "Exchange"]
+
+Value = TypeVar("Value")
 
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # LLaVA's use_im_start_end
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, with an IMAGE_MARK where each of its images stands, and its answer (None: still to be given)."""
+    """A question, with an IMAGE_MARK where each of its images stands and a VIDEO_MARK where each video does, and its
+    answer (None: still to be given)."""
 
     question: str
     answer: str | None
@@ -37,24 +42,32 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids with expanded image placeholders, one trained flag per token, and each image's first placeholder."""
+    """Token ids with expanded placeholders, one trained flag per token, each image's and video's first placeholder."""
 
     ids: list[int]
     trained: list[bool]
     image_starts: list[int]
+    is_video: list[bool]  # of each of image_starts
+
+    def in_order(self, images: Sequence[Value], videos: Sequence[Value]) -> list[Value]:
+        """A value of each image and of each video -> the values in the order of the placeholders."""
+        left = iter(images), iter(videos)
+        return [next(left[is_video]) for is_video in self.is_video]
 
 
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one template (a name of TEMPLATES, or a template file).
 
-    image_tokens placeholders with image_token_id stand for each image.  image_conv_front: all images come before
-    the first question, in a turn of their own where the template has one (NeMo's sep_image_conv_front).
+    image_tokens placeholders with image_token_id stand for each image.  video_token_id: that of a video's placeholders;
+    None: the model knows no videos, and VIDEO_MARK is text.  What is said of images holds for videos, too.
+    image_conv_front: all images come before the first question, in a turn of their own where the template has one
+    (NeMo's sep_image_conv_front).
     image_start_end: each stands between IMAGE_START and IMAGE_END, also in the template `plain` (as in NeMo; LLaVA's
     own code loses them there).
 
-    Raises UserError for an unknown or faulty template, a tokenizer without character offsets, an `<image>` token with
-    another id than the model's, or one in which the template's ending, IMAGE_START or IMAGE_END is not a single token
-    (and so could not be learnt).
+    Raises UserError for an unknown or faulty template, a tokenizer without character offsets, an `<image>` or `<video>`
+    token with another id than the model's, or one in which the template's ending, IMAGE_START or IMAGE_END is not a
+    single token (and so could not be learnt).
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class ConversationEncoder:
         image_tokens: int,
         image_conv_front: bool = False,
         image_start_end: bool = False,
+        video_token_id: int | None = None,
     ) -> None:
         texts = write_out(find_template(template), tokenizer.bos_token, tokenizer.eos_token)
         where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -73,19 +87,23 @@ class ConversationEncoder:
                 f"tokenizer {where}: {type(tokenizer).__name__} gives no character offsets; "
                 "wanted one with a tokenizer.json (AutoTokenizer writes it with save_pretrained)"
             )
-        known_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-        if known_id != image_token_id:
-            raise UserError(
-                f"tokenizer {where}: {IMAGE_MARK} has id {known_id}, the model wants {image_token_id}; "
-                "use the tokenizer beside the checkpoint (its llava/ folder)"
-            )
+        self._mark_ids = {IMAGE_MARK: image_token_id}
+        if video_token_id is not None:
+            self._mark_ids[VIDEO_MARK] = video_token_id
+        for mark, wanted_id in self._mark_ids.items():
+            known_id = tokenizer.convert_tokens_to_ids(mark)
+            if known_id != wanted_id:
+                raise UserError(
+                    f"tokenizer {where}: {mark} has id {known_id}, the model wants {wanted_id}; "
+                    "use the tokenizer beside the checkpoint (its llava/ folder)"
+                )
+        self._marks = re.compile(f"({'|'.join(map(re.escape, self._mark_ids))})")
         self._tokenizer = tokenizer
         # Called without the wrapper around it, which costs more than the tokenizing of a short conversation.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._texts = texts
-        self._image_token_id = image_token_id
         self._image_tokens = image_tokens
         self._image_conv_front = image_conv_front
         self._beside_image = (IMAGE_START, IMAGE_END) if image_start_end else ("", "")
@@ -119,29 +137,52 @@ class ConversationEncoder:
 
     def prompt(self, exchanges: Sequence[Exchange], system: str | None = None) -> str:
         """The text of the template, without BOS; with a last answer of None it ends where the model begins."""
-        pieces = _pieces(self._segments(exchanges, system), *self._beside_image)
-        return IMAGE_MARK.join("".join(segment.text for segment in piece) for piece in pieces)
+        pieces, marks = _pieces(self._segments(exchanges, system), self._marks, *self._beside_image)
+        texts = ("".join(segment.text for segment in piece) for piece in pieces)
+        return "".join(text + mark for text, mark in zip(texts, [*marks, ""], strict=True))
+
+    def marks_in(self, text: str) -> list[str]:
+        """The marks in a text that stand for images and, where the model knows any, for videos, in their order."""
+        return self._marks.findall(text)
 
     def encode(
-        self, exchanges: Sequence[Exchange], system: str | None = None, image_tokens: Sequence[int] | None = None
+        self,
+        exchanges: Sequence[Exchange],
+        system: str | None = None,
+        image_tokens: Sequence[int] | None = None,
+        video_tokens: Sequence[int] = (),
     ) -> EncodedConversation:
-        """Exchanges -> ids, trained flags and images.  Raises RecordError when the template cannot hold them.
+        """Exchanges -> ids, trained flags, images and videos.
+
+        Raises RecordError when the template cannot hold them, or there are more or fewer marks than numbers of tokens.
 
         system: replaces the template's own system sentence; empty: none at all.
         image_tokens: placeholders of each image, in order; None: the same number for all.
+        video_tokens: placeholders of each video, in order.
         """
+        pieces, marks = _pieces(self._segments(exchanges, system), self._marks, *self._beside_image)
+        left = {}
+        for mark, reason, counts in ((IMAGE_MARK, "image", image_tokens), (VIDEO_MARK, "video", video_tokens)):
+            found = marks.count(mark)
+            counts = [self._image_tokens] * found if counts is None else counts
+            # masked_scatter would put what is left over nowhere, and say nothing
+            if found != len(counts):
+                raise RecordError(f"{reason} marks", f"{found} {mark} marks, {len(counts)} {reason}s")
+            left[mark] = iter(counts)
         ids: list[int] = []
         trained: list[bool] = []
         image_starts: list[int] = []
-        for number, piece in enumerate(_pieces(self._segments(exchanges, system), *self._beside_image)):
+        for number, piece in enumerate(pieces):
             if number:  # between two pieces stands an image
                 image_starts.append(len(ids))
-                count = self._image_tokens if image_tokens is None else image_tokens[number - 1]
-                ids += [self._image_token_id] * count
+                mark = marks[number - 1]
+                count = next(left[mark])
+                ids += [self._mark_ids[mark]] * count
                 trained += [False] * count
             piece_ids, offsets = self._tokenize("".join(segment.text for segment in piece))
-            if self._image_token_id in piece_ids:
-                raise RecordError("image marks", f"the text itself holds the token {IMAGE_MARK}")
+            for mark, mark_id in self._mark_ids.items():
+                if mark_id in piece_ids:
+                    raise RecordError(f"{mark[1:-1]} marks", f"the text itself holds the token {mark}")
             if number == 0:
                 # Said explicitly: tokenizers differ in whether they add it.  A text that starts with it keeps one.
                 bos = self._tokenizer.bos_token_id
@@ -150,7 +191,7 @@ class ConversationEncoder:
                     trained.append(False)
             ids += piece_ids
             trained += _trained_tokens(piece, offsets)
-        return EncodedConversation(ids, trained, image_starts)
+        return EncodedConversation(ids, trained, image_starts, [mark == VIDEO_MARK for mark in marks])
 
     def _segments(self, exchanges: Sequence[Exchange], system: str | None) -> list[Segment]:
         """The text of a conversation, in pieces that are trained or not."""
@@ -159,13 +200,13 @@ class ConversationEncoder:
             most = texts.most_exchanges
             limit = "one question and one answer" if most == 1 else f"at most {most} questions and their answers"
             raise RecordError("turns", f"the template takes {limit}, got {len(exchanges)} questions")
-        if system is not None and IMAGE_MARK in system:
-            raise RecordError("image marks", f"the system sentence holds {IMAGE_MARK}")
+        if system is not None and (marks := self.marks_in(system)):
+            raise RecordError(f"{marks[0][1:-1]} marks", f"the system sentence holds {marks[0]}")
         sentence = texts.system if system is None else system
         system_turn = texts.system_turn.replace("{system}", sentence) if sentence else ""
         picture_turn = ""
         if self._image_conv_front:
-            exchanges, marks = _without_marks(exchanges)
+            exchanges, marks = self._without_marks(exchanges)
             if marks and texts.picture_turn:
                 picture_turn = texts.picture_turn.replace("{pictures}", marks)
             elif marks:
@@ -175,7 +216,7 @@ class ConversationEncoder:
         for number, exchange in enumerate(exchanges):
             question = exchange.question
             if texts.images_only:
-                question = IMAGE_MARK * question.count(IMAGE_MARK)
+                question = "".join(self.marks_in(question))
             elif number == 0 and texts.system_in_question:
                 question = system_turn + question
             before = texts.between if number else texts.opening + picture_turn
@@ -186,6 +227,17 @@ class ConversationEncoder:
                 segments.append(Segment(f"{texts.answer[0]}{exchange.answer}{texts.answer[1]}", trained=True))
                 segments.append(Segment(texts.closing))
         return segments
+
+    def _without_marks(self, exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:
+        """The exchanges without their images, and a mark for each of these."""
+        marks = "".join(mark for exchange in exchanges for mark in self.marks_in(exchange.question))
+        cleared = [
+            Exchange(self._marks.sub("", exchange.question).strip(), exchange.answer)
+            if self._marks.search(exchange.question)
+            else exchange
+            for exchange in exchanges
+        ]
+        return cleared, marks
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the (start, end) characters of each, no special tokens added."""
@@ -207,32 +259,26 @@ class ConversationEncoder:
         return alone[0]
 
 
-def _without_marks(exchanges: Sequence[Exchange]) -> tuple[list[Exchange], str]:
-    """The exchanges without their images, and a mark for each of these."""
-    marks = IMAGE_MARK * sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
-    cleared = [
-        Exchange(exchange.question.replace(IMAGE_MARK, "").strip(), exchange.answer)
-        if IMAGE_MARK in exchange.question
-        else exchange
-        for exchange in exchanges
-    ]
-    return cleared, marks
-
-
-def _pieces(segments: Sequence[Segment], before: str, after: str) -> list[list[Segment]]:
-    """Cut the segments at each image: n images give n + 1 pieces, each a list of segments without marks.
+def _pieces(
+    segments: Sequence[Segment], marks: re.Pattern[str], before: str, after: str
+) -> tuple[list[list[Segment]], list[str]]:
+    """Cut the segments at each mark: n of them give n + 1 pieces, each a list of segments without marks, and the marks.
 
     before, after: what stands beside an image.
     """
     pieces: list[list[Segment]] = [[]]
+    found: list[str] = []
     for segment in segments:
-        if segment.trained or IMAGE_MARK not in segment.text:  # an answer never holds an image, whatever it says
+        if segment.trained:  # an answer never holds an image, whatever it says
             pieces[-1].append(segment)
             continue
-        first, *rest = segment.text.replace(IMAGE_MARK, before + IMAGE_MARK + after).split(IMAGE_MARK)
-        pieces[-1].append(Segment(first))
-        pieces += [[Segment(text)] for text in rest]
-    return pieces
+        first, *rest = marks.split(segment.text)  # texts and marks in turn
+        pieces[-1].append(Segment(first) if rest else segment)
+        for mark, text in zip(rest[::2], rest[1::2], strict=True):
+            pieces[-1][-1] = Segment(pieces[-1][-1].text + before)
+            pieces.append([Segment(after + text)])
+            found.append(mark)
+    return pieces, found
 
 
 def _trained_tokens(piece: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[bool]:

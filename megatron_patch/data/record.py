@@ -1,33 +1,40 @@
 """Records: what LLaVA's JSON and the folders made from it hold, checked once, by converters and training alike."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.data.conversation import IMAGE_MARK, Exchange
+from megatron_patch.data.conversation import IMAGE_MARK, VIDEO_MARK, Exchange
 from megatron_patch.data.rejection import RecordError
 
 IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img")
+# In a sample's JSON, where it holds videos: frames of each, in the order of their marks.  Its image parts are first the
+# images, in the order of theirs, then the frames of the first video, of the second, ...
+FRAMES = "video_frames"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation and the bytes of its images, in the order of the marks."""
+    """One conversation and the bytes of its images and of its videos' frames, each in the order of their marks."""
 
     record_id: str
     exchanges: tuple[Exchange, ...]
     images: tuple[bytes, ...]
     system: str | None = None  # in place of the template's own system sentence
+    videos: tuple[tuple[bytes, ...], ...] = ()  # frames of each
 
 
-def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
-    """LLaVA's `conversations` -> exchanges with as many marks as images.  Raises RecordError.
+def read_exchanges(conversations: Any, images: int, videos: int = 0) -> tuple[Exchange, ...]:
+    """LLaVA's `conversations` -> exchanges with as many marks as images and videos.  Raises RecordError.
 
     Rules of the original training code: a first turn that is not human is dropped, roles alternate; with one image
     the marks of a turn become a single one at its front, followed by a newline.  With several images, which that
-    code does not know, marks stay where they are.
+    code does not know, marks stay where they are.  A single video is treated as a single image; without any, VIDEO_MARK
+    is text like any other.
     """
+    counts = {IMAGE_MARK: ("image", images)} | ({VIDEO_MARK: ("video", videos)} if videos else {})
     if not isinstance(conversations, list) or not conversations:
         raise RecordError("malformed", "conversations is not a list of turns")
     turns = [read_turn(turn) for turn in conversations]
@@ -44,20 +51,22 @@ def read_exchanges(conversations: Any, images: int) -> tuple[Exchange, ...]:
     for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
         if not answer.strip():
             raise RecordError("no answer", f"answer {len(exchanges) + 1} is empty")
-        if IMAGE_MARK in answer:
-            raise RecordError("image marks", f"answer {len(exchanges) + 1} holds {IMAGE_MARK}")
-        if images == 1 and IMAGE_MARK in question:
-            question = image_in_front(question)
+        for mark, (kind, count) in counts.items():
+            if mark in answer:
+                raise RecordError(f"{kind} marks", f"answer {len(exchanges) + 1} holds {mark}")
+            if count == 1 and images + videos == 1 and mark in question:
+                question = mark_in_front(question, mark)
         exchanges.append(Exchange(question, answer))
-    marks = sum(exchange.question.count(IMAGE_MARK) for exchange in exchanges)
-    if marks != images:
-        raise RecordError("image marks", f"{marks} {IMAGE_MARK} marks, {images} images")
+    for mark, (kind, count) in counts.items():
+        marks = sum(exchange.question.count(mark) for exchange in exchanges)
+        if marks != count:
+            raise RecordError(f"{kind} marks", f"{marks} {mark} marks, {count} {kind}s")
     return tuple(exchanges)
 
 
-def image_in_front(question: str) -> str:
-    """A question about one image, with a single mark before its text, as LLaVA's training code puts it."""
-    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+def mark_in_front(question: str, mark: str) -> str:
+    """A question about one image or video, with a single mark before its text, as LLaVA's training code puts it."""
+    return f"{mark}\n{question.replace(mark, '').strip()}".strip()
 
 
 def read_turn(turn: Any) -> tuple[str, str]:
@@ -81,9 +90,10 @@ def is_image_part(part: str) -> bool:
 def cook(parts: Mapping[str, Any]) -> Record:
     """The parts of one sample of an energon folder -> Record.  Raises RecordError.
 
-    Three layouts are known: ours (json {id, conversations} + images), Pai-Megatron-Patch's (json is the list of
-    turns + jpg), and question/answer (json {question} + txt + image).  Any other is read through the field map with
-    which `energon prepare` declared the folder as one of questions and answers.
+    Three layouts are known: ours (json {id, conversations} + images, with FRAMES in it those of videos, too),
+    Pai-Megatron-Patch's (json is the list of turns + jpg), and question/answer (json {question} + txt + image).  Any
+    other is read through the field map with which `energon prepare` declared the folder as one of questions and
+    answers.
     """
     key = f"{parts['__shard__']}/{parts['__key__']}"
     names = [name for name in parts if is_image_part(name)]
@@ -93,11 +103,12 @@ def cook(parts: Mapping[str, Any]) -> Record:
     except ValueError as error:
         raise RecordError("malformed", f"json part: {error}") from None
     if isinstance(content, dict) and "conversations" in content:
-        exchanges = read_exchanges(content["conversations"], len(images))
+        images, videos = _without_frames(images, content.get(FRAMES, []))
+        exchanges = read_exchanges(content["conversations"], len(images), len(videos))
         system = content.get("system")
         if system is not None and not isinstance(system, str):
             raise RecordError("malformed", f"system is {type(system).__name__}, wanted text")
-        return Record(str(content.get("id", key)), exchanges, images, system)
+        return Record(str(content.get("id", key)), exchanges, images, system, videos)
     if isinstance(content, list):
         return Record(key, read_exchanges(content, len(images)), images)
     if isinstance(content, dict) and isinstance(content.get("question"), str) and "txt" in parts:
@@ -108,6 +119,16 @@ def cook(parts: Mapping[str, Any]) -> Record:
     if content is None:
         raise RecordError("malformed", f"sample has no json part, only {', '.join(names) or 'nothing'}")
     raise RecordError("malformed", "json part is neither {conversations}, nor a list of turns, nor {question} with txt")
+
+
+def _without_frames(images: tuple[bytes, ...], frames: Any) -> tuple[tuple[bytes, ...], tuple[tuple[bytes, ...], ...]]:
+    """All image parts, and FRAMES -> images, and frames of each video.  Raises RecordError."""
+    if not isinstance(frames, list) or not all(type(count) is int and count > 0 for count in frames):
+        raise RecordError("malformed", f"{FRAMES} is {str(frames)[:40]}, wanted a list of numbers of frames")
+    if sum(frames) > len(images):
+        raise RecordError("malformed", f"{FRAMES} tells of {sum(frames)} frames, the sample holds {len(images)} images")
+    bounds = list(itertools.accumulate(frames, initial=len(images) - sum(frames)))
+    return images[: bounds[0]], tuple(images[first:end] for first, end in itertools.pairwise(bounds))
 
 
 def _cook_mapped(key: str, parts: Mapping[str, Any], field_map: Mapping[str, str]) -> Record:

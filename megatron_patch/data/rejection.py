@@ -6,6 +6,11 @@ REASONS = {
     "roles": "the turns do not alternate between human and gpt",
     "no answer": "an answer is missing or empty",
     "image marks": "the <image> marks and the images do not agree",
+    "video marks": "the <video> marks and the videos do not agree",
+    "video": "a video for a model that sees none (LLaVA-OneVision does, shown images at any resolution), or for a "
+    "converter that reads images alone",
+    "video missing": "the video's file or folder of frames does not exist or lies outside the video folder",
+    "video unreadable": "the video cannot be decoded, or holds no frames",
     "image missing": "the image's file does not exist or lies outside the image folder",
     "image truncated": "the image's bytes end before the image does",
     "not an image": "the file holds no image in a format that Pillow knows",

@@ -360,6 +360,7 @@ def _data_settings(
         tokenizer_path=str(folder.tokenizer),
         template=trained_with.conversation_template,
         image_token_id=geometry.image_token_id,
+        video_token_id=geometry.video_token_id,
         image_tokens=geometry.tower.image_tokens,
         any_resolution=geometry.any_resolution,
         side_px=geometry.tower.side_px,

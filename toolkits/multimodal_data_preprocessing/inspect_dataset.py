@@ -185,6 +185,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         "tokenizer_path": str(folder.tokenizer),
         "template": auto_template(folder),
         "image_token_id": geometry.image_token_id,
+        "video_token_id": geometry.video_token_id,
         "image_tokens": geometry.tower.image_tokens,
         "side_px": geometry.tower.side_px,
         **images,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import ANY_RESOLUTION, IMAGE_ASPECT_RATIOS
 from megatron_patch.step_balance import RecordCost
-from megatron_patch.tile_plan import AnyResolution, TilePlan, whole_image
+from megatron_patch.tile_plan import AnyResolution, TilePlan, video_plan, whole_image
 
 ORDERS = ("cyclic", "single", "modality")
 
@@ -39,6 +39,7 @@ class DataConfig:
     tile_columns: int = 1  # with tile_rows: every image becomes columns x rows tiles and a thumbnail
     tile_rows: int = 1
     any_resolution: AnyResolution | None = None  # the rule of a model that has one; its batches hold plans
+    video_token_id: int | None = None  # id of the `<video>` placeholder; None: the model knows none
     # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
     order: str = "cyclic"
     step_records: int = 0  # with order=modality or balance_cost: records of an optimizer step
@@ -120,6 +121,15 @@ class DataConfig:
         if self.sizes_matter:
             return self.any_resolution.plan(size, images)
         return whole_image(self.image_tokens, self.tiles)
+
+    @property
+    def sees_videos(self) -> bool:
+        """Of a model that knows none, or is shown every image as one tile, records with videos are left out."""
+        return self.video_token_id is not None and self.sizes_matter
+
+    def video_plan(self, frames: int) -> TilePlan:
+        """Plan of a video of so many frames, of a model that sees videos."""
+        return video_plan(frames, self.any_resolution.patches)
 
     @property
     def longest_record(self) -> int:

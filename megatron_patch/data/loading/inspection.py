@@ -19,6 +19,7 @@ from megatron_patch.data.loading.task_encoder import EncodedRecord, EncodedText,
 from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import REASONS, RecordError
 from megatron_patch.geometry import IGNORE_LABEL
+from megatron_patch.tile_plan import TilePlan
 
 COLOURS = {"trained": "#157a2e", "other": "#444444", "image": "#1a5fb4"}
 ANSI = {"trained": "\x1b[1;32m", "other": "\x1b[0m", "image": "\x1b[36m"}
@@ -42,6 +43,7 @@ def unshifted_labels(encoded: EncodedText) -> np.ndarray:
 def find_spans(encoded: EncodedText, tokenizer: Any) -> list[TokenSpan]:
     """The tokens of a record as spans with their text."""
     labels = unshifted_labels(encoded)
+    videos = {number for number, plan in enumerate(encoded.plans) if plan.frames}
     kinds = np.where(labels != IGNORE_LABEL, 1, 0)
     for number, (start, end) in enumerate(encoded.image_spans):
         kinds[start:end] = 2 + number
@@ -51,7 +53,8 @@ def find_spans(encoded: EncodedText, tokenizer: Any) -> list[TokenSpan]:
         if start == end:
             continue
         if kinds[start] >= 2:
-            spans.append(TokenSpan("image", start, end, f"<image> {start}..{end}"))
+            mark = "<video>" if kinds[start] - 2 in videos else "<image>"
+            spans.append(TokenSpan("image", start, end, f"{mark} {start}..{end}"))
             ids, text = [], ""
             continue
         # A sentencepiece tokenizer drops the space at the front of what it decodes, so what stands before comes along.
@@ -84,12 +87,19 @@ def _shown(span: TokenSpan) -> str:
 def describe(encoded: EncodedText) -> str:
     """One line: id, lengths, spans."""
     trained = int((encoded.labels != IGNORE_LABEL).sum())
-    grids = [f" ({plan.grid[0]} x {plan.grid[1]} tiles)" if any(plan.grid) else "" for plan in encoded.plans]
+    grids = [_told(plan) for plan in encoded.plans]
     grids += [""] * (len(encoded.image_spans) - len(grids))  # fixed tiles have a span each, and no grid
     told = (f"{start}..{end}{grid}" for (start, end), grid in zip(encoded.image_spans, grids, strict=True))
     spans = ", ".join(told) or "none"
     cut = ", cut at the end" if encoded.truncated else ""
     return f"{encoded.record_id}: {len(encoded.tokens)} tokens{cut}, {trained} trained, images at {spans}"
+
+
+def _told(plan: TilePlan) -> str:
+    """What stands behind the place of an image or video."""
+    if plan.frames:
+        return f" (video of {plan.frames} frames, {plan.shown[0]} x {plan.shown[1]} features each)"
+    return f" ({plan.grid[0]} x {plan.grid[1]} tiles)" if any(plan.grid) else ""
 
 
 # ------------------------------------------------------------------------------------------------ a whole folder
@@ -103,6 +113,7 @@ class Figures:
     trained: int = 0
     truncated: int = 0
     images: Counter[int] = field(default_factory=Counter)  # images per record -> records
+    frames: Counter[int] = field(default_factory=Counter)  # frames of a video -> videos
     rejected: Counter[str] = field(default_factory=Counter)  # reason -> records
     examples: dict[str, str] = field(default_factory=dict)  # reason -> the first such record, and the particulars
 
@@ -134,6 +145,9 @@ class Figures:
             lines.append(f"cut at the end: {self.truncated} ({self.truncated / self.records:.1%})")
             told = ", ".join(f"{count} with {number}" for number, count in sorted(self.images.items()))
             lines.append(f"images per record: {told}")
+        if self.frames:
+            told = ", ".join(f"{count} of {number}" for number, count in sorted(self.frames.items()))
+            lines.append(f"videos by their frames: {told}")
         return lines
 
 
@@ -160,6 +174,7 @@ def collect_figures(dataset: Dataset, encoder: TaskEncoder, indices: Iterable[in
         figures.trained += int((encoded.labels != IGNORE_LABEL).sum())
         figures.truncated += encoded.truncated
         figures.images[len(record.images)] += 1
+        figures.frames.update(len(frames) for frames in record.videos)
     return figures
 
 

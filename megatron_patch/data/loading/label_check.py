@@ -24,6 +24,8 @@ WITHOUT_LABELS = ("no trained token", "too long")  # reasons that template, toke
 REMEDIES = {
     "turns": "choose a CONVERSATION_TEMPLATE that holds several turns (plain holds one), or the data of stage 1",
     "image marks": "repair the <image> marks of the records",
+    "video marks": "repair the <video> marks of the records",
+    "video": "train a LLaVA-OneVision with IMAGE_ASPECT_RATIO=anyres, or leave such records out",
 }
 REMEDY = "leave such records out (inspect_dataset.py shows them), or convert the data again"
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_patch.data.answer import AnswerReader
-from megatron_patch.data.conversation import Exchange
+from megatron_patch.data.conversation import IMAGE_MARK, VIDEO_MARK, Exchange
 from megatron_patch.data.loading.config import DataConfig
 from megatron_patch.data.loading.dataset import Dataset
 from megatron_patch.data.loading.task_encoder import TaskEncoder, plan_numbers
 from megatron_patch.data.record import cook
 from megatron_patch.data.rejection import RecordError
-from megatron_patch.data.templates import IMAGE_MARK
 from megatron_patch.tokenizer_files import load_tokenizer
 
 
@@ -52,11 +51,17 @@ class Prompts:
         record = cook(parts)
         first = record.exchanges[0]
         encoded = self._encoder.encode_record(record)
-        plans = encoded.plans[: first.question.count(IMAGE_MARK)]
-        asked = self._encoder.conversation.encode(
-            [Exchange(first.question, None)], record.system, [plan.tokens for plan in plans]
-        )
-        text = first.question.replace(IMAGE_MARK, "").strip()
+        conversation, text = self._encoder.conversation, first.question
+        marks = conversation.marks_in(text)
+        plans = encoded.plans[: len(marks)]
+        counts = {
+            mark: [plan.tokens for plan, its in zip(plans, marks, strict=True) if its == mark]
+            for mark in (IMAGE_MARK, VIDEO_MARK)
+        }
+        asked = conversation.encode([Exchange(text, None)], record.system, counts[IMAGE_MARK], counts[VIDEO_MARK])
+        for mark in set(marks):
+            text = text.replace(mark, "")
+        text = text.strip()
         return Question(
             record.record_id,
             text,
