@@ -232,19 +232,22 @@ def _prepare(source: Source, number: int, item: Any) -> _Prepared:
     `number` is the record's place in the source, used as its id when it has none.
     """
     record = source.read(item)
-    read_exchanges(record.conversations, len(record.images))
+    read_exchanges(record.conversations, len(record.images), len(record.videos))
     rest: dict[str, Any] = {"conversations": record.conversations}
     if record.image_names is not None:
         rest["image"] = record.image_names
+    if record.video_names is not None:
+        rest["video"] = record.video_names
     if record.system is not None:
         rest["system"] = record.system
     body = _encode_json(rest)[1:].encode("utf-8", "surrogatepass")
+    images, videos = tuple(record.images), tuple(record.videos)
     record_id = number if record.record_id is None else record.record_id
     head = b'{"id": ' + _encode_json(str(record_id)).encode("utf-8", "surrogatepass") + b", "
     if record.record_id is None:
-        return _Prepared(Sample(number, head + body, tuple(record.images), hash_of(body)), None)
+        return _Prepared(Sample(number, head + body, images, hash_of(body), videos=videos), None)
     data = head + body
-    return _Prepared(Sample(number, data, tuple(record.images), hash_of(data)), hash_of(head))
+    return _Prepared(Sample(number, data, images, hash_of(data), videos=videos), hash_of(head))
 
 
 class SplitChooser:
@@ -424,7 +427,7 @@ class _Preparation:
                 error = RecordError("duplicate id", "of an earlier record with other content")
                 self._reject(Rejection.of(sample.number, json.loads(sample.data), error))
             else:
-                yield Sample(sample.number, sample.data, sample.images, sample.content, repeats_id=True)
+                yield sample._replace(repeats_id=True)
 
     def _enter(
         self, workers: Workers | RayWorkers, split: str, shard: str, digest: str, begun: "Future[Done] | Done"

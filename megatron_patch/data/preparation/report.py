@@ -22,7 +22,7 @@ class Rejection:
 
     record: int  # its place in the source
     id: Any
-    file: Any  # name or names of its images
+    file: Any  # name or names of its images, or where it has none of its videos
     reason: str
     detail: str
 
@@ -30,7 +30,7 @@ class Rejection:
     def of(cls, number: int, item: Any, error: RecordError) -> "Rejection":
         """Of a record in any form."""
         record = item if isinstance(item, dict) else {}
-        file = record.get("image", record.get("images"))
+        file = record.get("image", record.get("images", record.get("video")))
         # A record may hold anything where its names should be: shown, but not at any length.
         shown = [value if len(str(value)) <= 1000 else f"{str(value)[:1000]}..." for value in (record.get("id"), file)]
         return cls(number, *shown, error.reason, error.detail)

@@ -1,6 +1,7 @@
 """Whole shards, written by worker processes: the same job gives the same bytes, whoever does it."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_patch.data.conversation import IMAGE_MARK, ConversationEncoder
+from megatron_patch.data.conversation import IMAGE_MARK, VIDEO_MARK, ConversationEncoder
 from megatron_patch.data.image import check_image
 from megatron_patch.data.preparation.report import Rejection
 from megatron_patch.data.preparation.shard_writer import Shard
 from megatron_patch.data.preparation.sources import Source
-from megatron_patch.data.record import read_exchanges
+from megatron_patch.data.record import FRAMES, read_exchanges
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
+from megatron_patch.tile_plan import video_plan
 from megatron_patch.tokenizer_files import load_tokenizer
 
 
@@ -32,6 +34,7 @@ class Sample(NamedTuple):
     images: Sequence[Any]  # what Source.read_image takes
     content: int  # hash of the record
     repeats_id: bool = False
+    videos: Sequence[Any] = ()  # what Source.read_video takes
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,19 @@ class LengthLimit:
         """The encoder that training uses.  Raises UserError for a tokenizer or template that does not fit."""
         tokenizer = load_tokenizer(self.tokenizer_path)
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-        return ConversationEncoder(tokenizer, self.template, image_token_id, self.image_tokens)
+        video_token_id = tokenizer.get_vocab().get(VIDEO_MARK)
+        return ConversationEncoder(
+            tokenizer, self.template, image_token_id, self.image_tokens, video_token_id=video_token_id
+        )
+
+    def video_tokens(self, frames: int) -> int:
+        """Tokens of a video.  Raises RecordError where an image's are no square: such a model sees none."""
+        patches = math.isqrt(self.image_tokens)
+        if patches**2 != self.image_tokens:
+            raise RecordError(
+                "video", f"an image of {self.image_tokens} tokens is no square, wanted --image-tokens 729"
+            )
+        return video_plan(frames, patches).tokens
 
 
 class ShardBuilder:
@@ -93,7 +108,7 @@ class ShardBuilder:
                     rejected.append(Rejection.of(sample.number, json.loads(sample.data), error))
                     continue
                 shard.add(sample.number, parts)
-                text_only += not sample.images
+                text_only += not sample.images and not sample.videos
                 repeated_ids += sample.repeats_id
             if not shard.samples:
                 shard.abandon()
@@ -105,8 +120,8 @@ class ShardBuilder:
         return Done(shard.samples, text_only, repeated_ids, size, rejected)
 
     def _parts(self, sample: Sample) -> dict[str, bytes]:
-        """Parts of a sample, images first.  Raises RecordError."""
-        parts = {}
+        """Parts of a sample, images first, then the frames of its videos.  Raises RecordError."""
+        images: list[bytes] = []
         for place, reference in enumerate(sample.images):
             data = self._source.read_image(reference)
             try:
@@ -114,19 +129,39 @@ class ShardBuilder:
             except RecordError as error:
                 name = reference if isinstance(reference, str) else _image_names(sample)[place]
                 raise RecordError(error.reason, f"{name}: {error.detail}") from error
-            parts[f"{place}.jpg" if place else "jpg"] = data
+            images.append(data)
+        counts = []
+        for reference in sample.videos:
+            frames = self._source.read_video(reference)
+            for number, data in enumerate(frames, 1):
+                try:
+                    check_image(data)
+                except RecordError as error:
+                    told = f"{reference}: frame {number} of the {len(frames)} chosen: {error.detail}"
+                    raise RecordError(error.reason, told) from error
+            images += frames
+            counts.append(len(frames))
+        parts = {f"{place}.jpg" if place else "jpg": data for place, data in enumerate(images)}
         if self._limit is not None:
-            self._check_length(sample)
+            self._check_length(sample, counts)
         parts["json"] = sample.data
+        if counts:
+            parts["json"] = sample.data[:-1] + f', "{FRAMES}": {counts}}}'.encode()
         return parts
 
-    def _check_length(self, sample: Sample) -> None:
-        """Refuse what does not fit into the limit, or has nothing to learn within it."""
+    def _check_length(self, sample: Sample, frames: Sequence[int]) -> None:
+        """Refuse what does not fit into the limit, or has nothing to learn within it.
+
+        frames: of each video.
+        """
         if self._encoder is None:
             self._encoder = self._limit.encoder()
         content = json.loads(sample.data)
-        exchanges = read_exchanges(content["conversations"], len(sample.images))
-        encoded = self._encoder.encode(exchanges, content.get("system"))
+        exchanges = read_exchanges(content["conversations"], len(sample.images), len(frames))
+        if frames and not self._encoder.marks_in(VIDEO_MARK):
+            raise RecordError("video", f"the tokenizer has no {VIDEO_MARK}; give --tokenizer of a LLaVA-OneVision")
+        videos = [self._limit.video_tokens(count) for count in frames]
+        encoded = self._encoder.encode(exchanges, content.get("system"), video_tokens=videos)
         if len(encoded.ids) > self._limit.max_tokens:
             raise RecordError("too long", f"{len(encoded.ids)} tokens, wanted at most {self._limit.max_tokens}")
         if not any(encoded.trained):

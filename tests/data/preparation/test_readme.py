@@ -37,6 +37,12 @@ def make_sources(root: Path) -> None:
     shutil.copy(cc3m / "chat.json", root / "LLaVA-Instruct/llava_v1_5_mix665k.json")
     (root / "more_images").mkdir()
     (root / "images/7.png").rename(root / "more_images/7.png")
+    for number in range(3):
+        (root / f"LLaVA-Video/videos/{number}").mkdir(parents=True)
+        for frame in range(12):
+            (root / f"LLaVA-Video/videos/{number}/{frame}.png").write_bytes(image_bytes(frame))
+    videos = [{"id": k, "video": str(k), "conversations": turns("<image>\nq", f"a{k}")} for k in range(3)]
+    (root / "LLaVA-Video/videos.json").write_text(json.dumps(videos))
     (root / "questions").mkdir()
     for number in range(12):
         for suffix, data in (("jpg", image_bytes(number)), ("txt", b"a"), ("json", b'{"question": "q"}')):
@@ -67,7 +73,7 @@ def test_commands_of_the_readme(tmp_path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         if "benchmark" in block:
             continue  # below, in small
@@ -82,6 +88,7 @@ def test_commands_of_the_readme(tmp_path) -> None:
         "LLaVA-Pretrain/wds": 30,
         "LLaVA-CC3M-Pretrain-595K/wds": 30,
         "LLaVA-Instruct/wds": 30,
+        "LLaVA-Video/wds": 3,
         "questions-wds": 12,
         "questions-of-tars": 4,
         "chats/wds": 1,

@@ -18,6 +18,8 @@ class SourceRecord:
     image_names: str | list[str] | None = None  # the images' names, as they are kept in the shard
     images: Sequence[Any] = ()  # what Source.read_image takes, one per image; plain values, sent to another process
     system: str | None = None
+    video_names: str | list[str] | None = None  # the videos' names, as they are kept in the shard
+    videos: Sequence[Any] = ()  # what Source.read_video takes, one per video
 
 
 class Source(ABC):
@@ -51,6 +53,10 @@ class Source(ABC):
     @abstractmethod
     def read_image(self, reference: Any) -> bytes:
         """An image's bytes as they are, not checked yet; called in the workers.  Raises RecordError."""
+
+    def read_video(self, reference: Any) -> list[bytes]:
+        """A video's frames as encoded images, not checked yet; called in the workers.  Raises RecordError."""
+        raise NotImplementedError(f"{type(self).__name__} gives no videos")
 
 
 def as_object(item: Any) -> dict[str, Any]:

@@ -15,12 +15,16 @@ OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class ImageFolders:
-    """Folders that image names start from, tried in their order."""
+    """Folders that names of images, or of videos, start from, tried in their order."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], kind: str = "image") -> None:
+        """kind: `image` or `video`, for messages."""
         for folder in folders:
             if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; wanted the folder that the records' image names start from")
+                raise UserError(
+                    f"{folder}: no such folder; wanted the folder that the records' {kind} names start from"
+                )
+        self._kind = kind
         self._folders = [f"{folder}{os.sep}" for folder in folders]
 
     def describe(self) -> list[str]:
@@ -33,8 +37,7 @@ class ImageFolders:
 
     def read(self, name: str) -> bytes:
         """Bytes of the first file of this name.  Raises RecordError."""
-        if name.startswith("/") or (".." in name and ".." in name.split("/")):
-            raise RecordError("image missing", f"{name!r} points outside the image folder")
+        self._check_inside(name)
         for folder in self._folders:
             try:
                 data = read_regular_file(folder + name)
@@ -42,8 +45,23 @@ class ImageFolders:
                 raise RecordError("image unreadable", f"{name}: {error.strerror}") from None
             if data is not None:
                 return data
-        where = " or ".join(self._folders) or "an image folder: none was given"
-        raise RecordError("image missing", f"{name}: not in {where}")
+        raise RecordError(f"{self._kind} missing", f"{name}: {self._nowhere()}")
+
+    def find(self, name: str) -> str:
+        """Path of the first file or folder of this name.  Raises RecordError."""
+        self._check_inside(name)
+        for folder in self._folders:
+            if os.path.exists(folder + name):
+                return folder + name
+        raise RecordError(f"{self._kind} missing", self._nowhere())
+
+    def _check_inside(self, name: str) -> None:
+        if name.startswith("/") or (".." in name and ".." in name.split("/")):
+            raise RecordError(f"{self._kind} missing", f"{name!r} points outside the {self._kind} folder")
+
+    def _nowhere(self) -> str:
+        article = "an" if self._kind == "image" else "a"
+        return f"not in {' or '.join(self._folders) or f'{article} {self._kind} folder: none was given'}"
 
 
 def read_regular_file(path: str) -> bytes | None:

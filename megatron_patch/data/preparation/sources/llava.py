@@ -54,11 +54,21 @@ class LlavaSource(JsonSource):
     def read(self, item: Any) -> SourceRecord:
         """The record itself; an image may be one name or a list of names."""
         record = as_object(item)
-        image = record.get("image")
-        names = [] if image in (None, "") else image if isinstance(image, list) else [image]
-        if not all(isinstance(name, str) and name for name in names):
-            raise RecordError("malformed", "image is neither a file name nor a list of file names")
+        names = read_names(record, "image")
+        if read_names(record, "video"):
+            raise RecordError("video", "the record is about a video; give it to convert_llava_video_to_wds.py")
         system = record.get("system")
         if system is not None and not isinstance(system, str):
             raise RecordError("malformed", f"system is {type(system).__name__}, wanted text")
-        return SourceRecord(record.get("id"), record.get("conversations"), image if names else None, names, system)
+        return SourceRecord(
+            record.get("id"), record.get("conversations"), record["image"] if names else None, names, system
+        )
+
+
+def read_names(record: dict[str, Any], key: str) -> list[str]:
+    """The file names under a key, which may hold one name, a list of names, or nothing.  Raises RecordError."""
+    named = record.get(key)
+    names = [] if named in (None, "") else named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise RecordError("malformed", f"{key} is neither a file name nor a list of file names")
+    return names
