@@ -21,24 +21,25 @@ class Request:
     """A conversation whose last exchange has no answer yet.
 
     An IMAGE_MARK in a question stands for each image; a conversation without any mark has all of its images at the
-    front of its first question, each in a line of its own.
+    front of its first question, each in a line of its own.  Likewise a VIDEO_MARK for each video.
     """
 
     id: str
     turns: tuple[Exchange, ...]
     images: tuple[Path | bytes, ...] = ()  # files, or what is in them
     system: str | None = None  # in place of the template's own system sentence
+    videos: tuple[tuple[Path | bytes, ...], ...] = ()  # frames of each
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request as the model sees it.  S: its tokens, N: its tiles, M: its images."""
+    """A request as the model sees it.  S: its tokens, N: its tiles and frames, M: its images and videos."""
 
     id: str
     tokens: np.ndarray  # int64 [S], image placeholders expanded, up to where the answer begins
     pixels: np.ndarray  # uint8 [N, 3, side_px, side_px]
     plans: np.ndarray  # int64 [M, PLAN_FIELDS]: tile_plan.TilePlan.numbers
-    image_sizes: tuple[tuple[int, int], ...]  # height, width of the M images, upright; empty where they do not matter
+    image_sizes: tuple[tuple[int, int], ...]  # height, width of the images, upright; empty where they do not matter
 
 
 @dataclass(frozen=True)

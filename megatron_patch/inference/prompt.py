@@ -1,15 +1,16 @@
 """Requests -> the tokens and pixels that training would have made of them, by the settings in the model's folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_patch.arguments import auto_template
 from megatron_patch.data.answer import AnswerReader
-from megatron_patch.data.conversation import IMAGE_MARK, ConversationEncoder, Exchange
+from megatron_patch.data.conversation import IMAGE_MARK, VIDEO_MARK, ConversationEncoder, Exchange
 from megatron_patch.data.loading.config import DataConfig
-from megatron_patch.data.loading.task_encoder import decode_images, image_sizes, plan_numbers
-from megatron_patch.data.record import image_in_front
+from megatron_patch.data.loading.task_encoder import check_videos, decode_images, image_sizes, plan_numbers
+from megatron_patch.data.record import mark_in_front
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.templates import find_template
 from megatron_patch.inference.interface import Prompt, Request, RequestError
@@ -40,6 +41,7 @@ class PromptEncoder:
             tokenizer_path=str(folder.tokenizer),
             template=self.template,
             image_token_id=geometry.image_token_id,
+            video_token_id=geometry.video_token_id,
             image_tokens=tower.image_tokens,
             any_resolution=geometry.any_resolution,
             side_px=tower.side_px,
@@ -58,6 +60,7 @@ class PromptEncoder:
             self._config.tokens_per_mark,
             image_conv_front=settings.image_conv_front,
             image_start_end=settings.image_start_end,
+            video_token_id=geometry.video_token_id,
         )
         self._takes_questions = "{question}" in find_template(self.template).question
         self.pad_token_id = self._conversation.pad_token_id
@@ -72,18 +75,24 @@ class PromptEncoder:
 
     def _encode(self, request: Request) -> Prompt:
         turns = _with_marks(request)
-        images, config = [_bytes_of(image) for image in request.images], self._config
+        config = self._config
+        check_videos(len(request.videos), config)
+        images = [_bytes_of(image) for image in request.images]
+        videos = [[_bytes_of(frame) for frame in video] for video in request.videos]
         sizes = image_sizes(images, config)
-        plans = [config.image_plan(size, len(images)) for size in sizes]
-        encoded = self._conversation.encode(turns, request.system, [plan.tokens for plan in plans])
+        of_images = [config.image_plan(size, len(images)) for size in sizes]
+        of_videos = [config.video_plan(len(frames)) for frames in videos]
+        counts = [[plan.tokens for plan in plans] for plans in (of_images, of_videos)]
+        encoded = self._conversation.encode(turns, request.system, *counts)
         if len(encoded.ids) >= self.max_tokens:
-            raise RecordError(
-                "too long",
-                f"{len(encoded.ids)} tokens ({len(request.images)} images), wanted fewer than {self.max_tokens}",
-            )
-        if self._takes_questions and not turns[-1].question.replace(IMAGE_MARK, "").strip():
+            seen = f"{len(images)} images" + (f", {len(videos)} videos" if videos else "")
+            raise RecordError("too long", f"{len(encoded.ids)} tokens ({seen}), wanted fewer than {self.max_tokens}")
+        marks = (IMAGE_MARK, VIDEO_MARK) if videos else (IMAGE_MARK,)
+        if self._takes_questions and not _without(turns[-1].question, marks):
             raise RecordError("malformed", "the prompt is empty")
-        tokens, pixels = np.asarray(encoded.ids, dtype=np.int64), decode_images(images, config)
+        plans = encoded.in_order(of_images, of_videos)
+        pixels = decode_images(images, config, videos, plans)
+        tokens = np.asarray(encoded.ids, dtype=np.int64)
         return Prompt(request.id, tokens, pixels, plan_numbers(plans), tuple(filter(None, sizes)))
 
 
@@ -97,18 +106,27 @@ def _with_marks(request: Request) -> list[Exchange]:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise RecordError("malformed", f"a turn is not Unicode text ({error})") from None
-    marks, images = sum(turn.question.count(IMAGE_MARK) for turn in turns), len(request.images)
-    if marks == 0 and images:
-        turns[0] = Exchange(f"{IMAGE_MARK}\n" * images + turns[0].question, turns[0].answer)
-    elif images == 1:  # several marks in a turn are one there
-        turns = [
-            Exchange(image_in_front(turn.question), turn.answer) if IMAGE_MARK in turn.question else turn
-            for turn in turns
-        ]
-    marks = sum(turn.question.count(IMAGE_MARK) for turn in turns)
-    if marks != images:
-        raise RecordError("image marks", f"{marks} {IMAGE_MARK} marks, {images} images")
+    counts = {IMAGE_MARK: len(request.images)} | ({VIDEO_MARK: len(request.videos)} if request.videos else {})
+    alone = sum(counts.values()) == 1
+    for mark, count in reversed(counts.items()):  # images come before videos
+        if count and not any(mark in turn.question for turn in turns):
+            turns[0] = Exchange(f"{mark}\n" * count + turns[0].question, turns[0].answer)
+        elif count and alone:  # several marks in a turn are one there
+            turns = [
+                Exchange(mark_in_front(turn.question, mark), turn.answer) if mark in turn.question else turn
+                for turn in turns
+            ]
+        marks = sum(turn.question.count(mark) for turn in turns)
+        if marks != count:
+            kind = mark[1:-1]
+            raise RecordError(f"{kind} marks", f"{marks} {mark} marks, {count} {kind}s")
     return turns
+
+
+def _without(question: str, marks: Sequence[str]) -> str:
+    for mark in marks:
+        question = question.replace(mark, "")
+    return question.strip()
 
 
 def _bytes_of(image: Path | bytes) -> bytes:

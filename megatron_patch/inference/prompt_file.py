@@ -5,6 +5,8 @@
     {"id": "7", "images": ["cat.jpg"], "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}]}
 
 An `id` may stand in each, `image` or `images` too; a conversation may hold answered questions before the last one.
+For a LLaVA-OneVision a line may have a `video`, a file (decoded by PyAV), a folder of frames, or a list of images that
+are its frames; or `videos`, a list of such.  At most `frames` of each are taken, 32 unless the line says otherwise.
 """
 
 import json
@@ -17,10 +19,12 @@ from megatron_patch.data.conversation import Exchange
 from megatron_patch.data.preparation.sources.image_folders import ImageFolders
 from megatron_patch.data.record import read_turn
 from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.video import FrameSampling, read_frames
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Request
 
 TEXT_KEYS, ID_KEYS, IMAGE_KEYS = ("prompt", "text"), ("id", "question_id"), ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,14 @@ def count_lines(file: Path) -> int:
 
 def read_lines(file: Path, image_root: Path, first: int = 0) -> Iterator[Line]:
     """All lines from number `first` (from 0) on, with the bytes of their images."""
-    folders = ImageFolders([image_root])
+    folders, videos = ImageFolders([image_root]), ImageFolders([image_root], "video")
     with open(file, "rb") as lines:
         for number, data in enumerate(lines, 1):
             if number > first:
-                yield _read_line(data, str(number), folders)
+                yield _read_line(data, str(number), folders, videos)
 
 
-def _read_line(data: bytes, number: str, folders: ImageFolders) -> Line:
+def _read_line(data: bytes, number: str, folders: ImageFolders, of_videos: ImageFolders) -> Line:
     name = number
     try:
         try:
@@ -67,8 +71,8 @@ def _read_line(data: bytes, number: str, folders: ImageFolders) -> Line:
         name = number if own in (None, "") else str(own)
         images = tuple(folders.read(image) for image in _images(record))
         system = _value(record, ("system",), (str,))
-        return Line(name, Request(name, _turns(record), images, system))
-    except RecordError as error:
+        return Line(name, Request(name, _turns(record), images, system, _videos(record, folders, of_videos)))
+    except (RecordError, UserError) as error:  # UserError: of a video, for this line alone
         return Line(name, None, str(error))
 
 
@@ -90,6 +94,32 @@ def _images(record: dict[str, Any]) -> list[str]:
     if not all(isinstance(name, str) and name for name in names):
         raise RecordError("malformed", "images are not all file names")
     return names
+
+
+def _videos(record: dict[str, Any], folders: ImageFolders, of_videos: ImageFolders) -> tuple[tuple[bytes, ...], ...]:
+    """Frames of each video."""
+    value = _value(record, VIDEO_KEYS, (str, list))
+    count = _value(record, ("frames",), (int,))
+    sampling = FrameSampling() if count is None else FrameSampling(count)
+    if not value:
+        return ()
+    found = []
+    for named in value if "videos" in record and isinstance(value, list) else [value]:
+        names = named if isinstance(named, list) else [named]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise RecordError("malformed", "videos are not all file names or lists of file names")
+        if isinstance(named, str):
+            found.append(_frames(named, of_videos, sampling))
+        else:
+            found.append([folders.read(names[place]) for place in sampling.places(len(names), None)])
+    return tuple(map(tuple, found))
+
+
+def _frames(name: str, folders: ImageFolders, sampling: FrameSampling) -> list[bytes]:
+    try:
+        return read_frames(folders.find(name), sampling)
+    except RecordError as error:
+        raise RecordError(error.reason, f"{name}: {error.detail}") from None
 
 
 def _turns(record: dict[str, Any]) -> tuple[Exchange, ...]:

@@ -5,6 +5,7 @@ Not through the folder's processor: it knows no tiles, and centre-crops for mode
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,31 +67,50 @@ class TransformersEngine(BatchEngine):
         here = self._model.device
         tokens, real = left_padded(prompts, self._encoder.pad_token_id)
         pixels = all_pixels(prompts).to(here)
-        images = {}
+        images: dict[str, Any] = {}
         if len(pixels):
             images["pixel_values"] = ((pixels.float() - self._mean) / self._std).to(self._model.dtype)
         if images and self._rule is not None:
-            images |= self._of_any_resolution(images["pixel_values"], prompts)
+            images = self._of_any_resolution(images["pixel_values"], prompts)
         return _Session(self._model, tokens.to(here), real.to(here), images)
 
-    def _of_any_resolution(self, tiles: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """tiles [N, 3, side, side] of M images -> what transformers wants: pixel_values [M, most tiles, 3, side, side]
-        padded with zeros, image_sizes [M, 2], and where it asks for them the images of each prompt."""
-        counts = all_plans(prompts)[:, 0].tolist()
-        images = {
-            "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles.split(counts), batch_first=True),
-            "image_sizes": torch.tensor([size for prompt in prompts for size in prompt.image_sizes]).to(tiles.device),
-        }
-        if self._rule.several_plain:
-            found = [len(prompt.image_sizes) for prompt in prompts if prompt.image_sizes]
-            images["batch_num_images"] = torch.tensor(found, device=tiles.device)
-        return images
+    def _of_any_resolution(self, tiles: Tensor, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """tiles [N, 3, side, side] of images and frames of videos -> what transformers wants.
+
+        Of M images pixel_values [M, most tiles, 3, side, side] padded with zeros, image_sizes [M, 2], and where it asks
+        for them the images of each prompt; where there are videos, the features of both.
+        """
+        plans = all_plans(prompts)
+        parts = tiles.split(plans[:, 0].tolist())
+        is_video = ((plans[:, 2] == 0) & (plans[:, 6] > 0)).tolist()
+        images = {}
+        if found := [part for part, video in zip(parts, is_video, strict=True) if not video]:
+            sizes = [size for prompt in prompts for size in prompt.image_sizes]
+            images["pixel_values"] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+            images["image_sizes"] = torch.tensor(sizes).to(tiles.device)
+            if self._rule.several_plain:
+                counts = [len(prompt.image_sizes) for prompt in prompts if prompt.image_sizes]
+                images["batch_num_images"] = torch.tensor(counts, device=tiles.device)
+        videos = [part for part, video in zip(parts, is_video, strict=True) if video]
+        return self._with_videos(images, videos) if videos else images
+
+    @torch.inference_mode()
+    def _with_videos(self, images: dict[str, Tensor], videos: Sequence[Tensor]) -> dict[str, Any]:
+        """The arguments for images, and frames [F, 3, side, side] of each video -> the features of both.
+
+        Its forward takes videos of one length alone, and features beside no pixels.
+        """
+        made = [self._model.get_video_features(frames[None]).pooler_output[0] for frames in videos]
+        features = {"video": SimpleNamespace(pooler_output=torch.cat(made)[None])}
+        if images:
+            features["image"] = self._model.get_image_features(**images)
+        return {"mm_encoder_outputs": features}
 
 
 class _Session:
     """One batch; tokens int64 [B, S], real bool [B, S]."""
 
-    def __init__(self, model: Any, tokens: Tensor, real: Tensor, images: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, tokens: Tensor, real: Tensor, images: dict[str, Any]) -> None:
         self._model, self._real, self._cache = model, real, None
         positions = (real.cumsum(1) - 1).clamp(min=0)
         self._position = positions[:, -1:]  # of the last token
@@ -103,7 +123,7 @@ class _Session:
         return self._forward(torch.tensor(tokens, device=self._real.device)[:, None], self._position, {})
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tensor, positions: Tensor, images: dict[str, Tensor]) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, images: dict[str, Any]) -> Tensor:
         output = self._model(
             input_ids=tokens,
             attention_mask=self._real.long(),

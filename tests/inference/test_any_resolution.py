@@ -16,12 +16,18 @@ from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from tests import tiny_models
 from tests.model.test_any_resolution import judges_images
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 KINDS = {"llava_next": ("mistral", "clip"), "llava_onevision": ("qwen2", "siglip_last")}
 
 
-def requests(images: list[Path]) -> list[Request]:
-    return [
+def requests(images: list[Path], kind: str) -> list[Request]:
+    odd, even = tuple(images[::2]), tuple(images[1::2])
+    videos = [
+        Request("video", (Exchange("What happens?", None),), videos=(odd,)),
+        Request("videos", (Exchange("Which is longer, <video> or <video>?", None),), videos=(odd, even)),
+        Request("both", (Exchange("Is <image> in <video>?", None),), (images[0],), videos=(tuple(images),)),
+    ]
+    return (videos if kind == "llava_onevision" else []) + [
         Request("wide", (Exchange("<image>\nWhat is this?", None),), (images[0],)),
         Request("none", (Exchange("What?", None),)),
         Request("two", (Exchange("Which is red, <image> or <image>?", None),), (images[1], images[2])),
@@ -43,15 +49,20 @@ def test_both_engines_give_transformers_greedy_tokens(
     for number, size in enumerate([(31, 90), (60, 60), (20, 44), (150, 29)]):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(files[-1])
-    asked, sampling = requests(files), Sampling(max_new_tokens=NEW_TOKENS)
+    asked, sampling = requests(files, kind), Sampling(max_new_tokens=NEW_TOKENS)
 
     expected, architecture = {}, LlavaFolder(tmp_path / "hub").geometry().kind.architecture
     judge = getattr(transformers, architecture).from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
     with open_engine(tmp_path / "hub") as engine:
         for request in asked:
             tokens = torch.from_numpy(engine.prepare(request).tokens)[None]
-            images = [[Image.open(file) for file in request.images]]
-            more = judges_images(tmp_path / "hub", images, kind) if request.images else {}
+            more = {}
+            if request.images:
+                more = judges_images(tmp_path / "hub", [[Image.open(file) for file in request.images]], kind)
+            if request.videos:  # all of a request are of one length
+                frames = [[[Image.open(file)] for file in video] for video in request.videos]
+                pixels = [judges_images(tmp_path / "hub", video, kind)["pixel_values"][:, 0] for video in frames]
+                more["pixel_values_videos"] = torch.stack(pixels)
             with torch.no_grad():
                 made = judge.generate(input_ids=tokens, max_new_tokens=NEW_TOKENS, do_sample=False, **more)
             expected[request.id] = made[0, tokens.shape[1] :].tolist()

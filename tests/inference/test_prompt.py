@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_patch.data.record import Record
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Request, RequestError
 from megatron_patch.inference.prompt import PromptEncoder
+from megatron_patch.inference.prompt_file import read_lines
 from megatron_patch.llava_folder import LlavaFolder, TrainingSettings
 from tests import tiny_models
 
@@ -136,3 +138,38 @@ def test_requests_that_cannot_be_asked(folder: LlavaFolder, tmp_path: Path):
 def test_an_unknown_template_is_refused(folder: LlavaFolder):
     with pytest.raises(UserError, match="conversation template is 'none'"):
         PromptEncoder(folder, "none")
+
+
+def test_lines_with_videos(folder: LlavaFolder, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            (tmp_path / name / f"{number}.png").write_bytes(name.encode() + bytes([number]))
+    (tmp_path / "still.png").write_bytes(b"still")
+    lines = [
+        {"video": "a", "prompt": "x"},
+        {"videos": ["a", ["b/0.png", "b/4.png", "b/2.png"]], "prompt": "<video> <video>", "frames": 2},
+        {"video": ["b/0.png", "still.png"], "image": "still.png", "text": "x"},
+        {"video": "none", "prompt": "x"},
+        {"video": "../a", "prompt": "x"},
+        {"video": [], "prompt": "x"},
+        {"videos": ["a", 3], "prompt": "x"},
+        {"video": "a", "frames": 0, "prompt": "x"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = list(read_lines(tmp_path / "p.jsonl", tmp_path))
+    videos = [None if line.request is None else line.request.videos for line in found]
+    frames = {name: [name.encode() + bytes([number]) for number in range(5)] for name in ("a", "b")}
+    assert videos[0] == (tuple(frames["a"]),)
+    assert videos[1] == ((frames["a"][0], frames["a"][4]), (frames["b"][0], frames["b"][2]))
+    assert videos[2] == ((frames["b"][0], b"still"),) and found[2].request.images == (b"still",)
+    assert videos[5] == ()
+    for number, said in (
+        (3, "video missing: none: not in"),
+        (4, "outside the video folder"),
+        (6, "videos are not all file names"),
+        (7, "frames per video is 0"),
+    ):
+        assert found[number].request is None and said in found[number].error, found[number]
+    with pytest.raises(RequestError, match="1: video: 1 videos for this model, which knows no <video>, wanted a LLaVA"):
+        PromptEncoder(folder, "mistral").encode(found[0].request)

@@ -6,7 +6,7 @@ import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -277,24 +277,39 @@ def _pixels(record: Shown) -> Sequence[np.ndarray]:
 
 
 SHEET_WIDTH, IMAGE_SIDE, MARGIN, LINE = 1200, 160, 12, 18
+FRAME_SIDE = 40  # of a video, 4 x 4 of them in the place of an image
 SHEET_LINES = 9  # per record; the page has the rest
 
 
 def to_sheet(shown: Sequence[Shown]) -> Image.Image:
-    """Contact sheet: per record its first image after preprocessing beside the beginning of its coloured text."""
+    """Contact sheet: per record its first image, or frames of its first video, after preprocessing beside the beginning
+    of its coloured text."""
     font = ImageFont.load_default(size=14)
     height = max(IMAGE_SIDE, LINE * (SHEET_LINES + 1)) + 2 * MARGIN
     sheet = Image.new("RGB", (SHEET_WIDTH, max(height * len(shown), 1)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, record in enumerate(shown):
         top = number * height + MARGIN
-        for pixels in _pixels(record)[:1]:
-            sheet.paste(to_image(pixels).resize((IMAGE_SIDE, IMAGE_SIDE)), (MARGIN, top))
+        for pixels, side, place in _on_sheet(record):
+            sheet.paste(to_image(pixels).resize((side, side)), (MARGIN + place[0], top + place[1]))
         left = IMAGE_SIDE + 2 * MARGIN
         told = describe(record.encoded) if record.encoded else f"{record.place}: {record.problem}"
         spans = [TokenSpan("image", 0, 0, told + "\n"), *(span._replace(text=_shown(span)) for span in record.spans)]
         _write(draw, spans, left, top, font)
     return sheet
+
+
+def _on_sheet(record: Shown) -> Iterator[tuple[np.ndarray, int, tuple[int, int]]]:
+    """What is shown of a record: pixels, side in pixels and place (x, y); of a video frames over its whole length."""
+    pixels = _pixels(record)
+    if pixels and record.encoded.plans[0].frames:
+        frames = record.encoded.plans[0].frames
+        chosen = np.linspace(0, frames - 1, min(frames, (IMAGE_SIDE // FRAME_SIDE) ** 2), dtype=int).tolist()
+        for number, frame in enumerate(chosen):
+            row, column = divmod(number, IMAGE_SIDE // FRAME_SIDE)
+            yield pixels[frame], FRAME_SIDE, (column * FRAME_SIDE, row * FRAME_SIDE)
+    elif pixels:
+        yield pixels[0], IMAGE_SIDE, (0, 0)
 
 
 def _write(draw: ImageDraw.ImageDraw, spans: Sequence[TokenSpan], left: int, top: int, font: Any) -> None:
