@@ -485,8 +485,8 @@ LABELS_AND_MASKS = [
         ),
         (
             "images become one token less",
-            "ids += [self._image_token_id] * count",
-            "ids += [self._image_token_id] * (count - 1)",
+            "ids += [self._mark_ids[mark]] * count",
+            "ids += [self._mark_ids[mark]] * (count - 1)",
         ),
     ),
     *of(
@@ -1170,7 +1170,7 @@ RECORDS = [
     *of(
         "megatron_patch/data/record.py",
         "tests/data/test_conversation.py::test_unusable_conversations_are_refused_with_their_reason",
-        ("marks and images need not agree", "if marks != images:", "if marks > images + 9:"),
+        ("marks and images need not agree", "if marks != count:", "if marks > count + 9:"),
     ),
 ]
 
@@ -1544,7 +1544,7 @@ RUNS = [
     *of(
         "megatron_patch/data/loading/prompts.py",
         GREEDY,
-        ("the prompt holds an empty answer", "[Exchange(first.question, None)]", '[Exchange(first.question, "")]'),
+        ("the prompt holds an empty answer", "[Exchange(text, None)]", '[Exchange(text, "")]'),
         (
             "the question's images are left out",
             "encoded.pixels[: sum(plan.tiles for plan in plans)]",
@@ -1556,13 +1556,17 @@ RUNS = [
         OF_REQUESTS,
         ("a prompt may be longer than the positions", ">= self.max_tokens:", ">= 9 * self.max_tokens:"),
         ("an empty prompt is asked", "if self._takes_questions and not", "if not self._takes_questions and not"),
-        ("more images than marks are asked", "if marks != images:", "if marks > images:"),
+        ("more images than marks are asked", "if marks != count:", "if marks > count:"),
         (
             "prompts forget the settings of the training",
             "            **settings.for_data(),",
             "            **TrainingSettings(None).for_data(),",
         ),
-        ("unmarked images are not put in front", "if marks == 0 and images:", "if marks < 0 and images:"),
+        (
+            "unmarked images are not put in front",
+            "if count and not any(mark in turn.question for turn in turns):",
+            "if False:",
+        ),
     ),
     *of(
         f"{INFERENCE}/generation.py",
@@ -2705,7 +2709,7 @@ ANY_RESOLUTION = [
         LLAVA,
         OF_NEW_MODELS,
         ("features of the padding are kept", "grid[top : rows * patches - top,", "grid[0 : rows * patches,"),
-        ("features are shrunk without mixing", 'mode="bilinear"', 'mode="nearest"'),
+        ("features are shrunk without mixing", 'mode="bilinear")[0]', 'mode="nearest")[0]'),
         (
             "tiles lie in one row",
             "view(rows, columns, patches, patches, width).transpose(1, 2)",
@@ -2856,6 +2860,240 @@ ANY_RESOLUTION = [
             '    if _sees_any_resolution(values, folder):\n        yield "FEATURE_CACHE"',
             '    if False:\n        yield "FEATURE_CACHE"',
         ),
+    ),
+]
+
+VIDEO, OF_VIDEO = "megatron_patch/data/video.py", "tests/data/preparation/test_video.py"
+LLAVA_VIDEO = "megatron_patch/data/preparation/sources/llava_video.py"
+RECORD, WORKERS = "megatron_patch/data/record.py", "megatron_patch/data/preparation/workers.py"
+OF_VIDEOS = "tests/data/loading/test_videos.py"
+DISAGREEING = f"{OF_VIDEOS}::test_what_does_not_agree_is_left_out"
+IN_ORDER = f"{OF_VIDEOS}::test_placeholders_plans_and_pixels_are_in_the_order_of_the_marks"
+BROKEN_VIDEOS, ALL_KINDS = (
+    f"{OF_VIDEO}::{name}"
+    for name in ("test_what_is_broken_is_rejected_by_name", "test_records_of_all_kinds_stand_in_the_shards")
+)
+OF_VIDEO_LINES = "tests/inference/test_prompt.py::test_lines_with_videos"
+VIDEOS = [
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_as_many_tokens_for_a_video_as_in_transformers",
+        ("a video has no newline", "frames * side * side + 1,", "frames * side * side,"),
+        ("odd sides of frames are cut short", "math.ceil(patches / 2)", "patches // 2"),
+    ),
+    *of(
+        TILE_PLAN,
+        f"{OF_TILES}::test_images_have_no_frames",
+        ("images are videos", "if any(self.shown) and not any(self.grid)", "if any(self.shown)"),
+    ),
+    *of(
+        LLAVA,
+        f"{OF_TILES}::test_features_of_frames_are_shrunk_as_in_transformers",
+        ("frames keep all their features", "if not rows and any(shown):", "if False:"),
+        ("frames are shrunk without mixing", 'mode="bilinear").permute', 'mode="nearest").permute'),
+    ),
+    *of(
+        LLAVA,
+        OF_NEW_MODELS,
+        ("placeholders of videos are text", "if self.geometry.video_token_id is not None:", "if False:"),
+    ),
+    *of(
+        GEOMETRY,
+        OF_NEW_MODELS,
+        ("no model knows <video>", "if kind.video_token else None", "if False else None"),
+    ),
+    *of(
+        CONVERSATION,
+        DISAGREEING,
+        ("marks and numbers of tokens need not agree", "if found != len(counts):", "if False:"),
+        ("a text may hold placeholders", "if mark_id in piece_ids:", "if False:"),
+    ),
+    *of(
+        CONVERSATION,
+        IN_ORDER,
+        (
+            "videos take the place of images",
+            "next(left[is_video]) for is_video in self",
+            "next(left[0]) for is_video in self",
+        ),
+    ),
+    *of(
+        CONVERSATION,
+        f"{OF_VIDEOS}::test_a_single_video_stands_in_front_and_stays_so_where_images_come_first",
+        ("videos stay behind where images come first", 'self._marks.sub("", exchange.question)', "exchange.question"),
+    ),
+    *of(
+        RECORD,
+        DISAGREEING,
+        ("an answer may hold a mark", "if mark in answer:", "if False:"),
+        ("frames may be more than there are", "if sum(frames) > len(images):", "if False:"),
+        ("a video may have no frame", "type(count) is int and count > 0", "type(count) is int"),
+    ),
+    *of(
+        RECORD,
+        f"{OF_VIDEOS}::test_video_is_a_word_like_any_other_to_models_that_know_none",
+        (
+            "<video> is a mark in every record",
+            '{VIDEO_MARK: ("video", videos)} if videos else',
+            '{VIDEO_MARK: ("video", videos)} if True else',
+        ),
+    ),
+    *of(
+        RECORD,
+        IN_ORDER,
+        ("frames come before the images", "initial=len(images) - sum(frames)", "initial=0"),
+    ),
+    *of(
+        RECORD,
+        f"{OF_VIDEOS}::test_a_single_video_stands_in_front_and_stays_so_where_images_come_first",
+        ("a video beside an image goes in front", "if count == 1 and images + videos == 1 and", "if count == 1 and"),
+    ),
+    *of(
+        ENCODER,
+        IN_ORDER,
+        ("frames are cropped", 'config.side_px, "stretch"', 'config.side_px, "crop"'),
+        (
+            "images come before frames",
+            "[plan.frames > 0 for plan in plans]",
+            "sorted(plan.frames > 0 for plan in plans)",
+        ),
+    ),
+    *of(
+        ENCODER,
+        f"{OF_VIDEOS}::test_a_broken_frame_is_found_with_and_without_pixels",
+        (
+            "later stages do not look at frames",
+            "for data in (*record.images, *itertools.chain(*record.videos)):",
+            "for data in record.images:",
+        ),
+    ),
+    *of(
+        ENCODER,
+        f"{OF_VIDEOS}::test_a_model_without_videos_refuses_them_and_says_which_takes_them",
+        ("videos are for every model", "if not videos or config.sees_videos:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/data/loading/config.py",
+        f"{OF_VIDEOS}::test_a_model_without_videos_refuses_them_and_says_which_takes_them",
+        ("videos are for models shown one tile", "is not None and self.sizes_matter", "is not None"),
+    ),
+    *of(
+        "megatron_patch/data/loading/inspection.py",
+        f"{OF_VIDEOS}::test_inspection_tells_of_frames",
+        ("the contact sheet shows one frame", "if pixels and record.encoded.plans[0].frames:", "if False:"),
+        ("figures leave videos out", "len(frames) for frames in record.videos", "len(frames) for frames in ()"),
+    ),
+    *of(
+        CONFIG,
+        f"{OF_NEW_RUNS}::test_losses_equal_a_single_process[llava_onevision-TP2 + SP]",
+        ("training knows no videos", "video_token_id=geometry.video_token_id,", "video_token_id=None,"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_frames_are_those_of_the_original",
+        ("the last frame is left out", "np.linspace(0, total - 1,", "np.linspace(0, total - 2,"),
+        ("frames of short videos are repeated", "min(self.frames, total)", "self.frames"),
+        ("--fps gives more than --frames", "if len(regular) <= self.frames:", "if True:"),
+        ("--fps is passed over", "if self.fps is not None and fps:", "if False:"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_samplings_that_mean_nothing_are_refused",
+        ("a sampling may hold anything", "        if problems:", "        if False:"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_a_folder_of_frames_is_taken_as_it_is",
+        ("f10 comes before f2", "names.sort(key=_by_number)", "names.sort()"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_frames_are_turned_upright",
+        ("frames lie as the file has them", "if frame.rotation:", "if False:"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_quality_is_that_of_the_option",
+        ("the quality is Pillow's own", '{"quality": sampling.quality} if', "{} if"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_a_header_that_tells_another_number_of_frames_is_not_believed",
+        ("the header's number of frames is believed", "if decoded != total:", "if False:"),
+    ),
+    *of(
+        VIDEO,
+        f"{OF_VIDEO}::test_without_pyav_folders_do_and_files_are_refused_before_anything_is_made",
+        ("a missing decoder passes", 'if find_spec("av") is None:', "if False:"),
+    ),
+    *of(
+        LLAVA_VIDEO,
+        f"{OF_VIDEO}::test_without_pyav_folders_do_and_files_are_refused_before_anything_is_made",
+        ("nobody looks for a decoder before the start", "        self._check_first()", "        pass"),
+    ),
+    *of(
+        VIDEO,
+        BROKEN_VIDEOS,
+        ("a folder without frames is a video", "    if not names:", "    if False:"),
+        ("a pipe is a video", "if not os.path.isfile(path):", "if False:"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/sources/image_folders.py",
+        BROKEN_VIDEOS,
+        ("a video may lie anywhere", 'if name.startswith("/") or (', "if False and ("),
+    ),
+    *of(
+        WORKERS,
+        BROKEN_VIDEOS,
+        ("frames are not checked", "for number, data in enumerate(frames, 1):", "for number, data in ():"),
+    ),
+    *of(
+        WORKERS,
+        ALL_KINDS,
+        ("a sample does not tell of its frames", "        if counts:", "        if False:"),
+        ("a record with a video is text alone", "not sample.images and not sample.videos", "not sample.images"),
+    ),
+    *of(
+        LLAVA_VIDEO,
+        ALL_KINDS,
+        ("<image> does not stand for a video", "        if not found.images:", "        if False:"),
+    ),
+    *of(
+        PIPELINE,
+        ALL_KINDS,
+        ("names of videos are lost", "if record.video_names is not None:", "if False:"),
+    ),
+    *of(
+        WORKERS,
+        f"{OF_VIDEO}::test_the_token_limit_counts_frames",
+        ("frames count nothing", "self._limit.video_tokens(count) for", "1 for"),
+        ("a limit without <video> passes", "if frames and not self._encoder.marks_in(VIDEO_MARK):", "if False:"),
+    ),
+    *of(
+        LLAVA_VIDEO,
+        f"{OF_VIDEO}::test_workers_parts_and_resume_give_the_same_bytes",
+        ("other frames may be resumed with", ', "frames": asdict(self._sampling)}', "}"),
+    ),
+    *of(
+        "megatron_patch/data/preparation/sources/llava.py",
+        f"{OF_VIDEO}::test_other_converters_leave_videos_out_and_name_this_one",
+        ("a video becomes text alone", 'if read_names(record, "video"):', "if False:"),
+    ),
+    *of(
+        f"{INFERENCE}/prompt_file.py",
+        OF_VIDEO_LINES,
+        ("lines give all frames", "FrameSampling() if count is None else FrameSampling(count)", "FrameSampling(99)"),
+        ("lines lose their videos", "system, _videos(record, folders, of_videos)))", "system))"),
+    ),
+    *of(
+        f"{INFERENCE}/prompt.py",
+        OF_VIDEO_LINES,
+        ("every model is asked about videos", "check_videos(len(request.videos), config)", "pass"),
+    ),
+    *of(
+        f"{INFERENCE}/transformers_engine.py",
+        f"{OF_ANSWERS}[llava_onevision]",
+        ("frames are tiles of an image", "((plans[:, 2] == 0) & (plans[:, 6] > 0))", "(plans[:, 2] < 0)"),
     ),
 ]
 
@@ -3036,5 +3274,5 @@ STORED = [
 
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *STORED),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *VIDEOS, *STORED),
 ]

@@ -1,4 +1,5 @@
-"""Training of LLaVA-NeXT and LLaVA-OneVision models on images of many shapes, several of them in some records.
+"""Training of LLaVA-NeXT and LLaVA-OneVision models on images of many shapes, several of them in some records, and of
+LLaVA-OneVision on videos, too, alone and beside images.
 
 The same run under every parallelism, and resumed; tolerances as in test_parallelism.py.  That logits, loss and
 gradients are transformers' is shown in tests/model/test_any_resolution.py; here the first loss of a run is looked up
@@ -26,7 +27,7 @@ from megatron_patch.data.record import cook
 from megatron_patch.inference import Request, Sampling, open_engine
 from megatron_patch.llava_folder import LlavaFolder
 from tests import tiny_models
-from tests.model.test_any_resolution import judges_images
+from tests.model.test_any_resolution import judges_features
 from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
 
 KINDS = {"llava_next": ("mistral", "clip", "mistral"), "llava_onevision": ("qwen2", "siglip_last", "qwen")}
@@ -47,9 +48,21 @@ ROWS_OF_NEXT = {"FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"}}
 DEFAULT = []  # that of one process is in tests/model, stage 1 from shards is below
 
 
-def write_records(folder: Path) -> None:
-    """One to three images of odd sizes in a record, or none; the answer names the colour of each right half."""
-    draw = random.Random(11)
+def write_frames(folder: Path, count: int, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
+    """A square of a colour that goes from left to right."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image, left = Image.new("RGB", size, (90, 90, 90)), number * size[0] // count
+        ImageDraw.Draw(image).rectangle((left, 0, left + size[0] // 2, size[1]), fill=colour)
+        image.save(folder / f"{number}.png")
+
+
+def write_records(folder: Path, videos: bool) -> None:
+    """One to three images of odd sizes in a record, or none; the answer names the colour of each right half.
+
+    videos: a folder of frames beside the images of every second record, and the answer ends with its colour.
+    """
+    draw, of_videos = random.Random(11), random.Random(12)
     (folder / "images").mkdir(parents=True)
     found = []
     for number in range(96):
@@ -67,6 +80,13 @@ def write_records(folder: Path) -> None:
             {"from": "gpt", "value": ", ".join(names) or "none"},
         ]
         found.append({"id": f"r{number}", "image": files, "conversations": turns})
+        if videos and number % 2:
+            name = of_videos.choice(list(COLOURS))
+            size = of_videos.choice(((40, 30), (9, 50), (28, 28)))
+            write_frames(folder / f"videos/v{number}", of_videos.choice((1, 3, 6)), COLOURS[name], size)
+            turns[0]["value"] += " <video>"
+            turns[1]["value"] += f"; {name}"
+            found[-1]["video"] = f"v{number}"
     for record in found:
         if not record["image"]:
             del record["image"]
@@ -75,17 +95,22 @@ def write_records(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
-    """Of each kind, with one dataset."""
+    """Of each kind, with its dataset."""
     folder = tmp_path_factory.mktemp("any_resolution")
-    write_records(folder / "records")
-    converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
-    words = [str(folder / "records"), "--split", "9,1,0", "--samples-per-shard", "8"]
-    subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True)
+    converters = {
+        "llava_next": ("convert_llava_pretrain_to_wds.py", "records"),
+        "llava_onevision": ("convert_llava_video_to_wds.py", "records/records.json"),
+    }
     for kind, (family, tower, _) in KINDS.items():
+        write_records(folder / kind / "records", videos=kind == "llava_onevision")
+        script, source = converters[kind]
+        converter = ROOT / "toolkits/multimodal_data_preprocessing" / script
+        words = [str(folder / kind / source), "--split", "9,1,0", "--samples-per-shard", "8"]
+        subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True)
         tiny_models.make_tiny_llava(folder / kind / "hf", family, tower=tower, kind=kind)
         hub, checkpoint = folder / kind / "hf", folder / kind / "checkpoint"
         convert_to_megatron(hub, None, checkpoint, precision="fp32", model_size="tiny")
-    return {kind: Workspace(folder / kind / "checkpoint", folder / "records" / "wds") for kind in KINDS}
+    return {kind: Workspace(folder / kind / "checkpoint", folder / kind / "records" / "wds") for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +182,11 @@ def test_answers_during_training_are_those_of_the_export(kind: str, workspaces: 
     dataset = Dataset(str(workspace.dataset), "val")
     records = [cook(dataset[index]) for index in range(9)]
     asked = [
-        Request(record.record_id, (Exchange(record.exchanges[0].question, None),), record.images) for record in records
+        Request(record.record_id, (Exchange(record.exchanges[0].question, None),), record.images, videos=record.videos)
+        for record in records
     ]
     assert len({len(record.images) for record in records}) >= 3, "records of one kind prove little"
+    assert any(record.videos for record in records) == (kind == "llava_onevision")
     with open_engine(tmp_path / "exported") as engine:
         answers = [engine.answer([one], Sampling(max_new_tokens=32))[0].text for one in asked]
     assert [line["answer"].strip() for line in told] == answers
@@ -221,6 +248,7 @@ def next_loss_by_transformers(exported: Path, workspace: Workspace, template: st
         tokenizer_path=str(folder.tokenizer),
         template=template,
         image_token_id=geometry.image_token_id,
+        video_token_id=geometry.video_token_id,
         image_tokens=geometry.tower.image_tokens,
         side_px=geometry.tower.side_px,
         any_resolution=geometry.any_resolution,
@@ -232,11 +260,14 @@ def next_loss_by_transformers(exported: Path, workspace: Workspace, template: st
     loader = build_train_loader(str(workspace.dataset), config, 0, 1)
     for _ in range(ITERATIONS):
         next(loader)
-    batch, source = next(loader), workspace.dataset.parent / "images"
+    batch, source = next(loader), workspace.dataset.parent
     records = [
-        [Image.open(file).convert("RGB") for file in sorted(source.glob(f"{name[1:]}_*.png"))]
+        [Image.open(file).convert("RGB") for file in sorted(source.glob(f"images/{name[1:]}_*.png"))]
         for name in batch["record_ids"]
     ]
+    frames = [sorted(source.glob(f"videos/v{name[1:]}/*.png")) for name in batch["record_ids"]]
+    videos = [[Image.open(file).convert("RGB") for file in files] for files in frames if files]
+    assert bool(videos) == (geometry.model_type == "llava_onevision")
     model = getattr(transformers, geometry.kind.architecture).from_pretrained(exported, dtype=torch.float32)
     unshifted = torch.full_like(batch["labels"], -100)
     unshifted[:, 1:] = batch["labels"][:, :-1]
@@ -244,7 +275,7 @@ def next_loss_by_transformers(exported: Path, workspace: Workspace, template: st
         found = model(
             input_ids=batch["tokens"],
             labels=unshifted,
-            **judges_images(exported, records, geometry.model_type),
+            **judges_features(exported, model, records, videos, geometry.model_type),
         )
     return found.loss.item()
 
