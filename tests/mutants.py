@@ -3077,7 +3077,21 @@ VIDEOS = [
     *of(
         "megatron_patch/data/preparation/sources/llava.py",
         f"{OF_VIDEO}::test_other_converters_leave_videos_out_and_name_this_one",
-        ("a video becomes text alone", 'if read_names(record, "video"):', "if False:"),
+        (
+            "a video becomes text alone",
+            'if isinstance(video := record.get("video"), str | list) and video:',
+            "if False:",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/run_inference_llava.py",
+        f"{OF_RUN}::test_one_prompt_on_the_command_line",
+        ("--video is passed over", "tuple(arguments.image), videos=videos)", "tuple(arguments.image))"),
+    ),
+    *of(
+        "megatron_patch/launch/asking.py",
+        "tests/launchers/test_asking.py",
+        ("a missing video passes", "if not video.exists():", "if False:"),
     ),
     *of(
         f"{INFERENCE}/prompt_file.py",

@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_of
 from megatron_patch.data.conversation import Exchange
+from megatron_patch.data.rejection import RecordError
+from megatron_patch.data.video import FrameSampling, read_frames
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Request
 from megatron_patch.inference.run import TOLD, Job, check_job, merge, run
@@ -16,7 +18,11 @@ from megatron_patch.launch.asking import COMMANDS, image_root
 
 def answer_one(arguments: argparse.Namespace) -> None:
     """One prompt, streamed to standard output."""
-    request = Request("prompt", (Exchange(arguments.prompt, None),), tuple(arguments.image))
+    try:
+        videos = tuple(tuple(read_frames(str(video), FrameSampling())) for video in arguments.video)
+    except RecordError as error:
+        raise UserError(f"--video: {error}") from None
+    request = Request("prompt", (Exchange(arguments.prompt, None),), tuple(arguments.image), videos=videos)
     sampling = sampling_of(arguments)
     with engine_of(arguments) as engine:
         for piece in engine.stream(request, sampling):

@@ -53,9 +53,9 @@ One prompt, the answer on standard output:
     bash run_inference_llava.sh --model DIR --image cat.jpg --prompt "What is this?"
 
 Each line of P.jsonl is {"image": ..., "prompt": ...}, {"question_id": ..., "image": ..., "text": ...} or
-{"id": ..., "images": [...], "conversations": [{"from": "human", "value": ...}]}.  Each line of A.jsonl belongs to the
-same line of P.jsonl: id, answer, finish_reason (stop or length), prompt_tokens, completion_tokens; or id and error.
-Lines that cannot be answered are counted and named on stderr at the end.  Until all is answered the lines stand in
+{"id": ..., "images": [...], "conversations": [{"from": "human", "value": ...}]}; for a LLaVA-OneVision a "video" may
+stand there, a file or a folder of frames.  Each line of A.jsonl belongs to the same line of P.jsonl: id, answer,
+finish_reason (stop or length), prompt_tokens, completion_tokens; or id and error.  Lines that cannot be answered are counted and named on stderr at the end.  Until all is answered the lines stand in
 A.jsonl.partial; the same command goes on there after an interruption.  --part 1/4 answers the first quarter of the
 lines; the parts may run side by side on any GPUs or machines, and --merge makes A.jsonl of them.
 
@@ -154,6 +154,14 @@ def _inference(parser: argparse.ArgumentParser) -> None:
     one = parser.add_argument_group("one prompt")
     one.add_argument("--prompt", metavar="TEXT", help="may hold <image> where an image stands")
     one.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be given again")
+    one.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a file, or a folder of frames; likewise",
+    )
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +255,9 @@ def _images(arguments: argparse.Namespace) -> Iterator[str]:
     for image in (*getattr(arguments, "images", ()), *getattr(arguments, "image", ())):
         if not image.is_file():
             yield f"{image}: no such image"
+    for video in getattr(arguments, "video", ()):
+        if not video.exists():
+            yield f"{video}: no such video; wanted a file, or a folder of frames"
 
 
 def _server_problems(arguments: argparse.Namespace) -> Iterator[str]:
@@ -263,8 +274,8 @@ def _inference_problems(arguments: argparse.Namespace) -> Iterator[str]:
         if arguments.merge or arguments.part != (1, 1):
             yield "--part and --merge belong to --prompts; a single prompt has no parts"
         yield from _images(arguments)
-    elif arguments.output is None or arguments.image:
-        yield "--prompts wants --output, and no --image: images are named in the file; see --help"
+    elif arguments.output is None or arguments.image or arguments.video:
+        yield "--prompts wants --output, and no --image or --video: they are named in the file; see --help"
     else:
         yield from job_problems(arguments.prompts, image_root(arguments), arguments.output)
 

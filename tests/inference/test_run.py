@@ -276,6 +276,8 @@ def test_one_prompt_on_the_command_line(folders: Folders, engine: Engine):
     missing = call([*words, "--image", "none.png", "--prompt", "What is this?"])
     assert missing.returncode == 2
     assert missing.stderr == "error: none.png: no such image\n"
+    frames = call([*words, "--video", str(folders.images), "--prompt", "What is this?"])  # of a LLaVA-1.5
+    assert frames.returncode == 2 and "error: prompt: video: 1 videos for this model" in frames.stderr
 
 
 @pytest.mark.slow

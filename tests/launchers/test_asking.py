@@ -72,6 +72,11 @@ def test_a_right_call_is_handed_over(name: str, folder: Path):
         ),
         ("run_inference_llava", [*ONE, "--output", "a"], "--output and --image-root belong to --prompts"),
         ("run_inference_llava", [*ONE, "--image", "dog.png"], "error: dog.png: no such image"),
+        (
+            "run_inference_llava",
+            [*ONE, "--video", "dog.mp4"],
+            "error: dog.mp4: no such video; wanted a file, or a folder",
+        ),
         ("run_inference_llava", ["--model", "llm", "--prompts", "p.jsonl"], "--prompts wants --output, and no --image"),
         (
             "run_inference_llava",

@@ -220,6 +220,7 @@ def test_other_converters_leave_videos_out_and_name_this_one(tmp_path: Path) -> 
     records = [
         {"id": "v", "video": "a.mp4", "conversations": turns("<video>\nwhat?", "a")},
         {"id": "t", "video": "", "conversations": turns("what?", "a")},
+        {"id": "f", "video": False, "conversations": turns("what?", "b")},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     prepare(LlavaSource(tmp_path / "data.json", []), tmp_path / "wds", Options((1,), keep_going=True, workers=0))

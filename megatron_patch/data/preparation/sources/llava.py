@@ -55,7 +55,7 @@ class LlavaSource(JsonSource):
         """The record itself; an image may be one name or a list of names."""
         record = as_object(item)
         names = read_names(record, "image")
-        if read_names(record, "video"):
+        if isinstance(video := record.get("video"), str | list) and video:
             raise RecordError("video", "the record is about a video; give it to convert_llava_video_to_wds.py")
         system = record.get("system")
         if system is not None and not isinstance(system, str):
