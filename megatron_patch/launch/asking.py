@@ -52,12 +52,13 @@ One prompt, the answer on standard output:
 
     bash run_inference_llava.sh --model DIR --image cat.jpg --prompt "What is this?"
 
-Each line of P.jsonl is {"image": ..., "prompt": ...}, {"question_id": ..., "image": ..., "text": ...} or
-{"id": ..., "images": [...], "conversations": [{"from": "human", "value": ...}]}; for a LLaVA-OneVision a "video" may
-stand there, a file or a folder of frames.  Each line of A.jsonl belongs to the same line of P.jsonl: id, answer,
-finish_reason (stop or length), prompt_tokens, completion_tokens; or id and error.  Lines that cannot be answered are counted and named on stderr at the end.  Until all is answered the lines stand in
-A.jsonl.partial; the same command goes on there after an interruption.  --part 1/4 answers the first quarter of the
-lines; the parts may run side by side on any GPUs or machines, and --merge makes A.jsonl of them.
+Each line of P.jsonl is {"image": ..., "prompt": ...}, {"question_id": ..., "image": ..., "text": ...} or {"id": ...,
+"images": [...], "conversations": [{"from": "human", "value": ...}]}; for a LLaVA-OneVision a "video" may stand there, a
+file or a folder of frames.  Each line of A.jsonl belongs to the same line of P.jsonl: id, answer, finish_reason (stop
+or length), prompt_tokens, completion_tokens; or id and error.  Lines that cannot be answered are counted and named on
+stderr at the end.  Until all is answered the lines stand in A.jsonl.partial; the same command goes on there after an
+interruption.  --part 1/4 answers the first quarter of the lines; the parts may run side by side on any GPUs or
+machines, and --merge makes A.jsonl of them.
 
 Exit code: 0 when every line is accounted for, those with an error too; 2 when the call is wrong.
 """
