@@ -3023,6 +3023,13 @@ VIDEOS = [
     ),
     *of(
         VIDEO,
+        f"{OF_VIDEO}::test_a_damaged_frame_is_no_frame_nor_is_one_made_of_it",
+        ("damaged frames are taken", "            if damaged:", "            if False:"),
+        ("what follows a damaged frame is taken", "or (damaged and not frame.key_frame)", "or False"),
+        ("a key frame repairs nothing", "(damaged and not frame.key_frame)", "damaged"),
+    ),
+    *of(
+        VIDEO,
         f"{OF_VIDEO}::test_without_pyav_folders_do_and_files_are_refused_before_anything_is_made",
         ("a missing decoder passes", 'if find_spec("av") is None:', "if False:"),
     ),

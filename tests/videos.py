@@ -21,8 +21,13 @@ def pyav() -> Path:
         pytest.skip(f"PyAV is not here and cannot be fetched: {error}")
 
 
-def write_video(path: Path, frames: int, size: tuple[int, int] = (64, 48), rate: int = 10) -> None:
-    """MPEG-4: frame k is grey of the level GREY_STEP * k; size: width, height; rate: frames a second."""
+def write_video(
+    path: Path, frames: int, size: tuple[int, int] = (64, 48), rate: int = 10, step: int = GREY_STEP
+) -> None:
+    """MPEG-4: frame k is grey of the level step * k; size: width, height; rate: frames a second.
+
+    Each is a key frame, unless the step is small: then every twelfth is.
+    """
     sys.path.insert(0, str(pyav()))
     try:
         import av
@@ -32,9 +37,21 @@ def write_video(path: Path, frames: int, size: tuple[int, int] = (64, 48), rate:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), GREY_STEP * number % 256, dtype=np.uint8)
+            pixels = np.full((size[1], size[0], 3), step * number % 256, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+
+
+def damage(path: Path, frame: int) -> None:
+    """Overwrite the second half of what a frame is decoded from."""
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        start, size = packets[frame].pos, packets[frame].size
+    data = bytearray(path.read_bytes())
+    data[start + size // 2 : start + size] = b"\xff" * (size - size // 2)
+    path.write_bytes(data)
 
 
 def turn_clockwise(path: Path) -> None:

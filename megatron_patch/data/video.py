@@ -145,13 +145,14 @@ def _decode(path: str, places: list[int], sampling: FrameSampling) -> tuple[list
     """The frames at these places, encoded, and how many there are in all.  Raises RecordError."""
     import av
 
-    wanted, found, number = set(places), [], -1
+    wanted, found, number, damaged = set(places), [], -1, False
     with av.open(path) as container:
         for number, frame in enumerate(container.decode(video=0)):
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # what follows is made of it
             if number not in wanted:
                 continue
-            if frame.is_corrupt:
-                raise RecordError("video unreadable", f"frame {number} is damaged")
+            if damaged:
+                raise RecordError("video unreadable", f"frame {number}, or one that it is made of, is damaged")
             image = frame.to_image()
             if frame.rotation:
                 image = image.rotate(frame.rotation, expand=True)  # both counterclockwise
