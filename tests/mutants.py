@@ -69,6 +69,7 @@ OF_BATCH = f"{OF_LOADER}::test_shapes_and_types_of_a_batch"
 EXACT = f"{OF_LOADER}::test_resume_is_exact"
 OF_PIPELINE = "tests/data/preparation/test_pipeline.py"
 WORKSPACE, RAY_WORKERS = (f"megatron_patch/data/preparation/{name}.py" for name in ("workspace", "ray_workers"))
+RAY_CLUSTER, OF_ACTORS = "megatron_patch/ray_cluster.py", "tests/test_ray_actors.py"
 OF_PARTS, OF_RAY = "tests/data/preparation/test_parts.py", "tests/data/preparation/test_ray.py"
 OF_RETENTION = "tests/training/test_checkpoint_retention.py"
 GOLDEN = "tests/data/test_golden.py::test_text_ids_and_labels_are_golden"
@@ -1107,7 +1108,7 @@ RECORDS = [
         ("a part begins anew in place of resuming", "if not resume or not self._journal.began_with:", "if True:"),
     ),
     *of(
-        "megatron_patch/data/preparation/sight.py",
+        "megatron_patch/sight.py",
         f"{OF_PARTS}::test_a_machine_without_the_pictures_is_refused",
         ("a file that is not here is not missed", "if file is not None and not os.path.isfile(file):", "if False:"),
         (
@@ -1151,14 +1152,79 @@ RECORDS = [
         ("--engine ray has no effect", '    if options.engine == "ray":', "    if False:"),
     ),
     *of(
-        RAY_WORKERS,
+        RAY_CLUSTER,
         f"{OF_RAY}::test_an_address_that_does_not_answer_is_refused",
         ("a Ray address is not tried first", "    if found is None:", "    if True:"),
     ),
     *of(
-        RAY_WORKERS,
+        RAY_CLUSTER,
         f"{OF_RAY}::test_what_a_node_answers",
         ("a node takes any folder for the output", "if path.read_text() != path.name:", "if False:"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_actors_die_and_every_piece_has_its_result_in_its_place",
+        ("a piece whose node died is not done again", "waiting.append((begun.number, begun.data))", "pass"),
+        ("results come as they are done", "while wanted in found:", "while wanted in found or wanted + 1 in found:"),
+        ("an actor that died is asked again", "self._open.pop(begun.actor, None)", "pass"),
+        ("pieces pile up", "waiting[0][0] < limit and", "waiting[0][0] >= 0 and"),
+        ("one actor has all pieces", "self._open[actor] >= QUEUED else", "False else"),
+        ("actors go on behind the command", "for actor in self._actors.values():", "for actor in ():"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_an_actor_that_does_not_see_all_does_nothing",
+        ("a node that joined late opens the model unseen", "        check_sight()", "        pass"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_what_opens_or_does_a_piece_may_refuse",
+        ("a refusal on a node is a result", "            if refusal is not None:", "            if False:"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_a_piece_that_kills_every_process_is_given_up",
+        ("a piece may kill for ever", "if self._losses[begun.number] > LOSSES:", "if False:"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_a_cluster_without_room_is_told",
+        ("nobody tells that no GPU is left", "if not ready and not self._open and not", "if False and not"),
+    ),
+    *of(
+        RAY_CLUSTER,
+        f"{OF_ACTORS}::test_a_model_takes_a_gpu_or_the_cores_of_a_node",
+        ("more models than GPUs wait for ever", "if workers is not None and workers > there:", "if False:"),
+        (
+            "a model takes no GPU",
+            "return Shape(workers or there, cpus=1, gpus=1)",
+            "return Shape(workers or there, cpus=1, gpus=0)",
+        ),
+    ),
+    *of(
+        f"{INFERENCE}/ray_engines.py",
+        f"{OF_INFERENCE}/test_ray_engines.py",
+        ("a node that lost its images answers for them", "        check_sight()", "        pass"),
+        ("the lines of a piece are counted anew", "first=first + size * number", "first=size * number"),
+    ),
+    *of(
+        FEATURES,
+        f"{CACHED}::test_two_processes_that_write_a_shard",
+        (
+            "a shard is written under its own name",
+            "self._file = self._unfinished.open(",
+            "self._file = (self._unfinished if False else self._data).open(",
+        ),
+        ("what a kill left stays among the features", "        path.unlink()", "        pass"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/tower_features.py",
+        f"{CACHED}::test_a_shard_that_a_node_did_not_see_is_not_kept",
+        ("a node that lost the dataset makes empty shards", "                check()", "                pass"),
+    ),
+    *of(
+        RAY_WORKERS,
+        f"{OF_RAY}::test_what_a_node_answers",
         ("a node that lost its images rejects records", "if lacking and (problems", "if False and (problems"),
         ("a node that joined late is not looked at", "if is_new and (problems", "if False and (problems"),
     ),
@@ -1540,6 +1606,10 @@ RUNS = [
         ("the other engine's folder", 'elif arguments.engine not in ("auto", kind):', "elif False:"),
         ("an output that exists", "    if output.exists():", "    if False:"),
         ("any part goes", "if not 1 <= int(number) <= int(count):", "if False:"),
+        ("models of a cluster that is not there", "if address is None and workers is not None:", "if False:"),
+        ("a cluster's work is shared out otherwise too", "if address is not None and is_shared:", "if False:"),
+        ("a model of several processes in one", "if arguments.ray_address is not None and processes > 1:", "if False:"),
+        ("one prompt for a cluster", "        if arguments.ray_address is not None:", "        if False:"),
     ),
     *of(
         "megatron_patch/data/loading/prompts.py",
@@ -1618,8 +1688,8 @@ RUNS = [
         f"{OF_RUN}::test_parts_one_of_them_interrupted_give_the_same_file",
         (
             "a part that goes on asks the first part's lines",
-            "read_lines(job.prompts, job.image_root, lines.start + done)",
-            "read_lines(job.prompts, job.image_root, done)",
+            "first = lines.start + done",
+            "first = done",
         ),
         ("a part that is done is asked again", "    if job.target.exists():", "    if False:"),
     ),
@@ -1636,8 +1706,8 @@ RUNS = [
         ("files of a job are not looked at", "for problem in job_problems(", "for problem in () and job_problems("),
         (
             "a job begins anew",
-            "read_lines(job.prompts, job.image_root, lines.start + done)",
-            "read_lines(job.prompts, job.image_root, lines.start)",
+            "first = lines.start + done",
+            "first = lines.start",
         ),
     ),
     *of(

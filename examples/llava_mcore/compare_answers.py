@@ -25,7 +25,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.inference import Request, open_engine
 from megatron_patch.inference.compare import Comparison, compare
 from megatron_patch.inference.engine import DTYPES
-from megatron_patch.inference.prompt_file import count_lines, read_lines
+from megatron_patch.inference.prompt_file import count_lines, read_lines, texts_of
 from megatron_patch.launch.asking import add_sampling_options, positive
 
 AROUND = 4  # token ids shown before a difference
@@ -46,11 +46,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_requests(arguments: argparse.Namespace) -> list[Request]:
     """The prompts; what is none is named on stderr.  Raises UserError: there is none."""
-    count_lines(arguments.prompts)
+    texts = texts_of(arguments.prompts, range(count_lines(arguments.prompts)))
     found = []
-    for number, line in enumerate(
-        read_lines(arguments.prompts, arguments.image_root or arguments.prompts.absolute().parent), 1
-    ):
+    for number, line in enumerate(read_lines(texts, arguments.image_root or arguments.prompts.absolute().parent), 1):
         if line.request is None:
             print(f"left out: line {number}: {line.error}", file=sys.stderr)
         else:

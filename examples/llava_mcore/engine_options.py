@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Engine, Sampling, open_engine
+from megatron_patch.inference.ray_engines import Model
+from megatron_patch.ray_cluster import RayActors, ray_actors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,6 +32,23 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     if "LOCAL_RANK" in os.environ:
         device.end_with_parent()
     return open_engine(arguments.model, arguments.engine, arguments.dtype, arguments.template, tensor, pipeline)
+
+
+def ray_engines_of(
+    arguments: argparse.Namespace, places: Sequence[Path], output: Path
+) -> AbstractContextManager[RayActors]:
+    """The model of the arguments on the nodes of --ray-address.
+
+    places: what else the answers are made from; output: as ray_actors() takes it.
+    """
+    template = arguments.template
+    if template is not None and Path(template).is_file():
+        template = str(Path(template).absolute())
+        places = [*places, Path(template)]
+    model = Model(arguments.model.absolute(), arguments.engine, arguments.dtype, template)
+    places = [model.folder, *(place.absolute() for place in places)]
+    address, workers = arguments.ray_address, arguments.ray_workers
+    return ray_actors(address, workers, model, places, output, "model, prompts, images, output")
 
 
 def _become_launcher(processes: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_of
+from examples.llava_mcore.engine_options import engine_of, exit_code, ray_engines_of, sampling_of
 from megatron_patch.errors import UserError
 from megatron_patch.evaluation import run
 from megatron_patch.evaluation.benchmarks import find_benchmark, read_questions
@@ -43,7 +43,8 @@ def evaluate(arguments: argparse.Namespace) -> Outcome:
     metric = arguments.metric or benchmark.metric
     judge = find_metric(metric)
     folder_kind(arguments.model)
-    source = Source(arguments.data, arguments.images)
+    images = None if arguments.images is None else arguments.images.absolute()
+    source = Source(arguments.data.absolute(), images)
     questions = _asked(read_questions(benchmark, source), arguments)
     options = ("engine", "dtype", "template", "batch_size", "limit", "circular", "swap_images")
     settings = run.settings_of(
@@ -63,9 +64,15 @@ def evaluate(arguments: argparse.Namespace) -> Outcome:
         part = run.Part(*arguments.part)
         mine, file = part.of(batches), output / part.file
         if not run.is_complete(file, mine):
-            with engine_of(arguments) as engine:  # of several ranks only the first one comes here
-                run.begin(output, settings)
-                run.ask(engine, mine, file, sampling_of(arguments))
+            sampling = sampling_of(arguments)
+            if arguments.ray_address is None:
+                with engine_of(arguments) as engine:  # of several ranks only the first one comes here
+                    run.begin(output, settings)
+                    run.ask(engine, mine, file, sampling)
+            else:
+                with ray_engines_of(arguments, source.places(), output) as actors:
+                    run.begin(output, settings)
+                    run.ask_by(run.answer_by(actors, sampling), mine, file)
         answers = run.read_answers(file, mine)
         if part.count > 1:
             remark = f"{len(answers)} answers; --merge makes the results when all parts are there"

@@ -6,13 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.llava_mcore.engine_options import engine_of, exit_code, sampling_of
+from examples.llava_mcore.engine_options import engine_of, exit_code, ray_engines_of, sampling_of
 from megatron_patch.data.conversation import Exchange
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.data.video import FrameSampling, read_frames
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Request
-from megatron_patch.inference.run import TOLD, Job, check_job, merge, run
+from megatron_patch.inference.ray_engines import answer_by
+from megatron_patch.inference.run import TOLD, Job, check_job, merge, run, run_by
 from megatron_patch.launch.asking import COMMANDS, image_root
 
 
@@ -50,8 +51,12 @@ def answer_file(arguments: argparse.Namespace) -> None:
         summary = merge(job)
     else:
         check_job(job)
-        with engine_of(arguments) as engine:
-            summary = run(job, engine)
+        if arguments.ray_address is None:
+            with engine_of(arguments) as engine:
+                summary = run(job, engine)
+        else:
+            with ray_engines_of(arguments, [job.prompts, job.image_root], job.output) as actors:
+                summary = run_by(answer_by(actors, job.image_root, job.sampling, job.batch_size), job)
     print(f"{summary.lines} lines, {summary.lines - len(summary.errors)} answered: {job.target}", file=sys.stderr)
     if summary.errors:
         more = len(summary.errors) - TOLD

@@ -15,10 +15,13 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import batched
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +32,8 @@ from megatron_patch.errors import UserError
 from megatron_patch.evaluation.metrics import Metric, Scores, Table
 from megatron_patch.evaluation.question import Question
 from megatron_patch.inference import Engine, Prompt, RequestError, Sampling
+from megatron_patch.inference.ray_engines import BATCHES, checked
+from megatron_patch.ray_cluster import RayActors
 
 RUN, ANSWERS, SCORED, RESULTS, PARTS = "run.json", "answers.jsonl", "scored.jsonl", "results.json", "parts"
 FAILED = "error"  # the finish_reason of a question that could not be asked; its answer is empty
@@ -84,31 +89,58 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
         write_text(output / RUN, json.dumps(settings, indent=2) + "\n")
 
 
-def ask(engine: Engine, batches: Sequence[Sequence[Question]], file: Path, sampling: Sampling) -> None:
+Batches = Sequence[Sequence[Question]]
+Told = list[dict[str, Any]]  # one line per question of a batch
+
+
+def ask(engine: Engine, batches: Batches, file: Path, sampling: Sampling) -> None:
     """Answer what the file does not hold yet, batch by batch.
 
     Raises:
         UserError: it holds other answers, or another process writes it.
     """
+    ask_by(lambda missing: answer_batches(engine, missing, sampling), batches, file)
+
+
+def ask_by(answer: Callable[[Batches], Iterable[Told]], batches: Batches, file: Path) -> None:
+    """As ask(); answer: batches -> the lines of each, in their order."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as opened:
         _lock(opened, file)
         done = _keep_whole_batches(opened, batches, file)
         asked, total = sum(map(len, batches[:done])), sum(map(len, batches))
-        with (
-            tqdm(total=total, initial=asked, unit=" questions", desc="asking", dynamic_ncols=True) as bar,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            coming: Future | None = None
-            for number in range(done, len(batches)):
-                coming = coming or pool.submit(_prepare, engine, batches[number])
-                prepared, coming = coming.result(), None
-                if number + 1 < len(batches):  # its images are decoded while the model answers
-                    coming = pool.submit(_prepare, engine, batches[number + 1])
-                lines = _answer(engine, batches[number], prepared, sampling)
+        with tqdm(total=total, initial=asked, unit=" questions", desc="asking", dynamic_ncols=True) as bar:
+            for lines in answer(batches[done:]):
                 opened.write(_json_lines(lines).encode("utf-8", "backslashreplace"))
                 opened.flush()
                 bar.update(len(lines))
+
+
+def answer_batches(engine: Engine, batches: Batches, sampling: Sampling) -> Iterator[Told]:
+    """The lines of each batch."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future | None = None
+        for number, batch in enumerate(batches):
+            coming = coming or pool.submit(_prepare, engine, batch)
+            prepared, coming = coming.result(), None
+            if number + 1 < len(batches):  # its images are decoded while the model answers
+                coming = pool.submit(_prepare, engine, batches[number + 1])
+            yield _answer(engine, batch, prepared, sampling)
+
+
+def answer_by(actors: RayActors, sampling: Sampling) -> Callable[[Batches], Iterator[Told]]:
+    """As ask_by() takes it; the images of the questions are absolute."""
+
+    def answer(batches: Batches) -> Iterator[Told]:
+        pieces = (partial(_answer_piece, batches=piece, sampling=sampling) for piece in batched(batches, BATCHES))
+        return itertools.chain.from_iterable(actors.in_order(pieces))
+
+    return answer
+
+
+def _answer_piece(engine: Engine, batches: Batches, sampling: Sampling) -> list[Told]:
+    """On a node."""
+    return [checked(lines) for lines in answer_batches(engine, batches, sampling)]
 
 
 def _prepare(engine: Engine, batch: Sequence[Question]) -> list[Prompt | RequestError]:

@@ -75,6 +75,10 @@ class Source:
         self._images = images
         self.left_out: Counter[str] = Counter()
 
+    def places(self) -> list[Path]:
+        """Where data and images lie."""
+        return [self.folder] if self._images is None else [self.folder, self._images]
+
     def file(self, *patterns: str) -> Path:
         """The data if it is a file, else the only file of one of these patterns in it; the first that fits counts."""
         if self.data.is_file():

@@ -10,8 +10,9 @@ are its frames; or `videos`, a list of such.  At most `frames` of each are taken
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,17 @@ def count_lines(file: Path) -> int:
         ) from None
 
 
-def read_lines(file: Path, image_root: Path, first: int = 0) -> Iterator[Line]:
-    """All lines from number `first` (from 0) on, with the bytes of their images."""
+def texts_of(file: Path, lines: range) -> Iterator[bytes]:
+    """Those lines of a file, counted from 0, as they stand there."""
+    with open(file, "rb") as texts:
+        yield from islice(texts, lines.start, lines.stop)
+
+
+def read_lines(texts: Iterable[bytes], image_root: Path, first: int = 0) -> Iterator[Line]:
+    """Lines of which the first is number `first` (from 0) of its file, with the bytes of their images."""
     folders, videos = ImageFolders([image_root]), ImageFolders([image_root], "video")
-    with open(file, "rb") as lines:
-        for number, data in enumerate(lines, 1):
-            if number > first:
-                yield _read_line(data, str(number), folders, videos)
+    for number, text in enumerate(texts, first + 1):
+        yield _read_line(text, str(number), folders, videos)
 
 
 def _read_line(data: bytes, number: str, folders: ImageFolders, of_videos: ImageFolders) -> Line:

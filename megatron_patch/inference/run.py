@@ -12,10 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,10 +22,12 @@ from tqdm import tqdm
 from megatron_patch.atomic_files import atomic_file, write_text
 from megatron_patch.errors import UserError
 from megatron_patch.inference.interface import Answer, Engine, Prompt, RequestError, Sampling
-from megatron_patch.inference.prompt_file import Line, count_lines, read_lines
+from megatron_patch.inference.prompt_file import Line, count_lines, read_lines, texts_of
 from megatron_patch.launch.asking import job_problems
 
 TOLD = 10  # lines without an answer that are named at the end
+
+Told = dict[str, str | int]  # a line of the output
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ def _check_files(job: Job) -> None:
 
 def run(job: Job, engine: Engine) -> Summary:
     """Answer what is not answered yet; job has passed check_job."""
+
+    def answer(texts: Iterable[bytes], first: int) -> Iterator[list[Told]]:
+        return answer_lines(engine, texts, first, job.image_root, job.sampling, job.batch_size)
+
+    return run_by(answer, job)
+
+
+def run_by(answer: Callable[[Iterable[bytes], int], Iterable[list[Told]]], job: Job) -> Summary:
+    """As run(); answer: lines as they stand in the file, and the number of the first (from 0) -> for all of them in
+    their order, some at a time, what stands in the output.
+    """
     lines = job.lines()
     if job.target.exists():  # a part that was done before
         return _read_summary(job.target, lines)
@@ -119,28 +131,36 @@ def run(job: Job, engine: Engine) -> Summary:
         open(job.partial, "ab") as output,
         tqdm(total=len(lines), initial=done, desc="prompts", unit="prompt", dynamic_ncols=True) as progress,
     ):
-        coming = islice(read_lines(job.prompts, job.image_root, lines.start + done), len(lines) - done)
-        for batch in _batches(_prepared(coming, engine, 2 * job.batch_size), job.batch_size):
-            prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
-            answers = iter(engine.answer(prompts, job.sampling))
-            told = []
-            for line, prompt in batch:
+        first = lines.start + done
+        for told in answer(texts_of(job.prompts, range(first, lines.stop)), first):
+            for record in told:
                 done += 1
-                if isinstance(prompt, Prompt):
-                    told.append(_answered(line, next(answers)))
-                else:
-                    told.append({"id": line.id, "error": prompt})
-                    errors.append(f"line {lines.start + done} ({line.id}): {prompt}")
+                if "error" in record:
+                    errors.append(f"line {lines.start + done} ({record['id']}): {record['error']}")
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in told)
             output.write(text.encode("utf-8", "backslashreplace"))
             output.flush()
-            progress.update(len(batch))
+            progress.update(len(told))
             progress.set_postfix(errors=len(errors), refresh=False)
         os.fsync(output.fileno())
     os.replace(job.partial, job.target)
     if job.part[1] == 1:
         job.settings.unlink()
     return Summary(done, errors)
+
+
+def answer_lines(
+    engine: Engine, texts: Iterable[bytes], first: int, image_root: Path, sampling: Sampling, batch_size: int
+) -> Iterator[list[Told]]:
+    """What stands in the output for lines of which the first is number `first` (from 0), a batch at a time."""
+    coming = read_lines(texts, image_root, first)
+    for batch in _batches(_prepared(coming, engine, 2 * batch_size), batch_size):
+        prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
+        answers = iter(engine.answer(prompts, sampling))
+        yield [
+            _answered(line, next(answers)) if isinstance(prompt, Prompt) else {"id": line.id, "error": prompt}
+            for line, prompt in batch
+        ]
 
 
 def merge(job: Job) -> Summary:
@@ -189,7 +209,7 @@ def _read_summary(file: Path, lines: range) -> Summary:
     return Summary(len(told), [f"line {n} ({one['id']}): {one['error']}" for n, one in numbered if "error" in one])
 
 
-def _answered(line: Line, answer: Answer) -> dict[str, str | int]:
+def _answered(line: Line, answer: Answer) -> Told:
     return {
         "id": line.id,
         "answer": answer.text,

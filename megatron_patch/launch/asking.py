@@ -58,7 +58,8 @@ file or a folder of frames.  Each line of A.jsonl belongs to the same line of P.
 or length), prompt_tokens, completion_tokens; or id and error.  Lines that cannot be answered are counted and named on
 stderr at the end.  Until all is answered the lines stand in A.jsonl.partial; the same command goes on there after an
 interruption.  --part 1/4 answers the first quarter of the lines; the parts may run side by side on any GPUs or
-machines, and --merge makes A.jsonl of them.
+machines, and --merge makes A.jsonl of them.  With --ray-address the nodes of a Ray cluster answer, each GPU with a
+model of its own; any of them may die.
 
 Exit code: 0 when every line is accounted for, those with an error too; 2 when the call is wrong.
 """
@@ -69,6 +70,7 @@ EVALUATE = """Asks a trained LLaVA the questions of a published benchmark and sc
 OUTPUT gets answers.jsonl, scored.jsonl, results.json, results.png (plot) and answers.png (contact sheet). The same
 command again goes on where it stopped; when everything is answered it only scores, so --metric may change. --part 1/4
 answers the first of four parts, which may run side by side on any GPUs or machines; --merge makes the results of them.
+With --ray-address the nodes of a Ray cluster answer, each GPU with a model of its own; any of them may die.
 The files are the same to the byte, whether a run was interrupted, shared out or neither.
 
 Exit code: 0 when all is answered; 2 when the call or the data is wrong, and then nothing was created.
@@ -107,6 +109,30 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--template", metavar="NAME", help="a conversation template or its file; default: as the model was trained"
     )
+
+
+def add_ray_options(parser: argparse.ArgumentParser) -> None:
+    """Models on the nodes of a Ray cluster."""
+    group = parser.add_argument_group("a Ray cluster that runs already")
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of its head: models are loaded on its nodes and share the work; auto: the cluster this machine is in",
+    )
+    group.add_argument(
+        "--ray-workers",
+        type=positive,
+        metavar="N",
+        help="models at a time; default: one for each GPU, in a cluster without any one for each node",
+    )
+
+
+def ray_problems(address: str | None, workers: int | None, is_shared: bool, shared: str) -> Iterator[str]:
+    """Of the options above; is_shared: is the work shared out otherwise too, by the options `shared`?"""
+    if address is None and workers is not None:
+        yield f"--ray-workers {workers} has no meaning without --ray-address"
+    if address is not None and is_shared:
+        yield f"--ray-address {address} excludes {shared}, which need no cluster; give one or the other"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +178,7 @@ def _inference(parser: argparse.ArgumentParser) -> None:
     sharing = many.add_mutually_exclusive_group()
     sharing.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="answer part I of N")
     sharing.add_argument("--merge", action="store_true", help="JSONL of all parts, which have been answered")
+    add_ray_options(parser)
     one = parser.add_argument_group("one prompt")
     one.add_argument("--prompt", metavar="TEXT", help="may hold <image> where an image stands")
     one.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be given again")
@@ -182,6 +209,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     add("--circular", action="store_true", help="ask with the choices in every rotation: MMBench's CircularEval")
     add("--swap-images", action="store_true", help="ask each about another one's image: right answers are chance then")
     add("--metric", metavar="NAME", help=f"in place of the benchmark's own: {', '.join(METRICS)}")
+    add_ray_options(parser)
 
 
 def _described(benchmark: str) -> str:
@@ -274,11 +302,26 @@ def _inference_problems(arguments: argparse.Namespace) -> Iterator[str]:
             yield "--output and --image-root belong to --prompts; one prompt's answer is printed"
         if arguments.merge or arguments.part != (1, 1):
             yield "--part and --merge belong to --prompts; a single prompt has no parts"
+        if arguments.ray_address is not None:
+            yield "--ray-address belongs to --prompts; a single prompt is answered here"
         yield from _images(arguments)
     elif arguments.output is None or arguments.image or arguments.video:
         yield "--prompts wants --output, and no --image or --video: they are named in the file; see --help"
     else:
         yield from job_problems(arguments.prompts, image_root(arguments), arguments.output)
+    yield from _ray_problems(arguments)
+
+
+def _ray_problems(arguments: argparse.Namespace) -> Iterator[str]:
+    is_shared = arguments.merge or arguments.part != (1, 1)
+    yield from ray_problems(arguments.ray_address, arguments.ray_workers, is_shared, "--part and --merge")
+    processes = arguments.tensor_parallel * arguments.pipeline_parallel
+    if arguments.ray_address is not None and processes > 1:
+        yield (
+            f"--ray-address {arguments.ray_address}: a model is in one process there, got tensor parallel "
+            f"{arguments.tensor_parallel} x pipeline parallel {arguments.pipeline_parallel}; leave them out, or share "
+            "the work with --part"
+        )
 
 
 def image_root(arguments: argparse.Namespace) -> Path:
@@ -310,6 +353,7 @@ def _evaluation_problems(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.images}: no such folder; wanted the benchmark's images"
     if arguments.output.exists() and not arguments.output.is_dir():
         yield f"{arguments.output}: exists and is not the folder of an evaluation; name another one"
+    yield from _ray_problems(arguments)
 
 
 # ---------------------------------------------------------------- the commands

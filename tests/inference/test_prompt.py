@@ -157,7 +157,7 @@ def test_lines_with_videos(folder: LlavaFolder, tmp_path: Path):
         {"video": "a", "frames": 0, "prompt": "x"},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = list(read_lines(tmp_path / "p.jsonl", tmp_path))
+    found = list(read_lines((tmp_path / "p.jsonl").read_bytes().splitlines(), tmp_path))
     videos = [None if line.request is None else line.request.videos for line in found]
     frames = {name: [name.encode() + bytes([number]) for number in range(5)] for name in ("a", "b")}
     assert videos[0] == (tuple(frames["a"]),)

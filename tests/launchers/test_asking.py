@@ -16,6 +16,7 @@ RIGHT = {
     "evaluate_llava": ["--model", "checkpoint", "--benchmark", "pope", "--data", "wds", "--output", "results"],
 }
 ONE = ["--model", "checkpoint", "--prompt", "x"]
+RAY = ["--ray-address", "head:6379"]
 
 
 @pytest.fixture
@@ -118,6 +119,22 @@ def test_a_right_call_is_handed_over(name: str, folder: Path):
         ("evaluate_llava", [*RIGHT["evaluate_llava"], "--part", "3/2"], "argument --part: invalid part value: '3/2'"),
         ("evaluate_llava", [*RIGHT["evaluate_llava"], "--part", "1/2", "--merge"], "not allowed with argument --part"),
         ("evaluate_llava", [*RIGHT["evaluate_llava"], "--batch-size", "0"], "argument --batch-size: invalid positive"),
+        (
+            "evaluate_llava",
+            [*RIGHT["evaluate_llava"], "--ray-workers", "2"],
+            "error: --ray-workers 2 has no meaning without --ray-address",
+        ),
+        (
+            "evaluate_llava",
+            [*RIGHT["evaluate_llava"], *RAY, "--merge"],
+            "--ray-address head:6379 excludes --part and --merge, which need no cluster",
+        ),
+        (
+            "run_inference_llava",
+            [*RIGHT["run_inference_llava"], *RAY, "--tensor-parallel", "2"],
+            "a model is in one process there, got tensor parallel 2 x pipeline parallel 1; leave them out",
+        ),
+        ("run_inference_llava", [*ONE, *RAY], "--ray-address belongs to --prompts; a single prompt is answered here"),
     ],
 )
 def test_a_wrong_call_is_refused(name: str, words: list[str], line: str, folder: Path):

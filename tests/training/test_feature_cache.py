@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from megatron_patch.checkpoint_files import newest_iteration
 from megatron_patch.data.loading import build_train_loader
 from megatron_patch.data.loading.dataset import EnergonFolder
-from megatron_patch.data.loading.feature_cache import FeatureCache
+from megatron_patch.data.loading.feature_cache import FeatureCache, ShardWriter, remove_unfinished
 from megatron_patch.errors import UserError
 from megatron_patch.training.config import read_config
 from megatron_patch.training.feature_cache import hash_of, read_tower
@@ -24,6 +25,7 @@ from tests.training.launching import ROOT, Workspace, command, losses, run
 from tests.training.test_config import argv
 from tests.warm import interpreter
 from toolkits.multimodal_data_preprocessing.cache_tower_features import check_space, predicted_images
+from toolkits.multimodal_data_preprocessing.tower_features import fill
 
 ITERATIONS = 12  # more than an epoch
 STAGE_1 = {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"}
@@ -195,6 +197,40 @@ def test_parts_one_of_them_killed_and_repeated_give_the_same_bytes(
     cache(damaged, output, *words, "--join")
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
+
+
+def test_two_processes_that_write_a_shard(tmp_path: Path) -> None:
+    """One of them given up for dead, as a node of a cluster may be: the other's features stay as they are."""
+    rows = torch.arange(12, dtype=torch.float32).reshape(2, 2, 3)
+    given_up = ShardWriter(tmp_path, "train.part-000.tar")
+    given_up.add_features(rows[:1])
+    with ShardWriter(tmp_path, "train.part-000.tar") as writer:
+        writer.add_record(2, None)
+        writer.add_features(rows)
+    given_up.add_features(rows[:1])
+    given_up._file.flush()
+    remove_unfinished(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["train.part-000.tar.features", "train.part-000.tar.json"]
+    assert (tmp_path / names[0]).read_bytes() == rows.numpy().tobytes()
+
+
+def test_a_shard_that_a_node_did_not_see_is_not_kept(tmp_path: Path) -> None:
+    class Unseen:
+        """A dataset whose records cannot be read, which training leaves out."""
+
+        shards = [("000000.tar", 3)]
+
+        def __getitem__(self, index: int) -> None:
+            raise OSError("no such file")
+
+    def check() -> None:
+        raise UserError("node 7 does not see the dataset")
+
+    settings = SimpleNamespace(num_workers=0, side_px=4, sizes_matter=False)
+    with pytest.raises(UserError, match="node 7"):
+        fill(tmp_path, Unseen(), settings, None, {"000000.tar"}, 2, check)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_it_belongs_to_is_accepted(caches: Callable, damaged: Workspace) -> None:

@@ -7,22 +7,21 @@ else as training would begin from it, unless the options say otherwise.  The fea
 shard, and are there as DIR at the end; interrupted, the same command goes on.  Then train with FEATURE_CACHE=DIR.
 
 On several machines: N jobs with --part 1/N to N/N make every N-th shard each, the command with --join ends it; DIR has
-the bytes of the command without them.
+the bytes of the command without them.  Or, on a Ray cluster that runs already, --ray-address HOST:PORT: the tower is
+loaded on each GPU of its nodes, which make the shards; any node may die, and so may the command, which then goes on.
 """
 
 import argparse
 import contextlib
 import errno
-import io
 import json
 import os
 import shutil
 import sys
 import tarfile
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,12 @@ from megatron_patch.data.loading.config import IMAGE_ASPECT_RATIOS, DataConfig
 from megatron_patch.data.preparation.journal import Journal, ended_parts
 from megatron_patch.data.preparation.parts import Part, parts_in, refuse_another_count
 from megatron_patch.errors import UserError
+from megatron_patch.launch.asking import add_ray_options, ray_problems
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.object_storage import StorageError, is_url
+from megatron_patch.ray_cluster import RayActors, ray_actors
 from toolkits.multimodal_data_preprocessing.inspect_dataset import ALL_TOKENS, grid, positive, read_checkpoint
+from toolkits.multimodal_data_preprocessing.tower_features import ShardMaker, Tower, fill
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # PR of the launchers; fp8 keeps the tower in bf16
 COUNTED = 2000  # records whose images are counted to predict the size
@@ -73,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode; default: 2")
     parser.add_argument("--part", metavar="I/N", help="make every N-th shard only, as one of N jobs")
     parser.add_argument("--join", action="store_true", help="make DIR of the parts when all are done")
+    add_ray_options(parser)
     images = parser.add_argument_group("images", "default: as the checkpoint was trained, else as training's defaults")
     images.add_argument("--image-aspect-ratio", choices=IMAGE_ASPECT_RATIOS, help="how an image becomes square")
     images.add_argument("--image-tiles", type=grid, metavar="COLUMNSxROWS", help="tiles of an image; 1x1: none")
@@ -99,6 +102,9 @@ def cache_features(arguments: argparse.Namespace) -> None:
     part = None if arguments.part is None else Part.parse(arguments.part)
     if arguments.join and part is not None:
         raise UserError(f"--join --part {part}: exclude each other; give --join once, when all parts are done")
+    is_shared = arguments.join or part is not None
+    for problem in ray_problems(arguments.ray_address, arguments.ray_workers, is_shared, "--part and --join"):
+        raise UserError(problem)
     if is_blend(arguments.dataset):
         raise UserError(f"{arguments.dataset}: is a list of folders; wanted one of them, each has features of its own")
     if is_url(arguments.dataset) and arguments.output is None:
@@ -107,7 +113,13 @@ def cache_features(arguments: argparse.Namespace) -> None:
     import torch
 
     from megatron_patch.data.loading.dataset import EnergonFolder
-    from megatron_patch.data.loading.feature_cache import FeatureCache, FeatureKey, shard_rows, write_manifest
+    from megatron_patch.data.loading.feature_cache import (
+        FeatureCache,
+        FeatureKey,
+        remove_unfinished,
+        shard_rows,
+        write_manifest,
+    )
     from megatron_patch.training.feature_cache import hash_of, read_tower
 
     settings, folder = read_settings(arguments), LlavaFolder.of(arguments.checkpoint)
@@ -136,22 +148,25 @@ def cache_features(arguments: argparse.Namespace) -> None:
         refuse_sharing(partial, part)
     row_bytes = shape[0] * shape[1] * dtype.itemsize
     check_space(partial, predicted_images(dataset, settings.tiles) * row_bytes * len(missing) // len(dataset.shards))
-    partial.mkdir(parents=True, exist_ok=True)
-    if part is not None:
-        Journal.begin(partial / part.journal, {})
-        journal = Journal(partial / part.journal)  # and nobody else does this part now
-    write_text(partial / KEY, json.dumps(asdict(key)))
+    with nodes_of(arguments, settings, partial, missing) as nodes:
+        partial.mkdir(parents=True, exist_ok=True)
+        if part is not None:
+            Journal.begin(partial / part.journal, {})
+            journal = Journal(partial / part.journal)  # and nobody else does this part now
+        write_text(partial / KEY, json.dumps(asdict(key)))
 
-    rate = None
-    if missing:
-        tower = Tower(geometry, weights, dtype, settings.image_mean, pixel_std)
-        try:
-            fill(partial, dataset, settings, tower, set(missing), arguments.batch_size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(f"{partial}: the disk is full; make room, and the same command goes on") from None
-        rate = tower.images / tower.seconds if tower.images else None
+        rate = None
+        if nodes is not None:
+            rate = rate_of(*fill_on_nodes(nodes, dict(dataset.shards), missing))
+        elif missing:
+            tower = Tower(geometry, weights, dtype, settings.image_mean, pixel_std)
+            try:
+                fill(partial, dataset, settings, tower, set(missing), arguments.batch_size)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(f"{partial}: the disk is full; make room, and the same command goes on") from None
+            rate = rate_of(tower.images, tower.seconds)
     if part is not None:
         journal.end()
         print(f"part {part}: {len(own)} of {len(dataset.shards)} shards are in {partial}")
@@ -163,8 +178,53 @@ def cache_features(arguments: argparse.Namespace) -> None:
         journal.close()
         journal.path.unlink()
     (partial / KEY).unlink()
+    remove_unfinished(partial)
     os.rename(partial, output)
     tell(output, rate, arguments.precision)
+
+
+def nodes_of(
+    arguments: argparse.Namespace, settings: DataConfig, partial: Path, missing: list[str]
+) -> contextlib.AbstractContextManager[RayActors | None]:
+    """Makers of shards on the nodes of --ray-address; none without it, or where no shard is missing."""
+    if arguments.ray_address is None or not missing:
+        return contextlib.nullcontext()
+    is_there = not is_url(arguments.dataset)
+    dataset = str(Path(arguments.dataset).absolute()) if is_there else arguments.dataset
+    maker = ShardMaker(
+        dataset,
+        arguments.split,
+        settings,
+        arguments.checkpoint.absolute(),
+        DTYPES[arguments.precision],
+        partial.absolute(),
+        arguments.batch_size,
+    )
+    places = [maker.checkpoint, *([Path(dataset)] if is_there else [])]
+    address, workers = arguments.ray_address, arguments.ray_workers
+    return ray_actors(address, workers, maker, places, partial, "dataset, checkpoint, output")
+
+
+def fill_on_nodes(nodes: RayActors, records: dict[str, int], missing: list[str]) -> tuple[int, float]:
+    """Have the missing shards made: images that towers have seen, and the seconds of all.  Raises UserError.
+
+    records: of each shard.
+    """
+    from tqdm import tqdm
+
+    images, seconds = 0, 0.0
+    total = sum(records[name] for name in missing)
+    with tqdm(total=total, unit=" records", desc="caching features", mininterval=1.0) as bar:
+        made = nodes.in_order(methodcaller("make", name) for name in missing)
+        for name, (more_images, more_seconds) in zip(missing, made, strict=True):
+            bar.update(records[name])
+            images, seconds = images + more_images, seconds + more_seconds
+    return images, seconds
+
+
+def rate_of(images: int, seconds: float) -> float | None:
+    """Images/s of a tower; None: it saw none."""
+    return images / seconds if images else None
 
 
 def refuse_sharing(partial: Path, part: Part | None) -> None:
@@ -214,133 +274,6 @@ def check_space(place: Path, needed: int) -> None:
             f"{existing}: {free / 2**30:.1f} GiB are free, the features need about {needed / 2**30:.1f}; make room, "
             "give --output on another disk, or --precision bf16"
         )
-
-
-# ------------------------------------------------------------------------------------------------ tower
-
-
-class Tower:
-    """`tower(pixels)` -> features, and how long it took for how many images."""
-
-    def __init__(self, geometry: Any, weights: dict, dtype: Any, pixel_mean: Any, pixel_std: Any) -> None:
-        """weights: of read_tower()."""
-        import torch
-
-        from megatron_patch import patches
-
-        here = device.current_device()
-        torch.get_device_module(here).set_device(here)  # Megatron's tower makes its position_ids there
-        # Megatron tells which packages are absent, which the device room has decided, and lists what its parser sets.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            patches.apply_all(device.backend().NAME)
-            from megatron.core import mpu, tensor_parallel
-
-            from megatron_patch.model.llava import of_pixels
-            from megatron_patch.training.load_model import load_tower
-
-            # One process, so nothing is ever sent; Megatron's layers ask for the groups all the same.
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-            mpu.initialize_model_parallel()
-            tensor_parallel.model_parallel_cuda_manual_seed(1234)
-            self._model = load_tower(geometry, weights, dtype)
-        self._geometry, self._here = geometry.tower, here
-        self._mean, self._std = of_pixels(pixel_mean), of_pixels(pixel_std)
-        self.images, self.seconds = 0, 0.0
-
-    def __call__(self, pixels: Any) -> Any:
-        """uint8 [N, 3, side, side] -> [N, P, hidden] on the CPU."""
-        import torch
-
-        from megatron_patch.model.llava import tower_features
-
-        began = time.perf_counter()
-        with torch.no_grad():
-            seen = torch.from_numpy(pixels).to(self._here)
-            features = tower_features(self._model, self._geometry, seen, self._mean, self._std).cpu()
-        self.seconds += time.perf_counter() - began
-        self.images += len(pixels)
-        return features
-
-
-# ------------------------------------------------------------------------------------------------ images
-
-
-class Images:
-    """`images[index]` -> (pixels uint8 [N, 3, side, side] of a record, what is wrong with its images or None).
-
-    N = 0 for records that training leaves out for other reasons: it finds those itself.
-    """
-
-    def __init__(self, dataset: Any, settings: DataConfig) -> None:
-        self._dataset, self._settings = dataset, settings
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, tuple[str, str] | None]:
-        from megatron_patch.data.loading.task_encoder import decode_images
-        from megatron_patch.data.record import cook
-        from megatron_patch.data.rejection import RecordError
-
-        none = decode_images((), self._settings)
-        try:
-            parts = self._dataset[index]
-            images = () if parts is None else cook(parts).images
-        except (RecordError, OSError, ValueError, tarfile.TarError):
-            return none, None
-        try:
-            return decode_images(images, self._settings), None
-        except RecordError as error:
-            return none, (error.reason, error.detail)
-
-
-def fill(folder: Path, dataset: Any, settings: DataConfig, tower: Tower, missing: set[str], batch_size: int) -> None:
-    """Write the missing shards; images go through the tower in batches, within a shard."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from megatron_patch.data.loading.collator import as_it_is
-    from megatron_patch.data.loading.feature_cache import ShardWriter
-
-    spans, first = [], 0
-    for name, records in dataset.shards:
-        if name in missing:
-            spans.append((name, range(first, first + records)))
-        first += records
-    wanted = [index for _, span in spans for index in span]
-    loader = DataLoader(
-        Images(dataset, settings),
-        batch_size=None,
-        sampler=wanted,
-        num_workers=settings.num_workers,
-        collate_fn=as_it_is,
-        multiprocessing_context="fork" if settings.num_workers else None,
-    )
-    found = iter(loader)
-    with tqdm(total=len(wanted), unit=" records", desc="caching features", mininterval=1.0) as bar:
-        for name, span in spans:
-            with ShardWriter(folder, name) as writer:
-                for features in through(tower, writer, (next(found) for _ in span), batch_size, bar):
-                    writer.add_features(features)
-
-
-def through(tower: Tower, writer: Any, records: Iterator, batch_size: int, bar: Any) -> Iterator:
-    """Features of the records' images in batches; the writer is told of each record."""
-    import numpy as np
-
-    waiting, count = [], 0
-    for pixels, problem in records:
-        writer.add_record(len(pixels), problem)
-        bar.update()
-        waiting.append(pixels)
-        count += len(pixels)
-        while count >= batch_size:
-            together = np.concatenate(waiting)
-            yield tower(together[:batch_size])
-            waiting, count = [together[batch_size:]], count - batch_size
-    if count:
-        yield tower(np.concatenate(waiting))
 
 
 # ------------------------------------------------------------------------------------------------ what it brings

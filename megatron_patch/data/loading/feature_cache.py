@@ -31,6 +31,7 @@ from megatron_patch.geometry import TowerGeometry
 VERSION = 1  # raise it when a reader of today would misunderstand the files
 MANIFEST = "features.json"
 OPEN_SHARDS = 64
+FEATURES, UNFINISHED = ".features", ".part-"  # in names; the latter while they are being written
 REMEDY = "make it with toolkits/multimodal_data_preprocessing/cache_tower_features.py"
 OF_IMAGES = ("side_px", "image_mean", "image_aspect_ratio", "center_crop", "resample", "apply_exif_orientation")
 
@@ -170,7 +171,7 @@ class _Shard:
 
 def shard_files(folder: Path, name: str) -> tuple[Path, Path]:
     """(features, index) of a shard of the dataset."""
-    return folder / f"{name}.features", folder / f"{name}.json"
+    return folder / f"{name}{FEATURES}", folder / f"{name}.json"
 
 
 class ShardWriter:
@@ -182,7 +183,9 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self._data, self._index = shard_files(folder, name)
         self._data.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._data.open("wb")
+        # a name of its own: a node that was given up for dead may still be writing the same shard
+        self._unfinished = self._data.with_name(f"{self._data.name}{UNFINISHED}{os.urandom(8).hex()}")
+        self._file = self._unfinished.open("wb")
         self._starts, self._unusable = [0], {}
 
     def __enter__(self) -> "ShardWriter":
@@ -194,7 +197,10 @@ class ShardWriter:
             os.fsync(self._file.fileno())
         self._file.close()
         if kind is None:
+            self._unfinished.replace(self._data)
             write_text(self._index, json.dumps({"starts": self._starts, "unusable": self._unusable}), durable=True)
+        else:
+            self._unfinished.unlink()
 
     @property
     def rows(self) -> int:
@@ -210,6 +216,12 @@ class ShardWriter:
     def add_features(self, features: Tensor) -> None:
         """The next rows [n, P, hidden], on the CPU."""
         self._file.write(memoryview(features.contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What processes that were killed have left of shards that others have made since."""
+    for path in folder.rglob(f"*{FEATURES}{UNFINISHED}{16 * '[0-9a-f]'}"):
+        path.unlink()
 
 
 def shard_rows(folder: Path, name: str) -> int | None:

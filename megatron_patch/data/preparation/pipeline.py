@@ -29,9 +29,8 @@ from megatron_patch.data.preparation.deduplication import Deduplicator, hash_of
 from megatron_patch.data.preparation.journal import digest_of
 from megatron_patch.data.preparation.json_stream import stream_records
 from megatron_patch.data.preparation.parts import Part
-from megatron_patch.data.preparation.ray_workers import RayCluster, RayWorkers
+from megatron_patch.data.preparation.ray_workers import RayWorkers, ray_workers
 from megatron_patch.data.preparation.report import SPLITS, PreparationReport, Rejection, RejectionFile
-from megatron_patch.data.preparation.sight import look
 from megatron_patch.data.preparation.sources import Source
 from megatron_patch.data.preparation.verification import reopen, reopen_with_energon
 from megatron_patch.data.preparation.workers import (
@@ -54,6 +53,8 @@ from megatron_patch.data.preparation.workspace import (
 from megatron_patch.data.record import read_exchanges
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
+from megatron_patch.ray_cluster import RayCluster
+from megatron_patch.sight import look
 
 __all__ = ["SPLITS", "LengthLimit", "Options", "PreparationReport", "prepare", "stream_records"]
 
@@ -160,8 +161,8 @@ def prepare(
     began = time.monotonic()
     _check_output(output, options)
     if options.engine == "ray":
-        with RayCluster(options.ray_address, look(source.places())) as cluster:
-            return _convert(source, output, options, progress, cluster.workers(options.workers), began)
+        with RayCluster(options.ray_address, look(source.places()), "sources, output") as cluster:
+            return _convert(source, output, options, progress, ray_workers(cluster, options.workers), began)
     # One more than the cores: there is always one that waits for the disk.
     count = min(8, len(os.sched_getaffinity(0)) + 1) if options.workers is None else options.workers
     count = 0 if options.join else count

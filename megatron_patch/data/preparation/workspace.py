@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from megatron_patch.atomic_files import sync
 from megatron_patch.data.preparation.journal import Journal, differences, ended_parts
 from megatron_patch.data.preparation.parts import Part, parts_in, refuse_another_count
-from megatron_patch.data.preparation.sight import Sight
-from megatron_patch.data.preparation.sight import differences as unlike
 from megatron_patch.data.preparation.workers import Done, Job
 from megatron_patch.errors import UserError
+from megatron_patch.sight import Sight
+from megatron_patch.sight import differences as unlike
 
 JOURNAL = "journal.jsonl"
 LEDGER = "ledger.json"

@@ -16,9 +16,9 @@ import pytest
 
 from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.pipeline import Options, PreparationReport, prepare
-from megatron_patch.data.preparation.sight import differences, look
 from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.errors import UserError
+from megatron_patch.sight import differences, look
 from tests.data.factories import make_records
 from tests.data.preparation.test_pipeline import CONVERTER, ROOT, files_of
 from tests.data.torture import make_torture

@@ -3,82 +3,40 @@
 import os
 import pickle
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_patch import ray_cluster
 from megatron_patch.data.preparation import ray_workers
 from megatron_patch.data.preparation.parts import Part
 from megatron_patch.data.preparation.pipeline import Options, prepare
-from megatron_patch.data.preparation.ray_workers import PACKAGE
-from megatron_patch.data.preparation.sight import look
 from megatron_patch.data.preparation.sources import LlavaSource
 from megatron_patch.data.preparation.workers import Job, Sample, ShardBuilder
 from megatron_patch.errors import UserError
+from megatron_patch.ray_cluster import PACKAGE
+from megatron_patch.sight import look
 from tests.data.factories import convert_records, make_records
 from tests.data.preparation.test_pipeline import CONVERTER, files_of
-from tests.package_cache import installed
+from tests.ray_nodes import Nodes, kill, succeed, two_nodes, wait_until
 
-WITH = ("msgpack==1.2.4", "requests==2.34.2", "certifi==2026.10.19.post1", "charset-normalizer==3.5.3")
 RECORDS, PER_SHARD = 1500, 5
 WORDS = ("--samples-per-shard", PER_SHARD, "--keep-going", "--engine", "ray")
 
 
-class Nodes:
-    """The cluster of ray_cluster.py."""
-
-    def __init__(self, packages: Path) -> None:
-        self.environment = os.environ | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
-        script = Path(__file__).with_name("ray_cluster.py")
-        self._process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
-        )
-        self.address = self._process.stdout.readline().strip()
-        assert self.address
-
-    def tell(self, line: str) -> None:
-        """Do so, and wait until it is done."""
-        print(line, file=self._process.stdin, flush=True)
-        assert self._process.stdout.readline().strip() == "done"
-
-    def convert(self, root: Path, *words: object) -> subprocess.Popen:
-        """The converter's command on this cluster, begun."""
-        line = [
-            sys.executable,
-            CONVERTER,
-            root,
-            "--image-root",
-            root / "images",
-            *WORDS,
-            "--ray-address",
-            self.address,
-            *words,
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(list(map(str, line)), env=self.environment, **pipes)
-
-    def close(self) -> None:
-        """The end of the cluster."""
-        self._process.stdin.close()
-        self._process.wait(60)
+def convert(nodes: Nodes, root: Path, *words: object) -> subprocess.Popen:
+    """The converter's command on this cluster, begun."""
+    return nodes.begin([sys.executable, CONVERTER, root, "--image-root", root / "images", *WORDS, *words])
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """Two nodes."""
-    try:
-        packages = installed(PACKAGE, *WITH)
-    except FileNotFoundError as error:
-        pytest.skip(f"Ray cannot be installed: {error}")
-    cluster = Nodes(packages)
-    yield cluster
-    cluster.close()
+    yield from two_nodes()
 
 
 @pytest.fixture(scope="module")
@@ -90,35 +48,29 @@ def source(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     return root, files_of(root / "once")
 
 
-def wait_for_shards(running: subprocess.Popen, partial: Path, count: int) -> None:
-    """Until so many shards are there."""
-    while len(list(partial.glob("*.tar"))) < count:
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
+def shards(root: Path) -> int:
+    """That are there so far."""
+    return len(list((root / "wds.partial").glob("*.tar")))
 
 
 @pytest.mark.slow
 def test_a_node_dies_and_the_driver_is_killed_and_resumed(nodes, source, capsys) -> None:
     root, expected = source
-    running = nodes.convert(root)
-    wait_for_shards(running, root / "wds.partial", 20)
+    running = convert(nodes, root)
+    wait_until(running, lambda: shards(root) >= 20)
     nodes.tell("kill")
-    at_death = len(list((root / "wds.partial").glob("*.tar")))
-    _, errors = running.communicate(timeout=300)
-    assert running.returncode == 0, errors
+    at_death = shards(root)
+    succeed(running)
     assert at_death and files_of(root / "wds") == expected
     shutil.rmtree(root / "wds")
 
     nodes.tell("add")
-    running = nodes.convert(root)
-    wait_for_shards(running, root / "wds.partial", 20)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
+    running = convert(nodes, root)
+    wait_until(running, lambda: shards(root) >= 20)
+    kill(running)
     assert not (root / "wds").exists()
     journal = (root / "wds.partial/journal.jsonl").read_text().count("\n")
-    running = nodes.convert(root, "--resume")
-    _, errors = running.communicate(timeout=300)
-    assert running.returncode == 0, errors
+    succeed(convert(nodes, root, "--resume"))
     assert files_of(root / "wds") == expected and 1 < journal < len([name for name in expected if name[-4:] == ".tar"])
     with capsys.disabled():
         print(f"\n{at_death} shards when the node died, {journal - 1} noted when the driver was killed, of", end=" ")
@@ -133,7 +85,7 @@ def test_a_node_that_does_not_see_the_pictures_is_refused(nodes, source) -> None
         pytest.skip("a mount namespace needs root")
     nodes.tell(f"blind {root / 'images'}")
     there = files_of(root)
-    running = nodes.convert(root, "--output", root / "other")
+    running = convert(nodes, root, "--output", root / "other")
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 2 and "png is there and not here" in errors, errors
     assert socket.gethostname() in errors and "Traceback" not in errors
@@ -157,7 +109,8 @@ def setup_of(root: Path, folder: Path) -> tuple[bytes, bytes]:
 def test_what_a_node_answers(tmp_path, monkeypatch) -> None:
     root = make_records(tmp_path / "in", 12)
     setup, job = setup_of(root, tmp_path / "wds.partial")
-    assert ray_workers.look(setup) == []
+    sight = pickle.dumps(pickle.loads(setup)[1:])
+    assert ray_cluster.unseen(sight) == []
     (tmp_path / "wds.partial/token").write_text("of another folder")
     assert "wds.partial is not the folder of the command" in ray_workers.make(setup, job)  # it joined late
     (tmp_path / "wds.partial/token").write_text("token")
@@ -171,7 +124,7 @@ def test_what_a_node_answers(tmp_path, monkeypatch) -> None:
     assert [one.reason for one in ray_workers.make(setup, job).rejected] == ["image missing"]  # of all nodes
     (root / "images").rename(tmp_path / "images")
     assert "png is there and not here" in ray_workers.make(setup, job)  # of this node: it lost the mount
-    assert "png is there and not here" in ray_workers.look(setup)[0]
+    assert "png is there and not here" in ray_cluster.unseen(sight)[0]
     (tmp_path / "images").rename(root / "images")
     monkeypatch.setattr(ShardBuilder, "make", lambda self, job: os.stat("/absent"))
     assert isinstance(ray_workers.make(setup, job), FileNotFoundError)
@@ -187,7 +140,7 @@ def records(tmp_path) -> LlavaSource:
 
 
 def test_without_ray_the_command_says_how_to_get_it(records, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"--engine ray: Ray is not installed for .*; pip install {PACKAGE}"):
         prepare(records, tmp_path / "wds", Options(engine="ray"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -203,7 +156,7 @@ def test_without_ray_the_command_says_how_to_get_it(records, tmp_path, monkeypat
     ],
 )
 def test_an_address_that_does_not_answer_is_refused(records, tmp_path, monkeypatch, address, message) -> None:
-    monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match=message):
         prepare(records, tmp_path / "wds", Options(engine="ray", ray_address=address))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -19,6 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 OBJECT_STORE_BYTES = 80 << 20
+TRIES = 4
 JOIN = (
     'mount -t tmpfs none "$0" && exec "$1" -m ray.scripts.scripts start --address="$2" --num-cpus=1 --block '
     f"--object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
@@ -28,8 +30,8 @@ JOIN = (
 def main() -> None:
     """Until stdin ends."""
     cluster = Cluster()
-    cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
-    second = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+    add_node(cluster, include_dashboard=False)
+    second = add_node(cluster)
     print(cluster.address, flush=True)
     blind = None
     for line in sys.stdin:
@@ -37,7 +39,7 @@ def main() -> None:
         if word == "kill":
             cluster.remove_node(second, allow_graceful=False)
         elif word == "add":
-            second = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+            second = add_node(cluster)
         elif word == "blind":
             words = ["unshare", "--mount", "sh", "-c", JOIN, folder, sys.executable, cluster.address]
             blind = subprocess.Popen(
@@ -48,6 +50,17 @@ def main() -> None:
     if blind is not None:
         os.killpg(blind.pid, signal.SIGKILL)
     cluster.shutdown()
+
+
+def add_node(cluster: Cluster, **options: bool) -> Any:
+    """One more, with a core; on a busy machine it may not be up in Ray's 30 seconds, and is tried again."""
+    for attempt in range(TRIES):
+        try:
+            return cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, **options)
+        except Exception as error:  # Ray knows no closer kind
+            if "timed out during startup" not in str(error) or attempt == TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def wait_for_nodes(address: str, count: int) -> None:
