@@ -775,7 +775,7 @@ DATA_OPTIONS = [
         effect("MEGA_BATCH_MULT=1 with DATA_ORDER"),
         (
             "steps of one modality are not sorted",
-            'group = group[np.argsort(self._lengths.tokens[group], kind="stable")]',
+            'group = group[np.argsort(lengths.tokens[group], kind="stable")]',
             "group = group[::1]",
         ),
     ),
@@ -1221,6 +1221,26 @@ RECORDS = [
         "toolkits/multimodal_data_preprocessing/tower_features.py",
         f"{CACHED}::test_a_shard_that_a_node_did_not_see_is_not_kept",
         ("a node that lost the dataset makes empty shards", "                check()", "                pass"),
+    ),
+    *of(
+        LOADER,
+        f"{OF_LOADER}::test_states_of_the_two_orders_by_modality_are_told_apart",
+        ("windows of any version are one order", "(version {order.VERSION})", "(version {1 + order.VERSION})"),
+    ),
+    *of(
+        "megatron_patch/launch/training_rules.py",
+        OF_ARGUMENTS,
+        (
+            "rows of one length are grouped by length",
+            'if values["DATA_ORDER"] in ("modality", "modality_window"):',
+            'if values["DATA_ORDER"] == "modality":',
+        ),
+    ),
+    *of(
+        SAMPLER,
+        f"{OF_SAMPLER}::test_steps_grouped_by_windows",
+        ("steps of a later epoch lie across training's", "-epoch * self.positions % self._step_records", "0"),
+        ("a window is no number of whole steps", "-(-least // step_records) * step_records", "least"),
     ),
     *of(
         RAY_WORKERS,

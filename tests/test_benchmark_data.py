@@ -57,13 +57,14 @@ def test_the_loader_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_order_is_measured_and_rows_that_are_not_packed_are_extrapolated(tmp_path: Path) -> None:
-    words = ["--records", "2e4", "1e5", "--pack", "2e4", "--work", tmp_path]
+    words = ["--records", "2e4", "1e5", "--pack", "2e4", "--whole-epoch", "2e4", "--work", tmp_path]
     done = subprocess.run([sys.executable, FOLDER / "benchmark_order.py", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "e" in line][1:]
-    kinds = ["folder", "cyclic", "packed"]
-    assert [row[:2] for row in rows] == [[size, kind] for size in ("2e4", "1e5") for kind in kinds]
+    kinds = [["2e4", kind] for kind in ("folder", "cyclic", "packed", "modality", "modality_window")]
+    kinds += [["1e5", kind] for kind in ("folder", "cyclic", "packed", "modality_window")]
+    assert [row[:2] for row in rows] == kinds
     assert all(int(row[2]) < 60 and float(row[3]) < 5 for row in rows)
-    assert all(float(cell) < 5 for kind in (1, 2, 4, 5) for cell in rows[kind][4:6])
-    assert float(rows[2][9]) > 0 and rows[5][9].startswith("about ")
+    assert all(float(cell) < 5 for kind in (1, 2, 3, 4, 6, 7, 8) for cell in rows[kind][4:6])
+    assert float(rows[2][9]) > 0 and rows[7][9].startswith("about ")
     assert not list(tmp_path.iterdir())

@@ -260,16 +260,16 @@ def options(stage: int) -> tuple[Option, ...]:
         option(
             "DATA_ORDER",
             "cyclic",
-            one_of("cyclic", "single", "modality"),
+            one_of("cyclic", "single", "modality", "modality_window"),
             "cyclic: shuffled each epoch; single: as stored; modality: text and images in steps of their own, of like "
-            "length",
+            "length; modality_window: the same within windows of records, for very many of them",
             own="--data-order",
         ),
         option(
             "MEGA_BATCH_MULT",
             "50",
             COUNT,
-            "with DATA_ORDER=modality: steps that are sorted by length together",
+            "with DATA_ORDER=modality or modality_window: steps that are sorted by length together",
             own="--mega-batch-mult",
         ),
         option(

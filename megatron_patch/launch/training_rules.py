@@ -146,7 +146,7 @@ def _fsdp_in_memory(values: Values) -> Findings:
 def _packed_rows(values: Values) -> Findings:
     if values["PACKING"] == "true":
         why = "is not for PACKING=true: packed rows are all of one length"
-        if values["DATA_ORDER"] == "modality":
+        if values["DATA_ORDER"] in ("modality", "modality_window"):
             yield "DATA_ORDER", why
         if values["BALANCE_COST"] == "true":
             yield "BALANCE_COST", why

@@ -149,6 +149,7 @@ def test_all_wrong_conversion_arguments_are_named_at_once(inputs: Inputs):
         ({}, {"IMAGE_TILES": "2"}, "environment IMAGE_TILES='2' must be COLUMNSxROWS, as 2x2"),
         ({}, {"IMAGE_TILES": "1x2"}, "DECODER_SEQ_LEN='1024' must be more than 1728, SEQ_LEN=576 for each of 2 tiles"),
         ({}, {"PACKING": "true", "DATA_ORDER": "modality"}, "DATA_ORDER='modality' is not for PACKING=true"),
+        ({}, {"PACKING": "true", "DATA_ORDER": "modality_window"}, "DATA_ORDER='modality_window' is not for PACKING"),
         ({}, {"PACKING": "true", "BALANCE_COST": "true"}, "BALANCE_COST='true' is not for PACKING=true"),
         (
             {},

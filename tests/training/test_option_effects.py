@@ -310,6 +310,7 @@ EFFECTS = [
     ("CONVERSATION_TEMPLATE", speaks_like_vicuna, False, "v1", True, {"DECODER_SEQ_LEN": 512}),
     ("DATA_ORDER", as_stored, False, "single", True, {}),
     ("DATA_ORDER", one_modality_a_step, False, "modality", True, {}),
+    ("DATA_ORDER", one_modality_a_step, False, "modality_window", True, {}),
     ("GLOBAL_BATCH_SIZE", one_modality_a_step, True, "4", False, MODALITY),
     ("MEGA_BATCH_MULT", like_lengths_together, True, "1", False, MODALITY),
     ("BALANCE_COST", like_lengths_in_a_micro_batch, False, "true", True, {}),

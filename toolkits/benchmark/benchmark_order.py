@@ -10,6 +10,8 @@ mark of the random numbers that a saved state holds, and without, as from a stat
     folder   opening an energon folder of empty shards, 10,000 records each: metadata, sizes, fingerprint
     cyclic   the shuffled order
     packed   rows of 2,048 tokens, kept in a file; `once` is packing them, by one process of each node
+    modality, modality_window
+             steps of 1,024 records of one modality, over a whole epoch (up to --whole-epoch records) and within windows
 
 Lengths are drawn like LLaVA-1.5's mix.  More rows than --pack are not packed: for them the file holds rows of three
 records each, `once` is an extrapolation from the largest number that was packed, and the file of lengths is empty (it
@@ -41,18 +43,20 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_patch.data.loading import row_cache
+from megatron_patch.data.loading.config import GROUPED
 from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.data.loading.lengths import open_lengths, write_lengths
 from megatron_patch.data.loading.packing import RECORDS_FILE, WINDOWS_FILE, PackedRows
 from megatron_patch.data.loading.row_cache import packed_rows
-from megatron_patch.data.loading.sampler import PackedSampler, ShuffledSampler
+from megatron_patch.data.loading.sampler import GroupedSampler, PackedSampler, ShuffledSampler, WindowGroupedSampler
 from megatron_patch.data.preparation.shard_writer import shard_name, write_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_SHARD, CAPACITY, SEED = 10_000, 2048, 1234
 NEAR_END = 0.999  # of an epoch, where a resume costs most
 ROOM = "megatron_patch/data/loading"
-KINDS = ("folder", "cyclic", "packed")
+KINDS = ("folder", "cyclic", "packed", "modality", "modality_window")
+STEP_RECORDS, MEGA_BATCH_MULT = 1024, 50
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
@@ -91,6 +95,10 @@ def measured_now(kind: str, records: int, how: str, work: Path) -> Callable[[], 
             order = ShuffledSampler(shard_counts(records), SEED)
             return order, first_record(order, how, mark)
         lengths = open_lengths(file_of(work, "lengths", records), records)
+        if kind in GROUPED:
+            build = GroupedSampler if kind == "modality" else WindowGroupedSampler
+            grouped = build(shard_counts(records), SEED, lengths, STEP_RECORDS, MEGA_BATCH_MULT)
+            return grouped, first_record(grouped, how, mark)
         rows = PackedRows.open(file_of(work, "rows", records), records, CAPACITY)
         packed = PackedSampler(rows, SEED, shuffle=True)
         return packed, lengths, first_record(packed, how, mark)
@@ -243,13 +251,17 @@ def cells(found: dict[str, float] | None, *names: str) -> str:
                       f"{found[name]:.2f}" for name in names)  # fmt: skip
 
 
-def rows(sizes: list[int], most: dict[str, int], pack: int, former: bool, work: Path) -> Iterator[str]:
+def rows(
+    sizes: list[int], most: dict[str, int], pack: int, whole_epoch: int, former: bool, work: Path
+) -> Iterator[str]:
     """Lines of the table."""
     packed: list[tuple[int, float]] = []
     for records in sizes:
         make_folder(file_of(work, "folder", records), records)
         for kind in KINDS:
             once = ""
+            if kind == "modality" and records > whole_epoch:
+                continue
             if kind == "packed":
                 cost = in_process(make_packed, work, records, records <= pack)
                 if cost:
@@ -260,7 +272,7 @@ def rows(sizes: list[int], most: dict[str, int], pack: int, former: bool, work: 
             figures: list[str] = []
             for side, ways in (("now", ("start", "unmarked", "resume")), ("former", ("start", "unmarked"))):
                 found = dict.fromkeys(ways)
-                if side == "now" or (former and records <= most[kind]):
+                if side == "now" or (former and records <= most.get(kind, 0)):
                     for how in ways[:1] if kind == "folder" else ways:
                         found[how] = in_process(measured, side, kind, records, how, work)
                 highest = max((one for one in found.values() if one), key=lambda one: one["mb"], default=None)
@@ -277,6 +289,7 @@ def main() -> None:
     number = {"type": lambda text: int(float(text)), "metavar": "N"}
     parser.add_argument("--records", nargs="+", default=[10**6, 10**7, 10**8, 10**9], **number)
     parser.add_argument("--pack", default=10**7, help="most records that are packed", **number)
+    parser.add_argument("--whole-epoch", default=10**7, help="most records that are grouped over an epoch", **number)
     parser.add_argument("--former", metavar="REVISION", help="commit to compare with")
     parser.add_argument("--former-most", default=10**8, help="most records that it is given", **number)
     parser.add_argument("--former-pack", default=10**6, help="most records that it packs", **number)
@@ -293,7 +306,7 @@ def main() -> None:
         )
         print("|" + "---|" * 10)
         for line in tqdm(
-            rows(given.records, most, given.pack, bool(given.former), work),
+            rows(given.records, most, given.pack, given.whole_epoch, bool(given.former), work),
             total=len(given.records) * len(KINDS),
             leave=False,
         ):

@@ -7,7 +7,8 @@ from megatron_patch.llava_folder import ANY_RESOLUTION, IMAGE_ASPECT_RATIOS
 from megatron_patch.step_balance import RecordCost
 from megatron_patch.tile_plan import AnyResolution, TilePlan, video_plan, whole_image
 
-ORDERS = ("cyclic", "single", "modality")
+GROUPED = ("modality", "modality_window")
+ORDERS = ("cyclic", "single", *GROUPED)
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class DataConfig:
     tile_rows: int = 1
     any_resolution: AnyResolution | None = None  # the rule of a model that has one; its batches hold plans
     video_token_id: int | None = None  # id of the `<video>` placeholder; None: the model knows none
-    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together
+    # cyclic: shuffled each epoch; single: as stored; modality: shuffled, text and images apart, like lengths together;
+    # modality_window: the same within windows of records
     order: str = "cyclic"
-    step_records: int = 0  # with order=modality or balance_cost: records of an optimizer step
-    mega_batch_mult: int = 0  # with order=modality: steps that are sorted by length together
+    step_records: int = 0  # with a grouped order or balance_cost: records of an optimizer step
+    mega_batch_mult: int = 0  # with a grouped order: steps that are sorted by length together
     packing: bool = False  # records fill rows of decoder_seq_len together, none attends to another
     # batches whose rows would be padded hold their records in one row instead, as packed ones do
     padding_free: bool = False
@@ -80,12 +82,12 @@ class DataConfig:
                 problems.append("image_aspect_ratio anyres is for a model that sees images at any resolution")
             if self.tiles > 1:
                 problems.append("image_aspect_ratio anyres and fixed tiles exclude each other")
-        if self.order == "modality":
+        if self.order in GROUPED:
             for name in ("step_records", "mega_batch_mult"):
                 if getattr(self, name) < 1:
-                    problems.append(f"{name} is {getattr(self, name)}, wanted at least 1 with order modality")
+                    problems.append(f"{name} is {getattr(self, name)}, wanted at least 1 with order {self.order}")
             if self.packing:
-                problems.append("order modality and packing exclude each other: packed rows are all of one length")
+                problems.append(f"order {self.order} and packing exclude each other: packed rows are all of one length")
         if self.balance_cost is not None:
             if self.step_records < 1:
                 problems.append(f"step_records is {self.step_records}, wanted at least 1 with balance_cost")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_patch.data.loading import state as data_state
 from megatron_patch.data.loading.balance import BalancedPositions, layout_of
 from megatron_patch.data.loading.collator import as_it_is, collate, collate_packed, collate_padding_free
-from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.config import GROUPED, DataConfig
 from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
 from megatron_patch.data.loading.feature_cache import FeatureCache
 from megatron_patch.data.loading.label_check import ALWAYS_TOLERATED, check_labels
@@ -40,6 +40,7 @@ from megatron_patch.data.loading.sampler import (
     RecordSampler,
     SequentialSampler,
     ShuffledSampler,
+    WindowGroupedSampler,
 )
 from megatron_patch.data.loading.task_encoder import EncodedRecord, TaskEncoder
 from megatron_patch.data.record import cook
@@ -114,18 +115,26 @@ def build_valid_loader(
 def _train_order(dataset: EnergonDataset, encoder: TaskEncoder, config: DataConfig) -> tuple[RecordSampler, str]:
     """The order of training, and a text that changes whenever its positions come to mean other records."""
     kind, seed = config.order, config.seed
-    if kind == "modality" and dataset.weights is not None:
+    if kind in GROUPED and dataset.weights is not None:
         raise UserError(
             f"{dataset.path}: folders with weights cannot be grouped by modality, for a step would mix them; "
             "use blend_epochized with repetitions, or the order cyclic"
         )
-    if not config.packing and kind != "modality":
+    if not config.packing and kind not in GROUPED:
         return _blended(dataset, seed, lambda _, counts: _plain(counts, config)), kind
     lengths = record_lengths(dataset, encoder, config)
     if kind == "modality":
         step, mult = config.step_records, config.mega_batch_mult
         meaning = f"modality, {step} records a step, {mult} steps together, lengths {lengths.fingerprint}"
         return GroupedSampler(dataset.shard_counts, seed, lengths, step, mult), meaning
+    if kind == "modality_window":
+        step, mult = config.step_records, config.mega_batch_mult
+        order = WindowGroupedSampler(dataset.shard_counts, seed, lengths, step, mult)
+        meaning = (
+            f"modality by windows of {order.window_records} records (version {order.VERSION}), {step} records a step, "
+            f"{mult} steps together, lengths {lengths.fingerprint}"
+        )
+        return order, meaning
 
     def packed(start: int, counts: np.ndarray) -> PackedSampler:
         shuffle, folder = kind == "cyclic", lengths_folder(dataset)

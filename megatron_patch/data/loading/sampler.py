@@ -108,6 +108,11 @@ class _Epochs:
             self._epochs[mark["epoch"]] = order
 
 
+def _few_kept(draw: Callable[[int], np.ndarray]) -> Any:
+    """The same function of a window's number, that knows what it gave last."""
+    return functools.lru_cache(WINDOWS_KEPT)(draw)
+
+
 class Windows:
     """An epoch's order window by window, so that a process holds a few windows whatever the number of records.
 
@@ -124,7 +129,7 @@ class Windows:
         self._starts = [0, *itertools.accumulate(sizes)]
         self._next = 0  # the window that the stream stands before
         self._states = {0: random.get_state()}  # of the stream, by the window that it stands before
-        self.window = functools.lru_cache(WINDOWS_KEPT)(self._draw)
+        self.window = _few_kept(self._draw)
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -281,18 +286,92 @@ class GroupedSampler(_Epochs):
     def draw(self, epoch: int) -> np.ndarray:
         """int64 [positions]: the records of an epoch, all at once, for steps are shuffled over the whole of it."""
         records = np.concatenate(list(self._shuffled.draw(epoch)))
-        with_images = self._lengths.images[records] > 0
-        steps: list[np.ndarray] = []
-        rest: list[np.ndarray] = []
-        for modality in (records[with_images], records[~with_images]):
-            whole = len(modality) // self._step_records * self._step_records
-            rest.append(modality[whole:])
-            for start in range(0, whole, self._group_records):
-                group = modality[start : min(start + self._group_records, whole)]
-                group = group[np.argsort(self._lengths.tokens[group], kind="stable")]
-                steps += np.split(group, len(group) // self._step_records)
         random = np.random.RandomState([self._seed % 2**32, epoch, 1])
-        return np.concatenate([*(steps[step] for step in random.permutation(len(steps))), *rest])
+        return _grouped(records, self._lengths, self._step_records, self._group_records, random)
+
+
+def _grouped(
+    records: np.ndarray, lengths: RecordLengths, step_records: int, group_records: int, random: np.random.RandomState
+) -> np.ndarray:
+    """int64 [N]: the records in steps of one modality, `group_records` of a modality sorted by length together, the
+    steps shuffled; what does not fill a step last.
+    """
+    with_images = lengths.images[records] > 0
+    steps: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
+    for modality in (records[with_images], records[~with_images]):
+        whole = len(modality) // step_records * step_records
+        rest.append(modality[whole:])
+        for start in range(0, whole, group_records):
+            group = modality[start : min(start + group_records, whole)]
+            group = group[np.argsort(lengths.tokens[group], kind="stable")]
+            steps += np.split(group, len(group) // step_records)
+    return np.concatenate([*(steps[step] for step in random.permutation(len(steps))), *rest])
+
+
+class WindowGroupedSampler(_Epochs):
+    """As GroupedSampler within each window of records, so that a process holds a few windows.
+
+    Shards come in random order, and their records are cut into windows of whole steps.  What fills no step of its
+    modality makes one mixed step at the end of its window.  Each window has random numbers of its own: none is drawn to
+    reach another.  Steps lie where training takes them, in every epoch: one that begins within a step fills that first.
+    """
+
+    VERSION = 1  # raise it whenever a position would come to mean another record
+
+    def __init__(
+        self,
+        shard_counts: Sequence[int] | np.ndarray,
+        seed: int,
+        lengths: RecordLengths,
+        step_records: int,
+        mega_batch_mult: int,
+    ) -> None:
+        self._counts = np.asarray(shard_counts, dtype=np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        super().__init__(int(self._counts.sum()))
+        self._seed, self._lengths = seed, lengths
+        self._step_records, self._group_records = step_records, step_records * mega_batch_mult
+        least = max(WINDOW_RECORDS, WINDOW_SHARDS * self.positions // len(self._counts))
+        self.window_records = -(-least // step_records) * step_records
+
+    def draw(self, epoch: int) -> "_GroupedWindows":
+        """The records of an epoch."""
+        order = np.random.RandomState([self._seed % 2**32, epoch, 4]).permutation(len(self._counts))
+        starts, ends = self._starts[order], np.cumsum(self._counts[order])
+
+        def group(number: int, start: int, stop: int) -> np.ndarray:
+            """int64 [stop - start]: window `number`, which holds these places of the shards in their order."""
+            first, last = np.searchsorted(ends, (start, stop - 1), side="right").tolist()
+            places = np.arange(start, stop)
+            before = ends[first : last + 1] - self._counts[order[first : last + 1]]  # places before each shard
+            shard = np.searchsorted(ends[first : last + 1], places, side="right")
+            records = (starts[first : last + 1] - before)[shard] + places
+            random = np.random.RandomState([self._seed % 2**32, epoch, number, 5])
+            shuffled = random.permutation(records)
+            return _grouped(shuffled, self._lengths, self._step_records, self._group_records, random)
+
+        first = -epoch * self.positions % self._step_records
+        return _GroupedWindows(first, self.window_records, self.positions, group)
+
+
+class _GroupedWindows:
+    """An epoch of WindowGroupedSampler: a first window of less than a step or none, then windows of one size."""
+
+    def __init__(self, first: int, size: int, positions: int, group: Callable[[int, int, int], np.ndarray]) -> None:
+        """group: number, first place, place behind the last -> int64 [any]: the records of a window."""
+        self._first, self._size, self._positions, self._group = first, size, positions, group
+        self.window = _few_kept(self._draw)
+
+    def _start(self, number: int) -> int:
+        return self._first + (number - 1) * self._size if number else 0
+
+    def __getitem__(self, offset: int) -> int:
+        number = 1 + (offset - self._first) // self._size
+        return int(self.window(number)[offset - self._start(number)])
+
+    def _draw(self, number: int) -> np.ndarray:
+        return self._group(number, self._start(number), min(self._start(number + 1), self._positions))
 
 
 class PackedSampler(_Epochs):

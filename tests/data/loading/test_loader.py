@@ -542,6 +542,22 @@ def test_steps_of_one_modality(folder: str, settings: DataConfig) -> None:
     assert sum(len(kinds) > 1 for kinds in images) <= 1
 
 
+def test_states_of_the_two_orders_by_modality_are_told_apart(folder: str, settings: DataConfig) -> None:
+    by_epoch, by_window = (
+        changed(settings, order=order, step_records=4, mega_batch_mult=3) for order in ("modality", "modality_window")
+    )
+    loader = build_train_loader(folder, by_window, 0, 1)
+    take(loader, 3)
+    state = loader.save_state()
+    assert next(build_train_loader(folder, by_window, 0, 1, state=state))["record_ids"] == next(loader)["record_ids"]
+    windows = r"modality by windows of \d+ records \(version 1\), 4 records a step"
+    with pytest.raises(UserError, match=f"saved {windows}.*, now modality, 4 records a step"):
+        build_train_loader(folder, by_epoch, 0, 1, state=state)
+    state = build_train_loader(folder, by_epoch, 0, 1).save_state()
+    with pytest.raises(UserError, match=f"saved modality, 4 records a step.*, now {windows}"):
+        build_train_loader(folder, by_window, 0, 1, state=state)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_blend_of_folders(folder: str, settings: DataConfig, tmp_path: Path, packing: bool) -> None:
     root = make_records(tmp_path / "other", 40, prefix="other")

@@ -21,6 +21,7 @@ from megatron_patch.data.loading.sampler import (
     RecordSampler,
     SequentialSampler,
     ShuffledSampler,
+    WindowGroupedSampler,
 )
 from megatron_patch.errors import UserError
 
@@ -64,6 +65,7 @@ def test_every_epoch_of_every_order_holds_every_record_once(
             lambda: ShuffledSampler(counts, seed),
             lambda: SequentialSampler(counts),
             lambda: GroupedSampler(counts, seed, lengths, step, 3),
+            lambda: WindowGroupedSampler(counts, seed, lengths, step, 3),
             lambda: packed_sampler(counts, seed, lengths, CAPACITY, shuffle=True),
             lambda: packed_sampler(counts, seed, lengths, CAPACITY, shuffle=False),
         ):
@@ -164,6 +166,7 @@ def test_a_mark_spares_the_way_and_changes_nothing(narrow: None, monkeypatch: py
         (lambda: SequentialSampler(counts), 0),
         (lambda: packed_sampler(counts, 1, lengths, CAPACITY, shuffle=False), 0),
         (lambda: GroupedSampler(counts, 1, lengths, 4, 3), 0),
+        (lambda: WindowGroupedSampler(counts, 1, lengths, 4, 3), 0),
     ):
         order = build()
         position = 5 * order.positions - order.positions // 10  # most of an epoch, behind others
@@ -191,6 +194,8 @@ def test_the_orders_are_the_same_for_ever() -> None:
     assert [packed[p] for p in range(8)] == rows
     grouped = GroupedSampler([4, 4, 4], 7, lengths, 2, 2)
     assert flat(grouped[p] for p in range(14)) == [0, 11, 5, 6, 2, 4, 1, 8, 9, 7, 10, 3, 7, 2]
+    by_windows = WindowGroupedSampler([4, 4, 4], 7, lengths, 2, 2)
+    assert flat(by_windows[p] for p in range(14)) == [10, 7, 3, 0, 2, 4, 8, 9, 5, 1, 6, 11, 9, 7]
     blend = BlendSampler([ShuffledSampler([3], 7), SequentialSampler([4])], [0, 3], [2, 1], 7)
     assert flat(blend[p] for p in range(14)) == [2, 1, 0, 3, 2, 4, 1, 0, 5, 1, 2, 6, 3, 4]
 
@@ -232,6 +237,44 @@ def test_grouped_steps_hold_one_modality_and_like_lengths() -> None:
     middles = np.array([tokens[step].mean() for step in steps])
     assert abs(np.corrcoef(middles, np.arange(len(middles)))[0, 1]) < 0.3, "steps are in order of their length"
     assert records != flat(epoch_of(grouped, 1))
+
+
+def test_steps_grouped_by_windows(narrow: None) -> None:
+    """Those of each window hold one modality but for one of them, also in an epoch that begins within a step."""
+    random = np.random.RandomState(2)
+    counts = [10] * 97 + [7]
+    records, step = sum(counts), 8
+    lengths = RecordLengths(random.randint(10, 500, records).astype(np.int32), random.randint(0, 2, records))
+    grouped = WindowGroupedSampler(counts, 5, lengths, step, mega_batch_mult=3)
+    window = grouped.window_records
+    assert window == 24  # WINDOW_RECORDS in whole steps
+    for epoch in (0, 1, 3):
+        first = -(-epoch * records // step) * step  # of the endless sequence, where a step begins
+        steps = [flat(grouped[p] for p in range(start, start + step)) for start in range(first, first + 800, step)]
+        mixed = [len({int(lengths.images[index]) for index in found}) > 1 for found in steps]
+        by_window = [mixed[start : start + window // step] for start in range(0, len(mixed), window // step)]
+        assert all(sum(one) <= 1 and not any(one[:-1]) for one in by_window), by_window
+        assert sum(mixed) < len(mixed) / 2
+    spread = np.median([np.ptp(lengths.tokens[found]) for found in steps])
+    wider = WindowGroupedSampler(counts, 5, lengths, step, mega_batch_mult=1)
+    alone = [flat(wider[p] for p in range(start, start + step)) for start in range(first, first + 800, step)]
+    assert spread < np.median([np.ptp(lengths.tokens[found]) for found in alone])
+    assert flat(epoch_of(grouped, 0)) != flat(epoch_of(grouped, 1))
+
+
+def test_a_grouped_window_is_reached_without_the_others(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [10] * 400
+    lengths = lengths_of([20] * 4000)
+    drawn: list[int] = []
+    draw = sampler._GroupedWindows._draw
+    monkeypatch.setattr(
+        sampler._GroupedWindows, "_draw", lambda self, number: (drawn.append(number), draw(self, number))[1]
+    )
+    grouped = WindowGroupedSampler(counts, 1, lengths, 4, 3)
+    for position in (7999, 7998, 7999, 4000):
+        grouped[position]
+    assert drawn == [200, 1]
+    assert grouped.draw(0).window.cache_info().maxsize == 2
 
 
 def test_a_blend_keeps_its_weights_and_loses_no_record() -> None:
