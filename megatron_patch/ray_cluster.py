@@ -36,6 +36,8 @@ LOSSES = 10  # of processes or nodes that one piece may live through
 QUEUED = 2  # pieces that an actor has: one is done while the other waits
 AHEAD = 2  # pieces of each actor that may be done before an earlier one is
 
+Token = tuple[str, str]  # a file, and what must stand in it
+
 
 class RayCluster:
     """A cluster that runs already, whose nodes see what this one does.  A context manager.
@@ -120,8 +122,8 @@ class RayCluster:
         nodes = [node["Resources"] for node in self._alive(self._needs)]
         return any(all(node.get(name, 0) >= count for name, count in wanted.items()) for node in nodes)
 
-    def check_nodes(self, token: str | None) -> None:
-        """Each node that is needed looks for itself; token: a file of a SharedFolder.  Raises UserError."""
+    def check_nodes(self, token: "Token | None") -> None:
+        """Each node that is needed looks for itself; token: of a SharedFolder.  Raises UserError."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes, begun = self._nodes(), {}
@@ -157,24 +159,21 @@ class RayCluster:
 
 
 class SharedFolder:
-    """A folder that every node sees as this one does and may write into, known by a file in it, `token`.
+    """A folder that every node sees as this one does and may write into, known by what stands in a file of it.
 
     A context manager.  Raises UserError when a node does not.
     """
 
-    def __init__(self, cluster: RayCluster, folder: Path) -> None:
-        self._file = folder.absolute() / f"ray.part-{os.urandom(8).hex()}"
-        self._file.write_text(self._file.name)
+    def __init__(self, cluster: RayCluster, file: Path) -> None:
+        """file: is made, and gone at the end; what a command that was killed has left of it is overwritten."""
+        self._file = file.absolute()
+        self.token: Token = (str(self._file), os.urandom(8).hex())
+        self._file.write_text(self.token[1])
         try:
             cluster.check_nodes(self.token)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def token(self) -> str:
-        """Path of the file."""
-        return str(self._file)
 
     def close(self) -> None:
         """The file goes; no node takes the folder for the command's any more."""
@@ -334,9 +333,10 @@ def ray_actors(
     """
     known = None if address == "auto" else address
     folder = next(path for path in output.absolute().parents if path.is_dir())
+    file = folder / f"{output.name}.ray"
     with (
         RayCluster(known, look(places), wanted, f"--ray-address {address}", models=True) as cluster,
-        SharedFolder(cluster, folder) as shared,
+        SharedFolder(cluster, file) as shared,
         RayActors(cluster, cluster.shape(workers), opener, shared) as actors,
     ):
         yield actors
@@ -386,7 +386,7 @@ class _Here:
 
     opened: Any
     seen: Mapping[str, str | None]
-    token: str
+    token: Token
 
 
 _here: _Here | None = None
@@ -397,9 +397,9 @@ def unseen(setup: bytes) -> list[str]:
     seen, token = pickle.loads(setup)
     problems = differences(seen)
     if token is not None:
-        path = Path(token)
+        path = Path(token[0])
         try:
-            if path.read_text() != path.name:
+            if path.read_text() != token[1]:
                 raise FileNotFoundError(f"{path} is another file")
             probe = path.with_name(f"{path.name}-{os.urandom(8).hex()}")
             probe.write_text("")

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_patch import ray_cluster
 from megatron_patch.errors import UserError
-from megatron_patch.ray_cluster import AHEAD, LOSSES, QUEUED, RayActors, RayCluster, Shape, SharedFolder
+from megatron_patch.ray_cluster import AHEAD, LOSSES, QUEUED, RayActors, RayCluster, Shape, SharedFolder, Token
 
 PIECES, ACTORS = 60, 3
 HUNDRED = partial(int, 100)  # what pieces work with
@@ -60,7 +60,7 @@ class Standin:
     def kill(self, actor: types.SimpleNamespace) -> None:
         self.alive.pop(actor.number, None)
 
-    def check_nodes(self, token: str | None) -> None:
+    def check_nodes(self, token: Token | None) -> None:
         """All is well."""
 
     def wait(self, references: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
@@ -88,7 +88,7 @@ def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     folders: list[SharedFolder] = []
 
     def make(cluster: Standin, opener: Callable = HUNDRED) -> RayActors:
-        folders.append(SharedFolder(cluster, tmp_path))
+        folders.append(SharedFolder(cluster, tmp_path / f"answers-{len(folders)}.ray"))
         return RayActors(cluster, Shape(ACTORS, 1, 0), opener, folders[-1])
 
     yield make

@@ -63,7 +63,7 @@ def test_a_node_that_lost_its_images_does_not_answer_for_them(
     elsewhere = tmp_path / "mount"
     elsewhere.mkdir()
     (elsewhere / "0.png").write_bytes(b"")
-    monkeypatch.setattr(ray_cluster, "_here", ray_cluster._Here(engine, look([elsewhere]), str(token)))
+    monkeypatch.setattr(ray_cluster, "_here", ray_cluster._Here(engine, look([elsewhere]), (str(token), "token")))
     answer = answer_by(Here(engine), job.image_root, job.sampling, job.batch_size)
     run_by(answer, job)  # an image that is missing everywhere is that line's error
     (elsewhere / "0.png").unlink()

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_patch.atomic_files import sync
 from megatron_patch.data.preparation.workers import Done, Job, ShardBuilder, WorkersLost
-from megatron_patch.ray_cluster import LOSSES, RayCluster, SharedFolder, named, unseen
+from megatron_patch.ray_cluster import LOSSES, RayCluster, SharedFolder, Token, named, unseen
 from megatron_patch.sight import Sight
 
 MISSING = ("image missing", "image unreadable", "video missing", "video unreadable")
@@ -30,7 +30,7 @@ class RayWorkers:
 
     def __init__(self, cluster: RayCluster, at_once: int, maker: ShardBuilder) -> None:
         self.at_once = at_once
-        self._folder = SharedFolder(cluster, maker.folder)
+        self._folder = SharedFolder(cluster, maker.folder / f"ray.part-{os.urandom(8).hex()}")
         self._setup = pickle.dumps((maker, cluster.seen, self._folder.token))
         self._make = cluster.call.options(num_cpus=1, max_retries=LOSSES).remote
 
@@ -66,7 +66,7 @@ class RayWorkers:
 # ------------------------------------------------------------------------------------------------ on the nodes
 
 
-_setups: dict[bytes, tuple[ShardBuilder, Sight, str]] = {}  # of this process: the one in use, unpickled
+_setups: dict[bytes, tuple[ShardBuilder, Sight, Token]] = {}  # of this process: the one in use, unpickled
 
 
 def make(setup: bytes, job: bytes) -> Done | OSError | str:

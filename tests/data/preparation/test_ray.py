@@ -102,7 +102,7 @@ def setup_of(root: Path, folder: Path) -> tuple[bytes, bytes]:
     source = LlavaSource(root / "data.json", [root / "images"])
     maker = ShardBuilder(source, folder, None)
     samples = [Sample(number, b'{"image": "%d.png"}' % number, [f"{number}.png"], number) for number in (1, 2)]
-    setup = (maker, look(source.places()), str(folder / "token"))
+    setup = (maker, look(source.places()), (str(folder / "token"), "token"))
     return pickle.dumps(setup), pickle.dumps(Job("train", "train-000000.tar", samples))
 
 
