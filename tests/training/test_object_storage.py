@@ -3,6 +3,7 @@ does; a run moves between the two; nobody reads a credential in a log.
 """
 
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.object_store import KEY, SECRET, Store
-from tests.training.launching import Workspace, command, losses, run, run_and_kill
+from tests.training.launching import ROOT, Workspace, command, losses, run, run_and_kill
 
 URL = "msc://store/pretrain/wds"
+TOOL = ROOT / "toolkits/multimodal_data_preprocessing/cache_tower_features.py"
 OUTAGE_S = 60.0
 LIMIT_S = 1200.0
 
@@ -171,3 +173,22 @@ def test_a_split_that_is_absent_is_refused(stored: Workspace, store: Store, tmp_
         store.client.put_object(Bucket=store.bucket, Key=split, Body=text)
     assert "VALID_DATASET_PATH='msc://store/pretrain/wds' must have the split val" in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_features_are_cached_from_a_store(workspace: Workspace, tmp_path: Path) -> None:
+    """The bytes of those of the folder on a disk."""
+
+    def cache(dataset: object, *words: object) -> subprocess.CompletedProcess:
+        line = [sys.executable, TOOL, dataset, "--checkpoint", workspace.checkpoint, "--precision", "fp32", *words]
+        return subprocess.run(list(map(str, line)), capture_output=True, text=True)
+
+    refused = cache(URL)
+    assert refused.returncode == 2 and "is in object storage; say with --output where the features go" in refused.stderr
+    files = []
+    for dataset, output in ((workspace.dataset, tmp_path / "local"), (URL, tmp_path / "stored")):
+        done = cache(dataset, "--output", output)
+        assert done.returncode == 0, done.stderr
+        files.append({path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()})
+    assert files[0] == files[1] and len(files[0]) > 3
+    assert_no_credentials(tmp_path)

@@ -20,6 +20,7 @@ from megatron_patch.object_storage import Absent, ObjectFolder, StorageError
 from tests.data.factories import changed, convert_records, make_records
 from tests.data.loading.test_loader import assert_equal_batches, take
 from tests.object_store import BUCKET, KEY, SECRET, Store
+from toolkits.multimodal_data_preprocessing import inspect_dataset
 
 TRAIN = 30
 GIVES_UP_S = 40.0  # who has no patience does so within this time, a busy machine's included
@@ -172,6 +173,42 @@ def test_patience_ends(store: Store, impatient: None) -> None:
     told = r"some/wds/train-0.*: no answer for \d+ s .*EndpointConnectionError"
     with store.proxy.down_for(GIVES_UP_S), pytest.raises(StorageError, match=told):
         stored[0]
+
+
+def test_an_inspection_shows_the_same(
+    folder: str, settings: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--template", "v1", "--tokenizer", settings.tokenizer_path, "--image-tokens", "4", "--side-px", "14"]
+    printed, pages = [], []
+    for path in (folder, *URLS):
+        output = tmp_path / str(len(pages))
+        line = ["inspect_dataset.py", path, *words, "--records", "0,5", "--skip-pictures", "--output", str(output)]
+        monkeypatch.setattr("sys.argv", line)
+        assert inspect_dataset.main() == 0
+        printed.append(capsys.readouterr().out.replace(path, "FOLDER").replace(str(output), "OUTPUT"))
+        pages.append((output / "report.html").read_text().replace(path, "FOLDER"))
+    assert printed[0] == printed[1] == printed[2] and "30 records" in printed[0]
+    assert pages[0] == pages[1] == pages[2]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_cache_of_msc_on_the_disk_of_a_node(
+    workers: int, folder: str, store: Store, settings: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Switched on by MSC's own file: the second epoch comes from the disk, the store may be gone."""
+    cache = tmp_path / "cache"
+    text = store.config.read_text().replace("  store:\n", f"  cached-{workers}:\n    caching_enabled: true\n")
+    text += f"cache: {{location: {cache}, size: 1G, cache_line_size: 1M, check_source_version: false}}\n"
+    (tmp_path / "msc.yaml").write_text(text)
+    monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
+    settings = changed(settings, num_workers=workers)
+    wanted = take(build_train_loader(folder, settings, 0, 1), 45)
+    loader = build_train_loader(f"msc://cached-{workers}/some/wds", settings, 0, 1)
+    assert_equal_batches(take(loader, 30), wanted[:30])  # two epochs of 15: what workers fetch ahead is there too
+    assert len(list(cache.rglob("*#chunk*"))) >= 3
+    with store.proxy.down_for(GIVES_UP_S), object_storage.patience(0):
+        assert_equal_batches(take(loader, 15), wanted[30:])
+    assert loader.counts == {"kept": 90, "truncated": 0, "skipped": 0}
 
 
 # ---------------------------------------------------------------- what does not
