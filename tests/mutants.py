@@ -1215,7 +1215,7 @@ RECORDS = [
             "self._file = self._unfinished.open(",
             "self._file = (self._unfinished if False else self._data).open(",
         ),
-        ("what a kill left stays among the features", "        path.unlink()", "        pass"),
+        ("what a kill left stays among the features", "            path.unlink()", "            pass"),
     ),
     *of(
         "toolkits/multimodal_data_preprocessing/tower_features.py",

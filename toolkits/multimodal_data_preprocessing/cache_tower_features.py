@@ -178,7 +178,7 @@ def cache_features(arguments: argparse.Namespace) -> None:
         journal.close()
         journal.path.unlink()
     (partial / KEY).unlink()
-    remove_unfinished(partial)
+    remove_unfinished(partial, names)
     os.rename(partial, output)
     tell(output, rate, arguments.precision)
 

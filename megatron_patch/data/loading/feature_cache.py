@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from megatron_patch.geometry import TowerGeometry
 VERSION = 1  # raise it when a reader of today would misunderstand the files
 MANIFEST = "features.json"
 OPEN_SHARDS = 64
-FEATURES, UNFINISHED = ".features", ".part-"  # in names; the latter while they are being written
+UNFINISHED = ".part-"  # in the names of features that are being written
 REMEDY = "make it with toolkits/multimodal_data_preprocessing/cache_tower_features.py"
 OF_IMAGES = ("side_px", "image_mean", "image_aspect_ratio", "center_crop", "resample", "apply_exif_orientation")
 
@@ -171,7 +172,7 @@ class _Shard:
 
 def shard_files(folder: Path, name: str) -> tuple[Path, Path]:
     """(features, index) of a shard of the dataset."""
-    return folder / f"{name}{FEATURES}", folder / f"{name}.json"
+    return folder / f"{name}.features", folder / f"{name}.json"
 
 
 class ShardWriter:
@@ -218,10 +219,12 @@ class ShardWriter:
         self._file.write(memoryview(features.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """What processes that were killed have left of shards that others have made since."""
-    for path in folder.rglob(f"*{FEATURES}{UNFINISHED}{16 * '[0-9a-f]'}"):
-        path.unlink()
+def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """What processes that were killed have left of these shards, which others have made since."""
+    kept = {file for name in names for file in shard_files(folder, name)} | {folder / MANIFEST}
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in kept:
+            path.unlink()
 
 
 def shard_rows(folder: Path, name: str) -> int | None:
