@@ -3383,7 +3383,38 @@ STORED = [
     ),
 ]
 
+OF_READMES = "tests/launchers/test_readme.py"
+READ_OPTIONS = f"{OF_READMES}::test_programs_of_the_readmes_have_the_options_that_are_named"
+
+JOBS = [
+    *of(
+        "README.md",
+        READ_OPTIONS,
+        (
+            "a README misspells an option of a program",
+            "    --image-root images --output",
+            "    --image-rot images --output",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/README.md",
+        READ_OPTIONS,
+        (
+            "a README names an option that is not there in a form",
+            "    --vision-model CLIP_FOLDER",
+            "    --vision CLIP_FOLDER",
+        ),
+    ),
+    *of(
+        "README.md",
+        f"{OF_READMES}::test_launchers_of_a_readme_are_accepted[README.md]",
+        ("a README misspells an option of a launcher", "--card H200x8 --propose", "--card H200x8 --proposal"),
+        ("a README has two arguments in the wrong order", "dsw 7B 16 256", "dsw 16 7B 256"),
+        ("a README calls a program that nobody has", "bash examples/doctor.sh\n", "doctor.sh\n"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *VIDEOS, *STORED),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *VIDEOS, *STORED, *JOBS),
 ]
