@@ -3385,6 +3385,7 @@ STORED = [
 
 OF_READMES = "tests/launchers/test_readme.py"
 READ_OPTIONS = f"{OF_READMES}::test_programs_of_the_readmes_have_the_options_that_are_named"
+OF_GPUS = f"{OF_COMMANDS}::test_a_job_takes_the_gpus_that_it_is_given"
 
 JOBS = [
     *of(
@@ -3411,6 +3412,27 @@ JOBS = [
         ("a README misspells an option of a launcher", "--card H200x8 --propose", "--card H200x8 --proposal"),
         ("a README has two arguments in the wrong order", "dsw 7B 16 256", "dsw 16 7B 256"),
         ("a README calls a program that nobody has", "bash examples/doctor.sh\n", "doctor.sh\n"),
+    ),
+    *of(
+        "megatron_patch/device/cuda.py",
+        OF_GPUS,
+        ("a job takes other GPUs than nvidia-smi shows", ', "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}', "}"),
+        ("a GPU that is not there is left out in silence", "if int(entry) >= found if", "if False if"),
+        ("a UUID of nobody is left out in silence", "else uuids and not any(", "else uuids and any("),
+        ("a GPU twice is no GPU", "if entries.count(entry) > 1:", "if False:"),
+        ("two choices of GPUs, and one is not taken", "visible is not None and visible != chosen:", "False:"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        OF_GPUS,
+        ("all GPUs are taken whatever is chosen", '        **job.device.choice(call["GPUS"]),\n', "\n"),
+        ("a chosen GPU is idle", "if chosen and processes != len(chosen):", "if False:"),
+        ("GPUs that are not chosen are counted", 'kind.count(call["GPUS"])', "kind.count()"),
+    ),
+    *of(
+        "megatron_patch/launch/run_file.py",
+        OF_GPUS,
+        ("a run goes on on the GPUs of its start alone", '"MASTER_PORT", "GPUS")', '"MASTER_PORT")'),
     ),
 ]
 

@@ -5,7 +5,11 @@ library alone: the launchers ask it, where they know of no torch.  Each kind pro
 
     NAME                        that of the file, as in torch.device
 for the launchers:
-    count()                     how many devices a process started here would see; None: as many as a model needs
+    count(chosen)               how many devices a process started here would see, of those that GPUS=chosen names, if
+                                it names any; None: as many as a model needs
+    choice_problem(chosen)      what is wrong with that choice, or with the one of the environment: its variable, and
+                                what it must be; None: nothing
+    choice(chosen)              variables by which a process sees these devices alone
     DEVICES, COUNTED_BY         what a message calls them, and where their number comes from
     REFUSED                     NAME=VALUE of the launchers' arguments that this kind cannot have -> why
     notes()                     NAME=VALUE of the launchers' arguments -> what to know of them on this machine

@@ -58,9 +58,20 @@ def memory_here(processes: int) -> int | None:
     return memory() // processes
 
 
-def count() -> None:
+def count(chosen: str = "") -> None:
     """As many processes as a model needs."""
-    return None
+    del chosen
+
+
+def choice_problem(chosen: str) -> tuple[str, str] | None:
+    """There is nothing to choose from."""
+    return ("GPUS", "needs GPUs, and this run is on CPU; leave it out, or use ACCELERATOR=cuda") if chosen else None
+
+
+def choice(chosen: str) -> dict[str, str]:
+    """Nothing."""
+    del chosen
+    return {}
 
 
 # glibc hands every large tensor back to the system when it is freed, and the next one is cleared page by page: a sixth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 TYPE_CHECKING = False  # typing's own, without an import that the launchers would wait for
 if TYPE_CHECKING:
@@ -13,32 +14,61 @@ NAME = "cuda"
 # ---------------------------------------------------------------- for the launchers
 
 DEVICES = "GPUs"
-COUNTED_BY = "CUDA_VISIBLE_DEVICES, nvidia-smi -L"
+COUNTED_BY = "GPUS, CUDA_VISIBLE_DEVICES, nvidia-smi -L"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 REFUSED: dict[str, str] = {}
 # flash-attn or cuDNN, whichever is there and faster; or cuDNN only
 ATTENTION_BACKENDS = ("auto", "fused")
 
 
-def _listed() -> int:
-    """GPUs that nvidia-smi lists, or else /dev."""
+def _listed() -> tuple[int, list[str]]:
+    """GPUs that nvidia-smi lists, or else /dev; and the UUIDs of all their parts, where nvidia-smi says them."""
     if any(os.access(os.path.join(folder, "nvidia-smi"), os.X_OK) for folder in os.get_exec_path()):
         import subprocess
 
         asked = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if asked.returncode == 0:
-            return sum(line.startswith("GPU ") for line in asked.stdout.splitlines())
-    return sum(name[:6] == "nvidia" and name[6:].isdecimal() for name in os.listdir("/dev"))
+            gpus = sum(line.startswith("GPU ") for line in asked.stdout.splitlines())
+            return gpus, re.findall(r"\(UUID: ([^)]+)\)", asked.stdout)
+    return sum(name[:6] == "nvidia" and name[6:].isdecimal() for name in os.listdir("/dev")), []
 
 
-def count() -> int:
-    """GPUs that a process started here would see: those of this machine, as far as they are visible."""
-    found = _listed()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not found or visible is None:
-        return found
+def _entries(visible: str) -> list[str]:
+    """Of CUDA_VISIBLE_DEVICES, which CUDA ends at the first invalid entry."""
     ids = visible.split(",")
-    # CUDA ends the list at the first invalid entry
-    return next((index for index, entry in enumerate(ids) if not entry or entry.startswith("-")), len(ids))
+    return ids[: next((index for index, entry in enumerate(ids) if not entry or entry.startswith("-")), len(ids))]
+
+
+def count(chosen: str = "") -> int:
+    """GPUs that a process started here would see: those of this machine, as far as they are chosen, or visible."""
+    found, _ = _listed()
+    visible = chosen or os.environ.get(VISIBLE)
+    return found if not found or visible is None else len(_entries(visible))
+
+
+def choice_problem(chosen: str) -> tuple[str, str] | None:
+    """What CUDA would say nothing of: it leaves out what it does not find, and the entries behind it."""
+    visible = os.environ.get(VISIBLE)
+    if chosen and visible is not None and visible != chosen:
+        return "GPUS", f"must be left out, or {VISIBLE}={visible!r} be unset: each chooses GPUs"
+    name, entries = ("GPUS" if chosen else VISIBLE), _entries(chosen or visible or "")
+    found, uuids = _listed() if entries else (0, [])
+    if not found:  # a dry run for another machine
+        return None
+    for entry in entries:
+        if int(entry) >= found if entry.isdecimal() else uuids and not any(one.startswith(entry) for one in uuids):
+            return (
+                name,
+                f"must name GPUs of this machine, 0 to {found - 1} or their UUIDs (nvidia-smi -L); {entry} is none",
+            )
+        if entries.count(entry) > 1:
+            return name, f"must name each GPU once; {entry} stands there {entries.count(entry)} times"
+    return None
+
+
+def choice(chosen: str) -> dict[str, str]:
+    """The GPUs by the numbers that nvidia-smi shows; CUDA's own count from the fastest."""
+    return {VISIBLE: chosen, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if chosen else {}
 
 
 def memory_here(processes: int) -> int | None:

@@ -27,7 +27,7 @@ def job_call(
     command, program, given = command_of(words), words[0].rpartition("/")[2], list(words[1:])
     told = {"WORLD_SIZE": str(world), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     told |= {"MASTER_PORT": str(free_port())}  # a run of this machine may have any
-    told |= {"NPROC_PER_NODE": str(per_node), "ACCELERATOR": device.kinds()[0], "DRY_RUN": "1"}
+    told |= {"NPROC_PER_NODE": str(per_node), "ACCELERATOR": device.kinds()[0], "GPUS": "", "DRY_RUN": "1"}
     around = {name: value for name, value in environment.items() if not name.endswith("_SOCKET_IFNAME")} | told
     complaints: list[str] = []
     if given[:1] in (["--config"], ["--from"]):

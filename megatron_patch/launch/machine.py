@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from megatron_patch import device
-from megatron_patch.launch.rows import Argument, Call, python_path
+from megatron_patch.launch.rows import Argument, Call, python_path, quoted
 from megatron_patch.launch.rules import COUNT, COUNT_OR_ZERO, HOST, PORT, TEXT, Rule, whole
 
 NODES, NODE_RANK = whole(1, 99999), whole(0, 99998)
@@ -135,17 +135,28 @@ def choose_job(call: Call, model_parallel: int) -> Job | None:
         model_parallel: processes that hold one model; so many are started where devices do not count, unless
             NPROC_PER_NODE says otherwise.
     """
-    if not call.right("ENV", "ACCELERATOR", "NPROC_PER_NODE", "MASTER_PORT"):
+    if not call.right("ENV", "ACCELERATOR", "GPUS", "NPROC_PER_NODE", "MASTER_PORT"):
         return None
     cluster = CLUSTERS.get(call["ENV"])
     if cluster and not call.right(*(row.name for row in cluster.variables)):
         return None
     kind = device.seen_here() if call["ACCELERATOR"] == "auto" else device.kind(call["ACCELERATOR"])
+    if problem := kind.choice_problem(call["GPUS"]):
+        name, text = problem
+        call.refuse(name, text) if name in call else call.complain(
+            f"environment {name}={quoted(call.environment.get(name, ''))}", text
+        )
+        return None
     of_job = call.environment.get(cluster.processes, "") if cluster and cluster.processes else ""
     processes = int(call["NPROC_PER_NODE"] or (of_job if of_job.isdecimal() else 0))
     if not (cluster and cluster.processes and processes):
         processes = _count(call, kind, processes, model_parallel)
     if processes is None:
+        return None
+    chosen = call["GPUS"].split(",") if call["GPUS"] else []
+    if chosen and processes != len(chosen):
+        told = cluster.processes if cluster and cluster.processes and not call["NPROC_PER_NODE"] else "NPROC_PER_NODE"
+        call.refuse("GPUS", f"names {len(chosen)} GPUs, and {told} says {processes} processes; each has one")
         return None
     if cluster is None:
         job = Job(processes, 1, 0, "127.0.0.1", int(call["MASTER_PORT"] or free_port()), kind)
@@ -171,7 +182,7 @@ def choose_job(call: Call, model_parallel: int) -> Job | None:
 
 def _count(call: Call, kind: ModuleType, asked: int, model_parallel: int) -> int | None:
     """Processes of this node: those that are asked for, else one for each device."""
-    seen = kind.count()
+    seen = kind.count(call["GPUS"])
     if seen is None:
         return asked or model_parallel
     if seen == 0 and not asked:
@@ -280,4 +291,5 @@ def process_environment(call: Call, job: Job) -> dict[str, str]:
         "OMP_NUM_THREADS": call.environment.get("OMP_NUM_THREADS") or str(threads),
         "PYTHONPATH": python_path(call.environment),
         **variables,
+        **job.device.choice(call["GPUS"]),
     }

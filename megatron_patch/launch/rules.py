@@ -147,6 +147,10 @@ RANKS = _rule(
     lambda value: bool(re.fullmatch("(0|[1-9][0-9]{0,4})(,(0|[1-9][0-9]{0,4}))*", value)),
     lambda value: [int(rank) for rank in value.split(",")],
 )
+_GPU = "(0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+)"
+GPU_IDS = _rule(
+    "GPUs by number or UUID, as 0,2,3", lambda value: bool(re.fullmatch(f"{_GPU}(,{_GPU})*", value, re.ASCII))
+)
 
 
 # ---------------------------------------------------------------- files and folders

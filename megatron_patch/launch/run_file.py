@@ -23,7 +23,7 @@ from megatron_patch.launch.rows import Argument, Call, Command, Option, quoted
 FILE = "run.json"
 VARIABLE = "LLAVA_RUN"  # in which the launcher hands the values to the run, which writes them
 LAUNCHER, MEGATRON = "launcher", "MEGATRON"
-OF_THE_START = ("PRESET", "PYTHON", "DRY_RUN", "MASTER_PORT")  # are not a run's
+OF_THE_START = ("PRESET", "PYTHON", "DRY_RUN", "MASTER_PORT", "GPUS")  # are not a run's
 
 
 def resolved(call: Call) -> str:

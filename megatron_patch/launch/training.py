@@ -24,6 +24,7 @@ from megatron_patch.launch.rules import (
     FILE_OR_FOLDER,
     FOLDER,
     FROM_0,
+    GPU_IDS,
     GRID,
     ITERATIONS,
     LLAVA_FOLDER,
@@ -426,6 +427,12 @@ def options(stage: int) -> tuple[Option, ...]:
             "auto",
             ACCELERATOR,
             "auto: GPUs where there are any, else cpu; accelerators: megatron_patch/device",
+        ),
+        option(
+            "GPUS",
+            "(all that are visible)",
+            GPU_IDS,
+            "GPUs of this node for this job, by the numbers that nvidia-smi shows; one process each",
         ),
         option(
             "NPROC_PER_NODE",

@@ -238,6 +238,43 @@ def test_auto_takes_the_gpus_that_are_visible(inputs: Inputs, tmp_path: Path):
     assert result.returncode == 2 and "TP='4' x PP=1 x CP=1 = 4 must divide the 2 processes" in result.stderr
 
 
+def test_a_job_takes_the_gpus_that_it_is_given(inputs: Inputs, tmp_path: Path):
+    """Numbers are nvidia-smi's; what CUDA would leave out without a word is refused."""
+    words = inputs.training(AC="sel", TP="1", GLOBAL_BATCH_SIZE="252")
+    machine = {"ACCELERATOR": "auto", "PATH": fake_nvidia_smi(tmp_path / "eight", 8)}
+    for chosen in ("0,2,3", "GPU-1,GPU-2,GPU-7"):
+        made = dry_run(STAGE_1, words, GPUS=chosen, **machine)
+        assert f"CUDA_VISIBLE_DEVICES={chosen}" in made and "CUDA_DEVICE_ORDER=PCI_BUS_ID" in made
+        assert value_after(made, "--nproc_per_node") == "3"
+        assert not any('"GPUS"' in word for word in made), "another start may take others"
+    assert not any(
+        word.startswith("CUDA_DEVICE_ORDER") for word in dry_run(STAGE_1, words, NPROC_PER_NODE="3", **machine)
+    )
+    for changes, line in (
+        ({"GPUS": "0,2,x"}, "GPUS='0,2,x' must be GPUs by number or UUID, as 0,2,3"),
+        (
+            {"GPUS": "0,2,8"},
+            "GPUS='0,2,8' must name GPUs of this machine, 0 to 7 or their UUIDs (nvidia-smi -L); 8 is none",
+        ),
+        ({"GPUS": "GPU-9"}, "(nvidia-smi -L); GPU-9 is none"),
+        ({"GPUS": "2,0,2"}, "GPUS='2,0,2' must name each GPU once; 2 stands there 2 times"),
+        ({"GPUS": "0,2", "CUDA_VISIBLE_DEVICES": "4,5"}, "must be left out, or CUDA_VISIBLE_DEVICES='4,5' be unset"),
+        ({"GPUS": "0,2,3", "NPROC_PER_NODE": "2"}, "GPUS='0,2,3' names 3 GPUs, and NPROC_PER_NODE says 2 processes"),
+        (
+            {"GPUS": "0,2,3", "NPROC_PER_NODE": "4"},
+            "NPROC_PER_NODE='4' is more than the 3 GPUs seen here (GPUS, CUDA_V",
+        ),
+        ({"GPUS": "0", "ACCELERATOR": "cpu"}, "GPUS='0' needs GPUs, and this run is on CPU"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,9"}, "environment CUDA_VISIBLE_DEVICES='0,1,9' must name GPUs of this machine"),
+    ):
+        result = start(STAGE_1, words, DRY_RUN="1", **machine | changes)
+        assert result.returncode == 2 and line in result.stderr, f"{changes}\n{result.stderr}"
+    of_job = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": "23456"}
+    of_job |= {"KUBERNETES_CONTAINER_RESOURCE_GPU": "8", "GPUS": "0,1"}
+    result = start(STAGE_1, ["dlc", *words[1:]], DRY_RUN="1", **machine, **of_job)
+    assert "names 2 GPUs, and KUBERNETES_CONTAINER_RESOURCE_GPU says 8 processes" in result.stderr
+
+
 def test_fp8_scales_by_the_present_tensor_unless_told_otherwise(inputs: Inputs):
     """Transformer Engine refuses the saved state of the other recipe, which is said before the run begins."""
     eight_gpus = {"ACCELERATOR": "cuda", "NPROC_PER_NODE": "8"}
