@@ -3386,6 +3386,7 @@ STORED = [
 OF_READMES = "tests/launchers/test_readme.py"
 READ_OPTIONS = f"{OF_READMES}::test_programs_of_the_readmes_have_the_options_that_are_named"
 OF_GPUS = f"{OF_COMMANDS}::test_a_job_takes_the_gpus_that_it_is_given"
+OF_RESTARTS = "tests/launchers/test_start.py::test_a_run_that_has_saved_starts_again_after_a_death"
 
 JOBS = [
     *of(
@@ -3428,6 +3429,35 @@ JOBS = [
         ("all GPUs are taken whatever is chosen", '        **job.device.choice(call["GPUS"]),\n', "\n"),
         ("a chosen GPU is idle", "if chosen and processes != len(chosen):", "if False:"),
         ("GPUs that are not chosen are counted", 'kind.count(call["GPUS"])', "kind.count()"),
+    ),
+    *of(
+        "megatron_patch/launch/processes.py",
+        OF_RESTARTS,
+        ("a run that dies at its start does so again and again", "if _progress(arguments) == before:", "if False:"),
+        ("restarts have no end", 'else "MAX_RESTARTS are used up"', "else None"),
+        ("a wrong call is repeated", "in (WRONG_INPUT, ROLL_BACK) or", "in (ROLL_BACK,) or"),
+        ("a run goes on after its last rollback", "in (WRONG_INPUT, ROLL_BACK) or", "in (WRONG_INPUT,) or"),
+        ("a bad loss is repeated", "any(map(_has_said_why, tails)):", "False:"),
+        (
+            "a run dies although it may start again",
+            '            _start_again(arguments, "restarts")',
+            "            pass",
+        ),
+    ),
+    *of(
+        "megatron_patch/launch/processes.py",
+        "tests/launchers/test_start.py::test_a_run_that_was_asked_to_end_does_not_start_again",
+        ("a run that is told to end starts again", "        asked.append(number)", "        pass"),
+    ),
+    *of(
+        RULES,
+        f"{OF_ARGUMENTS}::test_what_a_cluster_says_must_fit_together",
+        ("each node starts again by itself", 'in ("dlc", "multinode"):', "in ():"),
+    ),
+    *of(
+        "megatron_patch/launch/machine.py",
+        OF_RESTARTS,
+        ("nobody may start again", 'if call["MAX_RESTARTS"] == "0" or call["ENV"] != DSW:', "if True:"),
     ),
     *of(
         "megatron_patch/launch/run_file.py",

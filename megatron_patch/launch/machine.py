@@ -11,7 +11,7 @@ from types import ModuleType
 
 from megatron_patch import device
 from megatron_patch.launch.rows import Argument, Call, python_path, quoted
-from megatron_patch.launch.rules import COUNT, COUNT_OR_ZERO, HOST, PORT, TEXT, Rule, whole
+from megatron_patch.launch.rules import COUNT, COUNT_OR_ZERO, HOST, PORT, TEXT, TRACKER, Rule, whole
 
 NODES, NODE_RANK = whole(1, 99999), whole(0, 99998)
 INTERFACES = "/sys/class/net"
@@ -273,10 +273,18 @@ def process_words(call: Call, job: Job, output: str, stamp: str) -> list[str]:
         # as torchrun, which would import torch first
         *(call.python(), "-u", "-m", "megatron_patch.launch.processes", *check),
         *("--max-rollbacks", call["MAX_ROLLBACKS"]),
+        *_restarts(call, output),
         *("--nproc_per_node", str(job.processes), "--nnodes", str(job.nodes), "--node_rank", str(job.node_rank)),
         *("--master_addr", job.address, "--master_port", str(job.port)),
         *("--log-dir", f"{output}/log/{stamp}-node{job.node_rank}"),  # nodes may share the disk
     ]
+
+
+def _restarts(call: Call, output: str) -> list[str]:
+    """Of one node alone: the launchers of several would have to agree.  With ENV=slurm train_llava.sbatch restarts."""
+    if call["MAX_RESTARTS"] == "0" or call["ENV"] != DSW:
+        return []
+    return ["--max-restarts", call["MAX_RESTARTS"], "--progress", f"{output}/checkpoint/{TRACKER}"]
 
 
 def process_environment(call: Call, job: Job) -> dict[str, str]:

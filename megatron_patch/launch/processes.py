@@ -1,6 +1,7 @@
 """The processes of this node, with the manners of a batch job:
 
-    python -m megatron_patch.launch.processes [--check] [--max-rollbacks N] [--log-dir FOLDER] TORCHRUN'S SCRIPT.py ...
+    python -m megatron_patch.launch.processes [--check] [--max-rollbacks N] [--max-restarts N --progress FILE]
+        [--log-dir FOLDER] TORCHRUN'S SCRIPT.py ...
 
 It has torchrun's arguments for processes and nodes and gives the processes torchrun's variables (RANK, MASTER_ADDR and
 so on), so that torchrun can start them as well.  But torchrun imports torch itself before it starts anything, which
@@ -17,6 +18,9 @@ takes seconds, and knows nothing of the rest.
   the exit code is that process's own.
 - When another node is lost (heartbeat.py), the processes of this one end, with exit code 69.
 - Exit code 75 (ROLL_BACK) of a process asks for another start from the last checkpoint, N times at most.
+- After a death there is another start, N times at most, if this one has changed FILE, which names the last checkpoint:
+  what dies before it has saved would die there again.  Not after a process has said why it ends (a line `error: ...`,
+  as of a bad loss), nor with exit code 2, which is wrong input, nor when a signal has asked for the end.
 """
 
 import argparse
@@ -38,6 +42,8 @@ from typing import IO, Any
 from megatron_patch.launch.heartbeat import Heartbeat
 
 ROLL_BACK = 75  # EX_TEMPFAIL of sysexits.h
+WRONG_INPUT = 2
+REFUSAL = "error: "  # begins the line in which a process says why it ends
 CHECK = "LLAVA_CHECK"  # variable of a process: descriptor by which it tells, or is told, that the check has passed
 LOST = 69  # EX_UNAVAILABLE: another node
 STDERR_TAIL_LINES = 25
@@ -258,24 +264,47 @@ def _cause(failed: Sequence[_Process], folder: Path | None) -> _Process:
     return min(failed, key=innocence)
 
 
+def _has_said_why(tail: Sequence[str]) -> bool:
+    return any(line.startswith(REFUSAL) for line in tail)
+
+
 def _report(process: _Process, folder: Path | None) -> None:
     tail, code = _stderr_tail(process, folder), process.exit_code
     died = f"ended with exit code {code}"
     if code < 0:
         name = signal.Signals(-code).name
         died = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    refused = any(line.startswith("error: ") for line in tail)
-    if tail and not refused and code > 0:
+    if tail and not _has_said_why(tail) and code > 0:
         print(f"--- the last lines of rank {process.rank}", *tail, "---", sep="\n", file=sys.stderr)
     log = f"; its log: {folder / process.log}" if folder else ""
     print(f"rank {process.rank} {died}, and the run with it{log}", file=sys.stderr, flush=True)
 
 
-def _start_again(arguments: argparse.Namespace) -> None:
-    """Become a process that starts the same from the last checkpoint."""
-    rollbacks = arguments.max_rollbacks - 1
-    print(f"starting again from the last checkpoint; rollbacks left: {rollbacks}", file=sys.stderr)
-    again = vars(arguments) | {"max_rollbacks": rollbacks}
+def _why_no_restart(
+    arguments: argparse.Namespace, cause: _Process, failed: Sequence[_Process], folder: Path | None, before: str
+) -> str | None:
+    """Why a death is the end although there may be restarts; None: there is another start."""
+    tails = (_stderr_tail(process, folder) for process in failed if process.exit_code > 0)
+    if cause.exit_code in (WRONG_INPUT, ROLL_BACK) or any(map(_has_said_why, tails)):
+        return "it would end there again"
+    if _progress(arguments) == before:
+        return "no checkpoint has been saved since its start, so it would die there again"
+    return None if arguments.max_restarts > 0 else "MAX_RESTARTS are used up"
+
+
+def _progress(arguments: argparse.Namespace) -> str:
+    """What names the last checkpoint; empty: there is none."""
+    try:
+        return arguments.progress.read_text(errors="replace").strip() if arguments.progress else ""
+    except OSError:
+        return ""
+
+
+def _start_again(arguments: argparse.Namespace, kind: str) -> None:
+    """Become a process that starts the same from the last checkpoint.  kind: of start, rollbacks or restarts."""
+    left = vars(arguments)[f"max_{kind}"] - 1
+    print(f"starting again from the last checkpoint; {kind} left: {left}", file=sys.stderr)
+    again = vars(arguments) | {f"max_{kind}": left}
     script = again.pop("script")
     del again["check"]
     words = [f"--{name}={value}" for name, value in again.items() if value is not None]
@@ -292,6 +321,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megatron_patch.launch.processes", allow_abbrev=False)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--max-rollbacks", "--max_rollbacks", type=int, default=0)
+    parser.add_argument("--max-restarts", "--max_restarts", type=int)
+    parser.add_argument("--progress", type=Path)
     parser.add_argument("--log-dir", "--log_dir", type=Path)
     parser.add_argument("--nproc_per_node", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
@@ -309,6 +340,7 @@ def main(words: Sequence[str]) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _raise_exit)
     output, processes, watch = _Output(), [], None
+    before, asked = _progress(arguments), []
     to_end = signal.SIGKILL
     try:
         _start(arguments, output, processes)
@@ -316,7 +348,7 @@ def main(words: Sequence[str]) -> None:
         watch = Heartbeat(arguments.node_rank, arguments.nnodes, arguments.master_addr, arguments.master_port + 1)
         folder = _new_folder(arguments.log_dir) if arguments.log_dir else None
         output.keep(folder)
-        _forward_signals(processes)
+        _forward_signals(processes, asked)
         codes: list[int | None] = [None]
         while None in codes and not any(codes) and not watch.lost:
             time.sleep(POLL_SECONDS)
@@ -338,10 +370,15 @@ def main(words: Sequence[str]) -> None:
         return
     cause = _cause(failed, folder)
     if cause.exit_code == ROLL_BACK and arguments.max_rollbacks > 0:
-        _start_again(arguments)
+        _start_again(arguments, "rollbacks")
     if cause.exit_code == ROLL_BACK:
         print("error: MAX_ROLLBACKS are used up; look into the records that were named", file=sys.stderr)
     _report(cause, folder)
+    if arguments.max_restarts is not None and not asked:
+        why = _why_no_restart(arguments, cause, failed, folder, before)
+        if why is None:
+            _start_again(arguments, "restarts")
+        print(f"it is not started again: {why}", file=sys.stderr)
     sys.exit(_as_exit_code(cause.exit_code))
 
 
@@ -352,10 +389,11 @@ def _new_folder(log_dir: Path) -> Path:
     return folder
 
 
-def _forward_signals(processes: Sequence[_Process]) -> None:
-    """From now on FORWARDED are the processes' business."""
+def _forward_signals(processes: Sequence[_Process], asked: list[int]) -> None:
+    """From now on FORWARDED are the processes' business.  asked: those that have come."""
 
     def forward(number: int, _: Any) -> None:
+        asked.append(number)
         print(f"{signal.Signals(number).name}: the processes finish their iteration, save and end", file=sys.stderr)
         for process in processes:
             process.signal(number)

@@ -382,6 +382,13 @@ def options(stage: int) -> tuple[Option, ...]:
         ),
         option("MAX_ROLLBACKS", "3", whole(0, 99), "with ON_BAD_LOSS=rollback: after so many the run ends"),
         option(
+            "MAX_RESTARTS",
+            "0",
+            whole(0, 99),
+            "with ENV=dsw: a run in which a process dies starts again from the last checkpoint, so many times, if it "
+            "saved one since its start; not after a wrong call or a bad loss; ENV=slurm: read by train_llava.sbatch",
+        ),
+        option(
             "TIME_LIMIT",
             "(none)",
             COUNT,

@@ -197,6 +197,16 @@ def _spikes(values: Values) -> Findings:
         yield "SPIKE_FACTOR", "must be 0 or above 1: at 1 half of all losses would be bad"
 
 
+@_rule("ENV", "MAX_RESTARTS")
+def _restarts(values: Values) -> Findings:
+    if values["MAX_RESTARTS"] != "0" and values["ENV"] in ("dlc", "multinode"):
+        yield (
+            "MAX_RESTARTS",
+            f"is not for ENV={values['ENV']}: what started the nodes starts them again (restartPolicy of Kubernetes, "
+            "or you, with the same command on all), and the run goes on from its last checkpoint",
+        )
+
+
 @_rule("SAMPLE_ANSWERS", "EVAL_ITERS")
 def _answers(values: Values) -> Findings:
     if values["SAMPLE_ANSWERS"] != "0" and values["EVAL_ITERS"] == "0":

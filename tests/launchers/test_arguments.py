@@ -418,6 +418,16 @@ def test_cluster_variables_are_required_by_name(inputs: Inputs):
 @pytest.mark.parametrize(
     ("mode", "changes", "line"),
     [
+        (
+            "multinode",
+            {"MAX_RESTARTS": "2"},
+            "MAX_RESTARTS='2' is not for ENV=multinode: what started the nodes starts",
+        ),
+        (
+            "dlc",
+            {"MAX_RESTARTS": "2"},
+            "MAX_RESTARTS='2' is not for ENV=dlc: what started the nodes starts them again (",
+        ),
         ("multinode", {"NODE_RANK": "2"}, "NODE_RANK='2' must be less than 2: 16 processes are 2 times 8"),
         ("multinode", {"WORLD_SIZE": "12"}, "WORLD_SIZE='12' must be a multiple of the 8 processes of this machine"),
         ("multinode", {"WORLD_SIZE": "4"}, "WORLD_SIZE='4' must be a multiple of the 8 processes of this machine"),

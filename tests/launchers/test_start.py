@@ -22,7 +22,7 @@ import os, signal, sys, time
 from megatron_patch.launch import processes as launch
 def end(number, _):
     print("saved by rank", os.environ["RANK"])
-    sys.exit(0)
+    sys.exit(3 if "ENDS_BADLY" in os.environ else 0)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGUSR1, end)
 if launch.must_check():
@@ -38,6 +38,19 @@ elif "CODE_OF_OTHERS" in os.environ:
 launch.wait_for_check()
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "device", repr(os.environ["CUDA_VISIBLE_DEVICES"]))
 print("warning of rank", os.environ["RANK"], file=sys.stderr)
+if "DEATHS" in os.environ and os.environ["RANK"] == "1":
+    tracker = os.environ["TRACKER"]
+    os.makedirs(os.path.dirname(tracker), exist_ok=True)
+    done = int(open(tracker).read()) if os.path.exists(tracker) else 0
+    if os.environ["SAVES"] == "1":
+        open(tracker, "w").write(str(done + 1))
+    if done < int(os.environ["DEATHS"]):
+        print(os.environ.get("LAST_WORDS", ""), file=sys.stderr, flush=True)
+        code = int(os.environ["EXIT_CODE"])
+        os._exit(code) if code else os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(0)
+elif "DEATHS" in os.environ:
+    sys.exit(0)
 time.sleep(float(os.environ["SECONDS_TO_RUN"]))
 sys.exit(int(os.environ["EXIT_CODE"]))
 """
@@ -271,3 +284,41 @@ def test_a_rollback_starts_again_without_a_check(copy: Path, inputs: Inputs):
     for attempt in (0, 1):
         logs_of_attempt = inputs.output.glob(f"log/*/attempt_{attempt}/*/stdout.log")
         assert any("of 2 device" in log.read_text() for log in logs_of_attempt)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "changes", "code", "attempts", "line"),
+    [
+        ("2", {"DEATHS": "2"}, 0, 3, "restarts left: 0"),
+        ("1", {"DEATHS": "2"}, 137, 2, "it is not started again: MAX_RESTARTS are used up"),
+        ("0", {"DEATHS": "1"}, 137, 1, "and the run with it; its log: "),
+        ("5", {"DEATHS": "2", "SAVES": "0"}, 137, 1, "again: no checkpoint has been saved since its start"),
+        ("5", {"DEATHS": "1", "EXIT_CODE": "2"}, 2, 1, "it is not started again: it would end there again"),
+        ("5", {"DEATHS": "1", "EXIT_CODE": "75", "MAX_ROLLBACKS": "0"}, 75, 1, "it would end there again"),
+        ("5", {"DEATHS": "1", "EXIT_CODE": "1"}, 0, 2, "rank 1 ended with exit code 1, and the run with it"),
+        ("5", {"DEATHS": "1", "EXIT_CODE": "1", "LAST_WORDS": "error: iteration 3"}, 1, 1, "it would end there again"),
+    ],
+)
+def test_a_run_that_has_saved_starts_again_after_a_death(
+    copy: Path, inputs: Inputs, restarts: str, changes: dict, code: int, attempts: int, line: str
+):
+    tracker = inputs.output / "checkpoint/latest_checkpointed_iteration.txt"
+    told = {"MAX_RESTARTS": restarts, "SAVES": "1", "TRACKER": str(tracker)} | changes
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 0, 0, **told)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and line in err, err
+    assert len(list(inputs.output.glob("log/*/attempt_*"))) == attempts
+
+
+def test_a_run_that_was_asked_to_end_does_not_start_again(copy: Path, inputs: Inputs):
+    """Although its processes fail while they end."""
+    tracker = inputs.output / "checkpoint/latest_checkpointed_iteration.txt"
+    told = {"MAX_RESTARTS": "5", "ENDS_BADLY": "1"}
+    process = launch(copy, inputs.training(TP="2", AC="sel"), 60, 0, **told)
+    wait_for_ranks(inputs.output, 2)
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text("7")
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 3, err
+    assert "started again" not in err and len(list(inputs.output.glob("log/*/attempt_*"))) == 1

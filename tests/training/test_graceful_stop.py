@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.training.graceful_stop import TimeLimit
-from tests.training.launching import Workspace, command, losses, run
+from tests.training.launching import LOSS, Workspace, command, losses, run
 from tests.training.stored_checkpoint import assert_same_bits, tensors_of_run
 
 ITERATIONS = 24
@@ -127,6 +127,23 @@ def test_a_death_ends_all_and_is_told(parallelism: dict, workspace: Workspace, t
     last = started.printed.splitlines()[-1]
     assert re.match(r"rank \d was killed by SIGKILL \(out of memory\?\), and the run with it; its log: /", last), last
     assert not processes_of(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_death_costs_what_was_not_saved_and_nothing_else(workspace: Workspace, tmp_path: Path) -> None:
+    """A killed rank of two, twice: the launcher goes on by itself, and losses and bits are those of a run without."""
+    steps = {**STEPS, "SAVE_INTERVAL": 3, "NUM_WORKERS": 0, "NPROC_PER_NODE": 2}
+    expected = losses(run(workspace, tmp_path / "whole", **steps))
+    started = Started(workspace, tmp_path / "out", **steps, MAX_RESTARTS=2)
+    for iteration in (5, 13):
+        started.wait_for(rf"iteration +{iteration}/")
+        os.kill(max(ranks_of(tmp_path / "out")), signal.SIGKILL)
+        started.wait_for("starting again from the last checkpoint; restarts left: " + {5: "1", 13: "0"}[iteration])
+    assert started.end() == 0, started.printed[-4000:]
+    found = [(int(number), float(loss)) for number, loss in LOSS.findall(started.printed)]
+    assert all(loss == expected[number] for number, loss in found), "repeated iterations, too"
+    assert {number for number, _ in found} == set(range(1, ITERATIONS + 1)) and len(found) < ITERATIONS + 12
+    assert_same_bits(tensors_of_run(tmp_path / "out", ITERATIONS), tensors_of_run(tmp_path / "whole", ITERATIONS))
 
 
 def test_time_limit_by_the_clock() -> None:
