@@ -29,12 +29,12 @@ def trained_parameters(geometry: LlavaGeometry, frozen: Frozen) -> int:
     return whole + sum(frozen.adapter_parameters(geometry, part) for part in PARTS)
 
 
-def checkpoint_bytes(geometry: LlavaGeometry, frozen: Frozen, precision: str) -> int:
-    """Of a checkpoint with its optimizer state.  precision: PR of the launchers."""
+def checkpoint_bytes(geometry: LlavaGeometry, frozen: Frozen, precision: str, optimizer: bool = True) -> int:
+    """Of a checkpoint.  precision: PR of the launchers; optimizer: is its state in it?"""
     # with adapters the frozen weights stay in the base's checkpoint
     stored = trained_parameters(geometry, frozen) if frozen.lora else sum(parameters(geometry))
     weights = BYTES[precision] * stored
-    return weights + ADAM_BYTES[precision] * trained_parameters(geometry, frozen)
+    return weights + ADAM_BYTES[precision] * trained_parameters(geometry, frozen) * optimizer
 
 
 # ---------------------------------------------------------------- of a rank

@@ -3387,6 +3387,9 @@ OF_READMES = "tests/launchers/test_readme.py"
 READ_OPTIONS = f"{OF_READMES}::test_programs_of_the_readmes_have_the_options_that_are_named"
 OF_GPUS = f"{OF_COMMANDS}::test_a_job_takes_the_gpus_that_it_is_given"
 OF_RESTARTS = "tests/launchers/test_start.py::test_a_run_that_has_saved_starts_again_after_a_death"
+OF_FRESH = "tests/training/test_fresh_optimizer.py::test_a_run_goes_on_without_its_optimizer"
+OF_FRESH += "[saving0-going_on0-it was saved with SAVE_OPTIM=false]"
+OF_KEPT_OPTIMIZER = f"{OF_ARGUMENTS}::test_a_run_that_starts_again_by_itself_keeps_its_optimizer"
 
 JOBS = [
     *of(
@@ -3458,6 +3461,53 @@ JOBS = [
         "megatron_patch/launch/machine.py",
         OF_RESTARTS,
         ("nobody may start again", 'if call["MAX_RESTARTS"] == "0" or call["ENV"] != DSW:', "if True:"),
+    ),
+    *of(
+        "megatron_patch/training/fresh_optimizer.py",
+        OF_FRESH,
+        ("the warm-up begins anew", "opt_param_scheduler.step(result[0] * s", "opt_param_scheduler.step(0 * s"),
+        ("a checkpoint without an optimizer cannot be resumed", "and not _has_optimizer(folder):", "and False:"),
+        (
+            "nothing is said of a fresh optimizer",
+            "    if folder is not None and settings.no_load_optim:",
+            "    if False:",
+        ),
+    ),
+    *of(
+        TRAINING,
+        OF_FRESH,
+        ("the optimizer is saved unasked", '["--no-save-optim"] if call["SAVE_OPTIM"] == "false" else []', "[]"),
+    ),
+    *of(
+        TRAINING,
+        OF_KEPT_OPTIMIZER,
+        ("the optimizer is loaded unasked", '["--no-load-optim"] if call["LOAD_OPTIM"] == "false" else []', "[]"),
+    ),
+    *of(
+        RULES,
+        OF_KEPT_OPTIMIZER,
+        ("a rollback loses Adam's moments", '        if again and values[name] == "false":', "        if False:"),
+    ),
+    *of(
+        TRAINING,
+        f"{OF_COMMANDS}::test_debug_tells_more_and_where",
+        ("DEBUG tells no more", '(DEBUG if call["DEBUG"] == "true" else {})', "{}"),
+        (
+            "DEBUG wins over what is set",
+            "variables[name] = call.environment.get(name) or value",
+            "variables[name] = value",
+        ),
+        ("nobody knows where DEBUG tells it", '    if call["DEBUG"] == "true":', "    if False:"),
+    ),
+    *of(
+        TRAINING,
+        f"{OF_ARGUMENTS}::test_the_interval_of_fp8_scales_is_refused_by_name",
+        (
+            "a word without effect is taken",
+            'if (name := word.partition("=")[0]) in WITHOUT_EFFECT:',
+            "if (name := word) in ():",
+        ),
+        ("a variable without effect is taken", 'if call.environment.get("FP8_INTERVAL"):', "if False:"),
     ),
     *of(
         "megatron_patch/launch/run_file.py",

@@ -79,7 +79,7 @@ def expand(
         for name, value in found.items():
             text = _as_typed(value)
             if name not in rows:
-                near = difflib.get_close_matches(name, rows, 1)
+                near = difflib.get_close_matches(name.upper(), rows, 1)
                 complaints.append(f"  {source}: {name} is no argument or option" + (f"; {near[0]}?" if near else ""))
             elif text is None:
                 complaints.append(f"  {source}: {name} must be a text, a number or true or false, not {value!r}")

@@ -430,6 +430,21 @@ def options(stage: int) -> tuple[Option, ...]:
             megatron="--async-save",
         ),
         option(
+            "SAVE_OPTIM",
+            "true",
+            BOOLEAN,
+            "checkpoints hold the optimizer's state; false: they are smaller, and a run that goes on from one says so: "
+            "Adam's moments begin at zero",
+        ),
+        option("LOAD_OPTIM", "true", BOOLEAN, "a run that goes on takes the optimizer's state up where it is stored"),
+        option(
+            "DEBUG",
+            "false",
+            BOOLEAN,
+            "each process tells more in its log: torch.distributed's and NCCL's checks and messages, C++ stacks, the "
+            "Python stacks of a crash; slower",
+        ),
+        option(
             "ACCELERATOR",
             "auto",
             ACCELERATOR,
@@ -661,6 +676,8 @@ def _memory(call: Call) -> list[str]:
     if call["ASYNC_SAVE"] == "true":
         # Megatron's own writer; without the persistent worker it would quietly save as before.
         words += ["--async-strategy", "mcore", "--use-persistent-ckpt-worker"]
+    words += ["--no-save-optim"] if call["SAVE_OPTIM"] == "false" else []
+    words += ["--no-load-optim"] if call["LOAD_OPTIM"] == "false" else []
     if call["DO"] == "true":
         # Without the last two every data-parallel rank builds the whole optimizer state to save it, on GPU and host.
         words += [
@@ -691,6 +708,11 @@ def _time_limit(call: Call) -> list[str]:
     return ["--stop-at", str(int(time.time()) + 60 * call.int("TIME_LIMIT"))] if call["TIME_LIMIT"] else []
 
 
+DETERMINISTIC = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+DEBUG = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "NCCL_DEBUG": "INFO", "TORCH_SHOW_CPP_STACKTRACES": "1"}
+DEBUG |= {"PYTHONFAULTHANDLER": "1"}  # the stacks of all threads at a crash in C
+
+
 def _environment(call: Call, job: Job) -> dict[str, str]:
     variables = machine.process_environment(call, job)
     variables[run_file.VARIABLE] = run_file.resolved(call)
@@ -700,14 +722,10 @@ def _environment(call: Call, job: Job) -> dict[str, str]:
         variables["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     if call["AC"] == "offload":
         variables["NVTE_CPU_OFFLOAD_V1"] = "1"  # Transformer Engine 2.10 and newer would move the weights too
-    if call["DETERMINISTIC"] == "true":
-        # Libraries read these at first use, which may be before Megatron's parser would set them.
-        for name, value in (
-            ("NCCL_ALGO", "Ring"),
-            ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-            ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
-        ):
-            variables[name] = call.environment.get(name) or value
+    # Libraries read these at first use, which may be before Megatron's parser would set them.
+    asked = (DETERMINISTIC if call["DETERMINISTIC"] == "true" else {}) | (DEBUG if call["DEBUG"] == "true" else {})
+    for name, value in asked.items():
+        variables[name] = call.environment.get(name) or value
     if sys.stderr.isatty():
         # processes.py passes lines on, so no process sees the terminal: progress.py opens it by its name.
         variables["LLAVA_TERMINAL"] = os.ttyname(sys.stderr.fileno())
@@ -717,6 +735,10 @@ def _environment(call: Call, job: Job) -> dict[str, str]:
 # ---------------------------------------------------------------- the command
 
 
+# Words that Megatron's parser takes and that do nothing.
+WITHOUT_EFFECT = {
+    "--fp8-interval": "must be left out: Transformer Engine has ignored it since 1.8; scales are computed at every step"
+}
 HOW = """Arguments after the 23rd go to Megatron as they are; the first of them begins with --.
 In place of the 23: --config FILE (.yaml, .json or .toml with NAME: value), or --from OUTPUT_BASEPATH, which starts a
 run as it was started; behind either NAME=VALUE, which wins, and then Megatron's."""
@@ -737,6 +759,11 @@ def stage(number: int) -> Command:
                 f"argument {len(ARGUMENTS) + 1} {quoted(call.rest[0])}",
                 f"must begin with -- (after the {len(ARGUMENTS)} come Megatron's own); quote values that hold spaces",
             )
+        for place, word in enumerate(call.rest, len(ARGUMENTS) + 1):
+            if (name := word.partition("=")[0]) in WITHOUT_EFFECT:
+                call.complain(f"argument {place} {quoted(word)}", WITHOUT_EFFECT[name])
+        if call.environment.get("FP8_INTERVAL"):
+            call.complain("environment FP8_INTERVAL", WITHOUT_EFFECT["--fp8-interval"])
         return check_training(call, is_stage_2=number == 2)
 
     return Command(
@@ -753,8 +780,11 @@ def stage(number: int) -> Command:
 
 
 def _start(number: int, call: Call, job: Job) -> Program:
-    output = call.absolute("OUTPUT_BASEPATH")
-    words = machine.process_words(call, job, output, time.strftime("%Y%m%d-%H%M%S"))
+    output, stamp = call.absolute("OUTPUT_BASEPATH"), time.strftime("%Y%m%d-%H%M%S")
+    words = machine.process_words(call, job, output, stamp)
+    if call["DEBUG"] == "true":
+        logs = f"{output}/log/{stamp}-node{job.node_rank}/attempt_0"
+        call.notes.append(f"DEBUG=true: what each process says is in {logs}/PROCESS/stdout.log and stderr.log")
     # Stage 1 is where a new projector is trained; in stage 2 it is an error.
     fresh = ["--allow-fresh-projector"] if number == 1 else []
     return Program([*words, ENTRY, *_words(call, job), *fresh, *call.rest], _environment(call, job))

@@ -95,6 +95,8 @@ NOT_WITH_FSDP = (
     ("SAMPLE_ANSWERS", "0", "the weights are together within a step alone"),
     ("EVAL_BENCHMARK", "", "the weights are together within a step alone"),
     ("ASYNC_SAVE", "false", "it has not been tried"),
+    ("SAVE_OPTIM", "true", "it has not been tried"),
+    ("LOAD_OPTIM", "true", "it has not been tried"),
     ("FEATURE_CACHE", "", "ranks with images and ranks without would ask for the tower's weights in different steps"),
 )
 
@@ -195,6 +197,18 @@ def _best(values: Values) -> Findings:
 def _spikes(values: Values) -> Findings:
     if 0 < float(values["SPIKE_FACTOR"]) <= 1:
         yield "SPIKE_FACTOR", "must be 0 or above 1: at 1 half of all losses would be bad"
+
+
+@_rule("SAVE_OPTIM", "LOAD_OPTIM", "ON_BAD_LOSS", "MAX_RESTARTS")
+def _whole_restarts(values: Values) -> Findings:
+    again = [name for name, ends in (("ON_BAD_LOSS", "stop skip"), ("MAX_RESTARTS", "0")) if values[name] not in ends]
+    for name in ("SAVE_OPTIM", "LOAD_OPTIM"):
+        if again and values[name] == "false":
+            told = " and ".join(f"{one}={values[one]}" for one in again)
+            yield (
+                name,
+                f"must be true with {told}: a run that starts again by itself would lose Adam's moments each time",
+            )
 
 
 @_rule("ENV", "MAX_RESTARTS")
@@ -491,7 +505,7 @@ def _check_output(call: Call) -> None:
 def _check_disk(call: Call, job: Job) -> None:
     """Room for two checkpoints, as a new one is whole before the old one goes; a run that goes on has one already."""
     count, what = (1, "a checkpoint") if _resumes(call) else (2, "two checkpoints")
-    wanted = count * checkpoint_bytes(*model_of(call), call["PR"])
+    wanted = count * checkpoint_bytes(*model_of(call), call["PR"], call["SAVE_OPTIM"] == "true")
     place = existing_part(call["OUTPUT_BASEPATH"])
     found = os.statvfs(place)
     free = found.f_bavail * found.f_frsize

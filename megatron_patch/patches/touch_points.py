@@ -290,6 +290,11 @@ TOUCH_POINTS = (
                 "the typed learning rates and weight decays hold on a resume, not the saved ones",
                 "--override-opt-param-scheduler covers the overrides of parameter groups",
             ),
+            Layer(
+                "training.fresh_optimizer",
+                "a run goes on from a checkpoint without optimizer state, with the learning rate where it was",
+                "load_checkpoint looks for a saved optimizer, and loads the schedule without it",
+            ),
             EMA,
             Layer(
                 "training.callbacks",

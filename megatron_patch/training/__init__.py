@@ -12,6 +12,7 @@ forward_step.py          one micro-batch: broadcast, forward, loss
 strict_load.py           every weight is there, or one sentence; one line says what was loaded
 load_model.py            the model of a checkpoint outside the loop
 parameter_groups.py      learning rate and weight decay of each module
+fresh_optimizer.py       a run that goes on without its optimizer's state
 ema.py                   moving average of the trained weights
 offload.py               how much of Adam's state goes to host memory
 loss_spikes.py           bad losses and gradients, iterations to leave out

@@ -117,6 +117,7 @@ def train_llava() -> None:
     from megatron_patch.training.data_provider import build_loaders
     from megatron_patch.training.ema import track_ema
     from megatron_patch.training.forward_step import forward_step
+    from megatron_patch.training.fresh_optimizer import keep_schedule
     from megatron_patch.training.parameter_groups import keep_typed, read_overrides, with_modules
     from megatron_patch.training.strict_load import strict
 
@@ -149,6 +150,7 @@ def train_llava() -> None:
         base = Path(args.init_from) / settings.lora.iteration
         wrap(LOOP, "load_checkpoint", "training.adapters", with_base(base, args.lora_adapter))
     wrap(LOOP, "load_checkpoint", "training.parameter_groups", keep_typed)
+    wrap(LOOP, "load_checkpoint", "training.fresh_optimizer", keep_schedule)
     wrap(
         LOOP,
         "get_standard_config_overrides",

@@ -454,6 +454,25 @@ def test_what_a_cluster_says_must_fit_together(inputs: Inputs, mode: str, change
     assert_refused(start(STAGE_1, words, **told | changes), inputs.folder, before, line)
 
 
+def test_the_interval_of_fp8_scales_is_refused_by_name(inputs: Inputs):
+    """Megatron's parser takes it, and nothing looks at it."""
+    before = tree(inputs.folder)
+    for words, told in ((["--fp8-interval", "4"], {}), (["--fp8-interval=4"], {}), ([], {"FP8_INTERVAL": "4"})):
+        result = start(STAGE_1, [*inputs.training(AC="sel"), *words], **told)
+        line = "must be left out: Transformer Engine has ignored it since 1.8"
+        assert_refused(result, inputs.folder, before, line)
+        assert ("environment FP8_INTERVAL " if told else "argument 24 '--fp8-interval") in result.stderr
+
+
+@pytest.mark.parametrize("name", ["SAVE_OPTIM", "LOAD_OPTIM"])
+def test_a_run_that_starts_again_by_itself_keeps_its_optimizer(inputs: Inputs, name: str):
+    for again in ({"MAX_RESTARTS": "1"}, {"ON_BAD_LOSS": "rollback"}):
+        result = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1", **{name: "false"}, **again)
+        assert result.returncode == 2 and f"{name}='false' must be true with {next(iter(again))}=" in result.stderr
+    made = start(STAGE_1, inputs.training(AC="sel"), DRY_RUN="1", **{name: "false"}, ON_BAD_LOSS="skip")
+    assert f"--no-{name.lower().replace('_', '-')}" in made.stdout.splitlines()
+
+
 def test_a_port_in_use_is_refused(inputs: Inputs):
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])

@@ -275,6 +275,18 @@ def test_a_job_takes_the_gpus_that_it_is_given(inputs: Inputs, tmp_path: Path):
     assert "names 2 GPUs, and KUBERNETES_CONTAINER_RESOURCE_GPU says 8 processes" in result.stderr
 
 
+def test_debug_tells_more_and_where(inputs: Inputs):
+    told = start(STAGE_1, inputs.training(AC="sel", PR="fp32"), DRY_RUN="1", DEBUG="true", NCCL_DEBUG="WARN")
+    asked = {"TORCH_DISTRIBUTED_DEBUG=DETAIL", "TORCH_SHOW_CPP_STACKTRACES=1", "PYTHONFAULTHANDLER=1"}
+    assert asked | {"NCCL_DEBUG=WARN"} <= set(told.stdout.splitlines()), "what is set by hand stays"
+    folder = value_after(told.stdout.splitlines(), "--log-dir")
+    assert told.stderr == (
+        f"DEBUG=true: what each process says is in {folder}/attempt_0/PROCESS/stdout.log and stderr.log\n"
+    )
+    words = dry_run(STAGE_1, inputs.training(AC="sel", PR="fp32"))
+    assert not any(word.startswith(("TORCH_DISTRIBUTED_DEBUG", "PYTHONFAULTHANDLER")) for word in words)
+
+
 def test_fp8_scales_by_the_present_tensor_unless_told_otherwise(inputs: Inputs):
     """Transformer Engine refuses the saved state of the other recipe, which is said before the run begins."""
     eight_gpus = {"ACCELERATOR": "cuda", "NPROC_PER_NODE": "8"}

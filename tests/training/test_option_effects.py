@@ -76,6 +76,9 @@ OBSERVED = {
     "WANDB_PROJECT": "tests/training/test_callbacks.py",
     "CHECK": "tests/training/test_data_options.py",
     "EMA_DECAY": "tests/training/test_ema.py",
+    **dict.fromkeys(("SAVE_OPTIM", "LOAD_OPTIM"), "tests/training/test_fresh_optimizer.py"),
+    "MAX_RESTARTS": "tests/training/test_graceful_stop.py",
+    **dict.fromkeys(("GPUS", "DEBUG"), "tests/launchers/test_commands.py"),
     **dict.fromkeys(("PYTHON", "DRY_RUN"), "tests/launchers/test_commands.py"),
 }
 
