@@ -3386,6 +3386,7 @@ STORED = [
 OF_READMES = "tests/launchers/test_readme.py"
 READ_OPTIONS = f"{OF_READMES}::test_programs_of_the_readmes_have_the_options_that_are_named"
 OF_GPUS = f"{OF_COMMANDS}::test_a_job_takes_the_gpus_that_it_is_given"
+OF_FILE_VALUES = "tests/launchers/test_run_file.py::test_what_is_wrong_with_a_file_is_refused"
 OF_RESTARTS = "tests/launchers/test_start.py::test_a_run_that_has_saved_starts_again_after_a_death"
 OF_FRESH = "tests/training/test_fresh_optimizer.py::test_a_run_goes_on_without_its_optimizer"
 OF_FRESH += "[saving0-going_on0-it was saved with SAVE_OPTIM=false]"
@@ -3508,6 +3509,23 @@ JOBS = [
             "if (name := word) in ():",
         ),
         ("a variable without effect is taken", 'if call.environment.get("FP8_INTERVAL"):', "if False:"),
+    ),
+    *of(
+        "megatron_patch/launch/rules.py",
+        f"{OF_ARGUMENTS}::test_nemos_checkpoint_is_refused_with_the_way_to_go",
+        ("NeMo's folder is a checkpoint that lacks a file", "set(NEMO) & set(os.listdir(path))", "set() & set(NEMO)"),
+        ("NeMo's archive does not exist", 'if path.endswith(".nemo") or ', "if "),
+    ),
+    *of(
+        "megatron_patch/launch/rules.py",
+        f"{OF_ARGUMENTS}::test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing",
+        ("another program's checkpoint only lacks a file", "return found and f", "return found or f"),
+    ),
+    *of(
+        "megatron_patch/launch/run_file.py",
+        OF_FILE_VALUES,
+        ("MindSpeed's file is a list of unknown names", "    if MINDSPEED & values.keys():", "    if False:"),
+        ("a name in small letters is like no other", "get_close_matches(name.upper(), ", "get_close_matches(name, "),
     ),
     *of(
         "megatron_patch/launch/run_file.py",

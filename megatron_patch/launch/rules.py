@@ -165,8 +165,14 @@ def missing(path: str, part: str) -> str | None:
     return None if os.path.exists(os.path.join(path, part)) else f"it has no {part}"
 
 
+CONVERT = "convert the Hugging Face model that it was made of, or exported to, with hf2mcore_convertor_llava.sh"
+NEMO = ("context", "weights", "model_weights", "model_config.yaml")  # of NeMo 2's and 1's folders
+
+
 def checkpoint_problem(path: str) -> str | None:
     """Why a folder is no finished checkpoint: tracker, its iteration, llava/."""
+    if path.endswith(".nemo") or (os.path.isdir(path) and set(NEMO) & set(os.listdir(path))):
+        return f"it is NeMo's; {CONVERT}"
     if found := missing(path, TRACKER):
         return found
     newest = newest_iteration(path)
@@ -176,7 +182,8 @@ def checkpoint_problem(path: str) -> str | None:
         return f"it has no {newest}, which its {TRACKER} names"
     if absent := absent_files(os.path.join(path, newest)):
         return f"its {newest} lacks {absent}: copy it again"
-    return missing(path, "llava/config.json")
+    found = missing(path, "llava/config.json")
+    return found and f"{found}: another program has written it; {CONVERT}"
 
 
 def newest_iteration(path: str) -> str | None:

@@ -23,6 +23,7 @@ from megatron_patch.launch.rows import Argument, Call, Command, Option, quoted
 FILE = "run.json"
 VARIABLE = "LLAVA_RUN"  # in which the launcher hands the values to the run, which writes them
 LAUNCHER, MEGATRON = "launcher", "MEGATRON"
+MINDSPEED = {"dataset_param", "dataloader_param", "image_encoder", "text_decoder"}  # in its data.json and model.json
 OF_THE_START = ("PRESET", "PYTHON", "DRY_RUN", "MASTER_PORT", "GPUS")  # are not a run's
 
 
@@ -61,6 +62,12 @@ def expand(
     values, problem = _read(where)
     if problem:
         return [], dict(environment), [f"  {words[0]} {quoted(words[1])} {problem}"]
+    if MINDSPEED & values.keys():
+        text = (
+            f"{where}: is a file of MindSpeed-MM; a run here takes its model's numbers from PRETRAIN_CHECKPOINT_PATH, "
+            "and the rest by name, as in examples/llava_mcore/stage1.yaml: DATASET_PATH, BATCH_SIZE, ..."
+        )
+        return [], dict(environment), [f"  {text}"]
     complaints = []
     launcher = values.pop(LAUNCHER, None)
     if launcher not in (None, os.path.basename(program)):

@@ -298,7 +298,20 @@ def test_checkpoint_that_is_not_finished_is_refused_by_what_is_missing(inputs: I
     tracker.write_text("10\n")
     assert start(STAGE_1, inputs.training(), DRY_RUN="1").returncode == 0
     (inputs.checkpoint / "llava/config.json").unlink()
-    assert "it has no llava/config.json" in start(STAGE_1, inputs.training(), DRY_RUN="1").stderr
+    said = start(STAGE_1, inputs.training(), DRY_RUN="1").stderr
+    assert "(it has no llava/config.json: another program has written it; convert the Hugging Face model that" in said
+
+
+@pytest.mark.parametrize("part", ["context", "model_config.yaml"])
+def test_nemos_checkpoint_is_refused_with_the_way_to_go(inputs: Inputs, part: str):
+    (inputs.folder / "nemo" / part).mkdir(parents=True)
+    before = tree(inputs.folder)
+    for name in (inputs.folder / "nemo", inputs.folder / "llava.nemo"):
+        result = start(STAGE_1, inputs.training(PRETRAIN_CHECKPOINT_PATH=str(name)))
+        line = (
+            "(it is NeMo's; convert the Hugging Face model that it was made of, or exported to, with hf2mcore_convertor"
+        )
+        assert_refused(result, inputs.folder, before, line)
 
 
 def test_arguments_that_repeat_the_checkpoint_must_agree(inputs: Inputs):

@@ -69,6 +69,9 @@ def test_the_example_with_its_preset(inputs: Inputs):
         ({"LERNING_RATE": "1"}, [], "run.json: LERNING_RATE is no argument or option"),
         ({"WEIGHT_DECAI": "1"}, [], "run.json: WEIGHT_DECAI is no argument or option; WEIGHT_DECAY?"),
         ({"LR": [1]}, [], "run.json: LR must be a text, a number or true or false, not [1]"),
+        ({"dataset_param": {"basic_parameters": {}}}, [], "run.json: is a file of MindSpeed-MM; a run here takes its"),
+        ({"text_decoder": {"num_layers": 32}}, [], "stage1.yaml: DATASET_PATH, BATCH_SIZE, ..."),
+        ({"use_im_start_end": True}, [], "use_im_start_end is no argument or option; IMAGE_START_END?"),
         ({}, ["SEEED=1"], "command line: SEEED is no argument or option; SEED?"),
         (
             {"launcher": "run_sft_mcore_llava.sh"},
