@@ -3132,7 +3132,6 @@ VIDEOS = [
         VIDEO,
         BROKEN_VIDEOS,
         ("a folder without frames is a video", "    if not names:", "    if False:"),
-        ("a pipe is a video", "if not os.path.isfile(path):", "if False:"),
     ),
     *of(
         "megatron_patch/data/preparation/sources/image_folders.py",
