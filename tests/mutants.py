@@ -1646,7 +1646,6 @@ RUNS = [
         OF_REQUESTS,
         ("a prompt may be longer than the positions", ">= self.max_tokens:", ">= 9 * self.max_tokens:"),
         ("an empty prompt is asked", "if self._takes_questions and not", "if not self._takes_questions and not"),
-        ("more images than marks are asked", "if marks != count:", "if marks > count:"),
         (
             "prompts forget the settings of the training",
             "            **settings.for_data(),",
