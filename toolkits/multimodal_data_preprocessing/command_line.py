@@ -19,6 +19,7 @@ from megatron_patch.data.preparation.pipeline import (
 from megatron_patch.data.preparation.sources import JsonSource, Source
 from megatron_patch.data.preparation.upload import check_target, upload_folder
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import CONFIG, LlavaFolder
 
 FINE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -57,7 +58,18 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         metavar="URL",
         help="put the shards into object storage at the end: msc://PROFILE/DIR, s3://BUCKET/DIR",
     )
-    add("--max-tokens", type=int, metavar="N", help="reject longer records; needs the three options below")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="reject longer records; needs --template and --model, or the last three",
+    )
+    add(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint or Hugging Face folder: its tokenizer, and its tokens for images of any size",
+    )
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer (llava/ of a checkpoint)")
     add("--template", metavar="T", help="conversation template, as CONVERSATION_TEMPLATE of the launchers")
     add("--image-tokens", type=int, metavar="P", help="tokens per image, 576 for CLIP-L/14-336")
@@ -142,19 +154,44 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def length_limit_of(arguments: argparse.Namespace) -> LengthLimit | None:
-    """All four options or none.  Raises UserError."""
+    """--max-tokens and what it needs, or none of it.  Raises UserError."""
+    by_model = arguments.model is not None
     values = {
         "--tokenizer": arguments.tokenizer,
         "--template": arguments.template,
         "--image-tokens": arguments.image_tokens,
         "--max-tokens": arguments.max_tokens,
     }
+    if by_model and (named := [name for name in ("--tokenizer", "--image-tokens") if values.pop(name) is not None]):
+        raise UserError(f"--model {arguments.model}: excludes {' and '.join(named)}, which it brings; give either")
     absent = [name for name, value in values.items() if value is None]
-    if len(absent) == len(values):
+    if len(absent) == len(values) and not by_model:
         return None
     if absent:
-        raise UserError(f"{' '.join(absent)}: missing; lengths are checked with {', '.join(values)} together")
-    return LengthLimit(*values.values())
+        needed = ", ".join(["--model", *values] if by_model else values)
+        raise UserError(f"{' '.join(absent)}: missing; lengths are checked with {needed} together")
+    if not by_model:
+        return LengthLimit(*values.values())
+    return limit_of_model(arguments.model, arguments.template, arguments.max_tokens)
+
+
+def limit_of_model(path: Path, template: str, max_tokens: int) -> LengthLimit:
+    """As this model counts: of any resolution where it has a rule for that, whatever it was last trained with.
+
+    path: a Megatron checkpoint or a Hugging Face folder.  Raises UserError.
+    """
+    folder = LlavaFolder(path) if (path / CONFIG).is_file() else LlavaFolder.of(path)
+    geometry, settings = folder.geometry(), folder.settings
+    columns, rows = settings.image_tiles
+    tiles = columns * rows
+    return LengthLimit(
+        str(folder.tokenizer),
+        template,
+        geometry.tower.image_tokens * (tiles if tiles == 1 else tiles + 1),
+        max_tokens,
+        geometry.any_resolution,
+        settings.exif_orientation,
+    )
 
 
 def parse_ratio(text: str) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ class Options:
             "split": list(self.ratio),
             "samples_per_shard": self.samples_per_shard,
             "reject_duplicate_ids": self.reject_duplicate_ids,
-            "length_limit": None if self.length_limit is None else vars(self.length_limit),
+            "length_limit": None if self.length_limit is None else self.length_limit.shape_output(),
         }
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_patch.data.conversation import IMAGE_MARK, VIDEO_MARK, ConversationEncoder
-from megatron_patch.data.image import check_image
+from megatron_patch.data.image import check_image, image_size
 from megatron_patch.data.preparation.report import Rejection
 from megatron_patch.data.preparation.shard_writer import Shard
 from megatron_patch.data.preparation.sources import Source
 from megatron_patch.data.record import FRAMES, read_exchanges
 from megatron_patch.data.rejection import RecordError
 from megatron_patch.errors import UserError
-from megatron_patch.tile_plan import video_plan
+from megatron_patch.tile_plan import AnyResolution, video_plan
 from megatron_patch.tokenizer_files import load_tokenizer
 
 
@@ -64,8 +64,10 @@ class LengthLimit:
 
     tokenizer_path: str
     template: str
-    image_tokens: int
+    image_tokens: int  # of each image, unless its size decides
     max_tokens: int
+    any_resolution: AnyResolution | None = None  # the rule of a model by which an image's size decides
+    apply_exif_orientation: bool = True  # sizes are those of images that stand upright
 
     def encoder(self) -> ConversationEncoder:
         """The encoder that training uses.  Raises UserError for a tokenizer or template that does not fit."""
@@ -84,6 +86,21 @@ class LengthLimit:
                 "video", f"an image of {self.image_tokens} tokens is no square, wanted --image-tokens 729"
             )
         return video_plan(frames, patches).tokens
+
+    def tokens_of(self, images: Sequence[bytes]) -> list[int] | None:
+        """Of each image of a record, by its header; None: the same for all.  Raises RecordError as image_size()."""
+        if self.any_resolution is None:
+            return None
+        sizes = [image_size(data, self.apply_exif_orientation) for data in images]
+        return [self.any_resolution.plan(size, len(sizes)).tokens for size in sizes]
+
+    def shape_output(self) -> dict[str, Any]:
+        """What the shards depend on, as JSON.  Without a rule the same as before there was one."""
+        plain = {name: getattr(self, name) for name in ("tokenizer_path", "template", "image_tokens", "max_tokens")}
+        if self.any_resolution is None:
+            return plain
+        exif = {"apply_exif_orientation": self.apply_exif_orientation}
+        return plain | {"any_resolution": str(self.any_resolution)} | exif
 
 
 class ShardBuilder:
@@ -143,13 +160,13 @@ class ShardBuilder:
             counts.append(len(frames))
         parts = {f"{place}.jpg" if place else "jpg": data for place, data in enumerate(images)}
         if self._limit is not None:
-            self._check_length(sample, counts)
+            self._check_length(sample, images[: len(sample.images)], counts)
         parts["json"] = sample.data
         if counts:
             parts["json"] = sample.data[:-1] + f', "{FRAMES}": {counts}}}'.encode()
         return parts
 
-    def _check_length(self, sample: Sample, frames: Sequence[int]) -> None:
+    def _check_length(self, sample: Sample, images: Sequence[bytes], frames: Sequence[int]) -> None:
         """Refuse what does not fit into the limit, or has nothing to learn within it.
 
         frames: of each video.
@@ -161,7 +178,8 @@ class ShardBuilder:
         if frames and not self._encoder.marks_in(VIDEO_MARK):
             raise RecordError("video", f"the tokenizer has no {VIDEO_MARK}; give --tokenizer of a LLaVA-OneVision")
         videos = [self._limit.video_tokens(count) for count in frames]
-        encoded = self._encoder.encode(exchanges, content.get("system"), video_tokens=videos)
+        counts = self._limit.tokens_of(images)
+        encoded = self._encoder.encode(exchanges, content.get("system"), counts, video_tokens=videos)
         if len(encoded.ids) > self._limit.max_tokens:
             raise RecordError("too long", f"{len(encoded.ids)} tokens, wanted at most {self._limit.max_tokens}")
         if not any(encoded.trained):

@@ -1,6 +1,8 @@
 """Conversions as a whole: nothing lost, merged or mislabelled; interrupted ones go on; wrong words are refused."""
 
+import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -18,13 +20,21 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from megatron_patch.data.loading.config import DataConfig
+from megatron_patch.data.loading.dataset import Dataset as EnergonDataset
+from megatron_patch.data.loading.task_encoder import TaskEncoder
 from megatron_patch.data.preparation.deduplication import Deduplicator
-from megatron_patch.data.preparation.pipeline import Options, prepare
+from megatron_patch.data.preparation.pipeline import LengthLimit, Options, prepare
 from megatron_patch.data.preparation.sources import LlavaSource
+from megatron_patch.data.record import cook
 from megatron_patch.errors import UserError
+from megatron_patch.llava_folder import LlavaFolder
+from tests import tiny_models
 from tests.data.factories import convert_records, image_bytes, make_records, save_tokenizer
 from tests.data.torture import make_torture, turns
+from toolkits.multimodal_data_preprocessing.command_line import limit_of_model
 
 ROOT = Path(__file__).parents[3]
 CONVERTER = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
@@ -424,6 +434,103 @@ def test_records_that_are_too_long_are_rejected(tmp_path) -> None:
     assert refused.returncode == 2 and "--tokenizer --image-tokens: missing" in refused.stderr
 
 
+# height, width, as they lie in the file; TURNED are those that EXIF's orientation 6 swaps
+SIZES = [(28, 28), (28, 84), (84, 28), (28, 84), (56, 56), (300, 20)]
+TURNED = (3,)
+
+
+@pytest.fixture(scope="module")
+def of_any_resolution(tmp_path_factory) -> dict[str, Path]:
+    """Hub folders of tiny models, by kind, as far as a length needs them."""
+    folder = tmp_path_factory.mktemp("kinds")
+    towers = {"llava": "clip", "llava_next": "clip", "llava_onevision": "siglip_last"}
+    for kind, tower in towers.items():
+        tiny_models.make_tiny_llava(folder / kind, "qwen2", tower=tower, kind=kind)
+    return {kind: folder / kind for kind in towers}
+
+
+def write_sizes(root: Path) -> list[int]:
+    """Records with one of SIZES each, then one with two images; returns their numbers."""
+    (root / "images").mkdir(parents=True)
+    for number, (height, width) in enumerate(SIZES):
+        image, exif = Image.new("RGB", (width, height), (number, 0, 0)), Image.Exif()
+        if number in TURNED:
+            exif[0x0112] = 6
+        image.save(root / f"images/{number}.jpg", exif=exif)
+    names = [f"{number}.jpg" for number in range(len(SIZES))] + [["0.jpg", "4.jpg"]]
+    records = [
+        {
+            "id": str(number),
+            "image": name,
+            "conversations": turns("<image>" * (1 + isinstance(name, list)) + "What?", "It."),
+        }
+        for number, name in enumerate(names)
+    ]
+    (root / "data.json").write_text(json.dumps(records))
+    return list(range(len(records)))
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_lengths_are_those_of_training_at_any_resolution(kind, of_any_resolution, tmp_path, monkeypatch) -> None:
+    """At every limit the records that the training's own encoder finds too long, and no image is decoded."""
+    limit_of = functools.partial(limit_of_model, of_any_resolution[kind], "qwen")
+    folder = LlavaFolder(of_any_resolution[kind])
+    settings = DataConfig(
+        tokenizer_path=str(folder.path),
+        template="qwen",
+        image_token_id=folder.geometry().image_token_id,
+        image_tokens=16,
+        side_px=folder.geometry().tower.side_px,
+        image_mean=(0.5, 0.5, 0.5),
+        image_aspect_ratio="anyres",
+        any_resolution=folder.geometry().any_resolution,
+        decoder_seq_len=4096,
+        **{"micro_batch_size": 1, "length_multiple": 1, "seed": 0, "num_workers": 0},
+    )
+    everything = write_sizes(tmp_path)
+    source = LlavaSource(tmp_path / "data.json", [tmp_path / "images"])
+    prepare(source, tmp_path / "all", Options((1,), workers=0))
+    dataset, encoder = EnergonDataset(str(tmp_path / "all"), "train"), TaskEncoder(settings, with_pixels=False)
+    lengths = {}
+    for index in everything:
+        record = cook(dataset[index])
+        lengths[int(record.record_id)] = len(encoder.encode_text(record).tokens)
+    assert len(set(lengths.values())) >= 5, lengths
+    monkeypatch.setattr("megatron_patch.data.image.open_image", None)
+    for limit in sorted(set(lengths.values()))[:-1]:
+        options = Options((1,), workers=0, keep_going=True, length_limit=limit_of(limit))
+        prepare(source, tmp_path / f"at{limit}", options)
+        lines = [json.loads(line) for line in (tmp_path / f"at{limit}/rejected.jsonl").read_text().splitlines()]
+        assert {int(line["id"]): line["detail"] for line in lines} == {
+            number: f"{length} tokens, wanted at most {limit}" for number, length in lengths.items() if length > limit
+        }
+        assert {line["reason"] for line in lines} == {"too long"}
+
+
+def test_a_model_of_one_tile_counts_as_image_tokens_does(of_any_resolution, tmp_path) -> None:
+    """The same limit and the same words in the journal; a rule adds to these, so that no resume has another."""
+    model = of_any_resolution["llava"]
+    of_model, given = limit_of_model(model, "qwen", 60), LengthLimit(str(model), "qwen", 16, 60)
+    assert of_model == given and given.shape_output() == {
+        "tokenizer_path": str(model), "template": "qwen", "image_tokens": 16, "max_tokens": 60
+    }  # fmt: skip
+    by_rule = [limit_of_model(of_any_resolution[kind], "qwen", 60) for kind in ("llava_next", "llava_onevision")]
+    told = [limit.shape_output()["any_resolution"] for limit in by_rule]
+    assert told[0] != told[1] and dataclasses.replace(by_rule[0], apply_exif_orientation=False).shape_output() not in (
+        by_rule[0].shape_output(),
+    )
+
+
+@pytest.mark.slow
+def test_a_record_too_long_at_any_resolution_is_found_by_the_command(of_any_resolution, tmp_path) -> None:
+    write_sizes(tmp_path)
+    words = ("--model", of_any_resolution["llava_next"], "--template", "qwen", "--max-tokens", "100", "--keep-going")
+    done = run(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    rejected = [json.loads(line) for line in (tmp_path / "wds/rejected.jsonl").read_text().splitlines()]
+    assert rejected and {line["reason"] for line in rejected} == {"too long"}
+
+
 # --- The command line
 
 
@@ -461,6 +568,9 @@ def test_command_line_converts_llava_pretrain(tmp_path) -> None:
         (["--max-rejected", "101%"], "wanted a share from 0% to 100%"),
         (["--workers", "-1"], "wanted at least 0"),
         (["--max-tokens", "9"], "--tokenizer --template --image-tokens: missing"),
+        (["--model", "M"], "--template --max-tokens: missing; lengths are checked with --model, --template, "),
+        (["--model", "M", "--image-tokens", "9"], "--model M: excludes --image-tokens, which it brings; give either"),
+        (["--model", "M", "--template", "v1", "--max-tokens", "9"], "M/llava/config.json: no such file"),
         (["--output", "images", "--overwrite"], "no energon folder"),
     ],
 )
