@@ -13,7 +13,7 @@ class RecordSize(NamedTuple):
     """One record."""
 
     tokens: int  # of images and text
-    images: int
+    images: int  # tiles are images of their own
     labels: int  # trained tokens
 
 
@@ -35,8 +35,11 @@ class LengthMix:
     name: str
     sources: tuple[Source, ...]
 
-    def sample(self, count: int, image_tokens: int, longest: int, seed: int = 0) -> list[RecordSize]:
-        """Records in random order, the same for the same seed; cut off at `longest` tokens, image tokens kept."""
+    def sample(self, count: int, image_tokens: int, longest: int, seed: int = 0, tiles: int = 1) -> list[RecordSize]:
+        """Records in random order, the same for the same seed; cut off at `longest` tokens, image tokens kept.
+
+        image_tokens, tiles: of each image.
+        """
         draw = random.Random(seed)
         weights = [source.records for source in self.sources]
         found = []
@@ -46,7 +49,7 @@ class LengthMix:
                 text = draw.lognormvariate(math.log(text), source.spread)
             fixed = source.images * image_tokens
             text = max(1, min(round(text), longest - fixed))
-            found.append(RecordSize(fixed + text, source.images, max(1, round(text * source.trained_share))))
+            found.append(RecordSize(fixed + text, source.images * tiles, max(1, round(text * source.trained_share))))
         return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.lora import PARTS, layers_of
 from megatron_patch.step_flop import Frozen
+from megatron_patch.tile_plan import TILES_AT_ONCE
 
 # Bytes of a parameter in memory and in a checkpoint, by PR: fp8 has its weights in 16 bits, too.
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -79,7 +80,7 @@ class Sizes:
     data: int = 1
     tokens: int = 2048  # of a micro-batch, padding included
     labels: int = 1024  # of them trained
-    images: int = 1  # of a micro-batch
+    images: int = 1  # of a micro-batch; tiles are images of their own
     micro_batches: int = 1  # of a step, for those in flight in a pipeline
     precision: str = "bf16"
     recompute: str = "false"
@@ -172,9 +173,24 @@ def _adapter_share(geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes, first:
 
 
 def _image_bytes(geometry: LlavaGeometry, frozen: Frozen, sizes: Sizes) -> float:
-    """Pixels in 32 bits, features, and the tower's layers: all of them where it is trained, else one at a time."""
+    """Pixels in 32 bits, features, and the tower's layers: all of them where it is trained, else one at a time.
+
+    A layer keeps of each position, in elements: inputs and results of both norms (4 H), queries, keys and values (3 H),
+    attention's result before and after its axes change places (2 H), the MLP's middle before and after its activation
+    (2 F), and the sigmoid of quick_gelu (F).  A frozen tower of a model that sees images at any resolution has
+    TILES_AT_ONCE tiles before it; the others wait as pixels of 8 bits.
+    """
     tower, value = geometry.tower, BYTES[sizes.precision]
-    pixels = 3 * tower.side_px**2 * 4
-    of_layer = (8 * tower.hidden + 2 * tower.ffn_hidden) / sizes.tensor
-    layers = tower.running_layers if frozen.learns("vision_tower") else 1
-    return sizes.images * (pixels + tower.positions * value * (2 * tower.hidden + layers * of_layer))
+    learns = frozen.learns("vision_tower")
+    chunked = geometry.any_resolution is not None and not learns
+    at_once = min(sizes.images, TILES_AT_ONCE) if chunked else sizes.images
+    pixels = 3 * tower.side_px**2
+    middles = 3 if tower.activation == "quick_gelu" else 2
+    of_layer = (9 * tower.hidden + middles * tower.ffn_hidden) / sizes.tensor
+    layers = tower.running_layers if learns else 1
+    features = sizes.images * tower.positions * value * 2 * tower.hidden
+    return (
+        features
+        + at_once * (4 * pixels + tower.positions * value * layers * of_layer)
+        + (sizes.images - at_once) * pixels
+    )

@@ -18,9 +18,12 @@ from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.length_mix import LengthMix, RecordSize
 from megatron_patch.step_balance import Layout, RecordCost, balanced, in_turn, rank_costs
 from megatron_patch.step_flop import Frozen, Parts, Work, flop_of_parts, step_flop
+from megatron_patch.tile_plan import TilePlan
 
 # Seconds of one core for one image: 0.25 cores at 58 images/s, 1.1 at 245 (JPEG of 640 x 480 to 336 x 336 pixels).
 IMAGE_S = 4.4e-3
+# Of each further tile, as a share of that: decoding the same JPEG and cutting 5 tiles of it takes 2.8 times as long.
+TILE_SHARE = 0.45
 MEMORY_SHARE = 0.8  # of the memory bandwidth that an optimizer reaches, which reads and writes and does little else
 SAMPLED_STEPS, SAMPLED_RECORDS = 16, 65_536  # of the mix, for padding and imbalance
 RECOMPUTES = ("false", "sel", "full")
@@ -48,6 +51,7 @@ class Plan:
     workers: int = 2  # loader processes per rank
     fully_sharded: int = 1  # ranks over which FSDP shares out weights, gradients and optimizer state
     hidden: frozenset[str] = frozenset({"context"})  # traffic behind work, of "tensor", "context", "data"
+    image: TilePlan | None = None  # each of the mix's images; None: one tile
 
     def __post_init__(self) -> None:
         """Refuse what no run could be."""
@@ -60,6 +64,11 @@ class Plan:
             raise UserError(
                 f"a global batch of {self.global_batch} cannot be shared out over {self.data} data-parallel ranks in "
                 f"micro-batches of {self.micro_batch}; make it a multiple of {self.micro_batch * self.data}"
+            )
+        if self.image is not None and self.image.tokens >= self.longest:
+            raise UserError(
+                f"an image takes {self.image.tokens} tokens, which leaves no room for text within {self.longest}; "
+                "raise DECODER_SEQ_LEN, or plan with smaller images (--image-size)"
             )
         if self.virtual_stages > 1 and (self.pipeline == 1 or self.micro_batches % self.pipeline):
             raise UserError(
@@ -76,6 +85,11 @@ class Plan:
     def devices(self) -> int:
         """All of them."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def tiles(self) -> int:
+        """Of an image."""
+        return self.image.tiles if self.image is not None else 1
 
     @property
     def layout(self) -> Layout:
@@ -164,7 +178,8 @@ def look_at(geometry: LlavaGeometry, plan: Plan, mix: LengthMix, seed: int = 0) 
 @functools.lru_cache(64)
 def _look_at(geometry: LlavaGeometry, plan: Plan, mix: LengthMix, seed: int) -> Lengths:
     steps = max(1, min(SAMPLED_STEPS, SAMPLED_RECORDS // plan.global_batch))
-    records = mix.sample(steps * plan.global_batch, geometry.tower.image_tokens, plan.longest, seed)
+    image_tokens = plan.image.tokens if plan.image is not None else geometry.tower.image_tokens
+    records = mix.sample(steps * plan.global_batch, image_tokens, plan.longest, seed, plan.tiles)
     units = Work(tokens=1), Work(pairs=1), Work(images=1)
     cost = RecordCost(*(step_flop(geometry, plan.frozen, unit) for unit in units))
     of_record = _work(records)
@@ -242,7 +257,8 @@ def predict(geometry: LlavaGeometry, plan: Plan, card: Card, mix: LengthMix) -> 
     total += waiting
     work = lengths.work(plan.global_batch)
     readers = max(1, min(plan.workers, card.cores * plan.tensor * p * plan.context))
-    loading = max(0.0, work.images / plan.data * IMAGE_S / readers - total)
+    image_s = IMAGE_S * (1 + TILE_SHARE * (plan.tiles - 1))
+    loading = max(0.0, work.images / plan.tiles / plan.data * image_s / readers - total)
     per_stage = m / (plan.tensor * p)
     return StepTime(
         tower=compute.tower * per_stage,

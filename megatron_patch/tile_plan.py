@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PLAN_FIELDS = 8  # numbers of TilePlan.numbers
+TILES_AT_ONCE = 32  # through the tower, without gradients, of a model that sees images at any resolution
 
 
 @dataclass(frozen=True)

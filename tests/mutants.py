@@ -3532,7 +3532,93 @@ JOBS = [
     ),
 ]
 
+PLAN, MEMORY = "megatron_patch/launch/plan.py", "megatron_patch/memory.py"
+LIMITS = "megatron_patch/data/preparation/workers.py"
+TILES = [
+    *of(
+        PLAN,
+        f"{OF_PLAN}::test_tiles_of_any_resolution_are_planned",
+        ("a plan forgets the tiles", "        image=image,\n", "        image=None,\n"),
+    ),
+    *of(
+        RULES,
+        f"{OF_PLAN}::test_tiles_of_any_resolution_are_planned",
+        (
+            "the size that is given is not looked at",
+            "        return geometry.any_resolution.plan(size)\n",
+            "        return geometry.any_resolution.plan(PHOTO)\n",
+        ),
+    ),
+    *of(
+        RULES,
+        f"{OF_PLAN}::test_fixed_tiles_are_planned",
+        (
+            "the plan leaves the thumbnail out",
+            "whole_image(geometry.tower.image_tokens, tiles if tiles == 1 else tiles + 1)",
+            "whole_image(geometry.tower.image_tokens, tiles)",
+        ),
+    ),
+    *of(
+        RULES,
+        f"{OF_PLAN}::test_an_image_that_leaves_no_room_is_told_before_a_run",
+        (
+            "nobody tells of photographs that do not fit",
+            'if tokens >= call.int("DECODER_SEQ_LEN"):',
+            "if False:",
+        ),
+    ),
+    *of(
+        PLAN,
+        f"{OF_PLAN}::test_a_wrong_plan_is_refused",
+        ("an image without pixels is planned", "and int(height) and int(width)):", "):"),
+    ),
+    *of(
+        MEMORY,
+        f"{OF_PLAN}::test_a_frozen_tower_of_any_resolution_sees_32_tiles_at_once",
+        ("all tiles are before a frozen tower", "if chunked else sizes.images", "if False else sizes.images"),
+        ("a trained tower forgets tiles", "is not None and not learns\n", "is not None\n"),
+    ),
+    *of(
+        STEP_TIME,
+        OF_STEP_TIME,
+        ("an image leaves no room", "self.image is not None and self.image.tokens >= self.longest:", "False:"),
+        ("tiles take no time to cut", "IMAGE_S * (1 + TILE_SHARE * (plan.tiles - 1))", "IMAGE_S"),
+        ("each tile is an image to read", "work.images / plan.tiles / plan.data", "work.images / plan.data"),
+    ),
+    *of(
+        "megatron_patch/length_mix.py",
+        OF_STEP_TIME,
+        ("the tower sees one tile", "source.images * tiles,", "source.images,"),
+    ),
+    *of(
+        LIMITS,
+        f"{OF_PIPELINE}::test_lengths_are_those_of_training_at_any_resolution",
+        ("limits count one tile", ", self._limit.tokens_of(images))", ")"),
+        ("limits count images as they lie", "image_size(data, self.apply_exif_orientation)", "image_size(data, False)"),
+        (
+            "limits count every image alone",
+            "self.any_resolution.plan(size, len(sizes))",
+            "self.any_resolution.plan(size)",
+        ),
+    ),
+    *of(
+        LIMITS,
+        f"{OF_PIPELINE}::test_a_model_of_one_tile_counts_as_image_tokens_does",
+        (
+            "a resume counts by another rule",
+            'return plain | {"any_resolution": str(self.any_resolution)} | exif',
+            "return plain | exif",
+        ),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/command_line.py",
+        f"{OF_PIPELINE}::test_wrong_words_end_with_code_2_before_anything_is_created",
+        ("--model and --image-tokens pass together", "    if by_model and (named :=", "    if False and (named :="),
+        ("--model alone limits nothing", "if len(absent) == len(values) and not by_model:", "if True:"),
+    ),
+]
+
 MUTANTS = [
     *(*MODEL, *CONVERSION, *LABELS_AND_MASKS, *IMAGES, *DATA_OPTIONS, *RECORDS, *PATCHES, *RUNS, *OFFLOAD),
-    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *VIDEOS, *STORED, *JOBS),
+    *(*LAUNCHERS, *TOOLS, *FEATURE_CACHE, *EVALUATION, *LORA, *FSDP, *ANY_RESOLUTION, *VIDEOS, *STORED, *JOBS, *TILES),
 ]

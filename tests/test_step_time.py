@@ -1,5 +1,6 @@
 """The step-time model: identities of arithmetic, published rows within a factor, and what it refuses."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.length_mix import MIX665K, MIXES, even
 from megatron_patch.step_flop import Frozen, Work, step_flop
 from megatron_patch.step_time import Plan, look_at, predict
+from megatron_patch.tile_plan import whole_image
 from toolkits.benchmark.known_models import llava
 from toolkits.benchmark.published_rows import ROWS
 
@@ -38,6 +40,25 @@ def test_one_device_does_the_useful_work_at_its_rate() -> None:
     assert step.optimizer == pytest.approx(trained * 34 / (3.35e12 * 0.8), rel=1e-3)
     assert step.seconds == pytest.approx(compute + step.optimizer)
     assert step.utilisation == pytest.approx(0.436 * compute / step.seconds)
+
+
+def test_tiles_of_an_image_are_work() -> None:
+    """LLaVA-NeXT, 480 x 640 pixels: 5 tiles, 2,340 tokens of the text beside 300."""
+    geometry = llava("llama-7b", kind="llava_next")
+    image = geometry.any_resolution.plan((480, 640))
+    step = predict(geometry, plan(64, longest=4096, image=image), H100, EVEN)
+    tokens = 2340 + 300
+    work = Work(64, 64 * tokens, 64 * 150, 64 * 5, 64 * tokens * (tokens + 1) // 2)
+    assert step.flop == step_flop(geometry, STAGE_2, work)
+    one = predict(geometry, plan(64, longest=4096), H100, EVEN)
+    assert step.tower == pytest.approx(5 * one.tower) and step.projector == pytest.approx(5 * one.projector)
+    # a JPEG is decoded once however many tiles are cut of it, and each of these has a cost of its own
+    reading = dataclasses.replace(H100, cores=1, peak={"bf16": 1e18})
+    whole, cut = (
+        predict(geometry, plan(64, longest=4096, image=of_each, frozen=Frozen(True, True, True)), reading, EVEN).loading
+        for of_each in (None, image)
+    )
+    assert cut / whole == pytest.approx(1 + 4 * 0.45, rel=0.01)
 
 
 def test_twice_the_ranks_halve_the_work_of_each() -> None:
@@ -161,6 +182,7 @@ def test_efficiency_is_set_by_two_rows() -> None:
     ("changes", "words"),
     [
         ({"data": 3}, "a global batch of 64 cannot be shared out over 3"),
+        ({"image": whole_image(2340)}, "an image takes 2340 tokens, which leaves no room for text within 2048"),
         ({"tensor": 0}, "tensor is 0, wanted at least 1"),
         ({"recompute": "true"}, "recompute is 'true', wanted one of false, sel, full"),
         ({"virtual_stages": 2}, "2 virtual stages need more than one pipeline stage"),

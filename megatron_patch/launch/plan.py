@@ -12,11 +12,12 @@ from megatron_patch.device_cards import CARDS, Card
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.launch.job_words import JOB, STAGES, job_call
-from megatron_patch.launch.training_rules import fsdp_ranks, model_of
+from megatron_patch.launch.training_rules import PHOTO, fsdp_ranks, image_plan_of, model_of
 from megatron_patch.length_mix import MIXES, LengthMix, even
 from megatron_patch.memory import RankMemory, Sizes, checkpoint_bytes, parameters, rank_memory, trained_parameters
 from megatron_patch.step_flop import Frozen
 from megatron_patch.step_time import RECOMPUTES, Plan, StepTime, look_at, predict
+from megatron_patch.tile_plan import TilePlan
 
 ABOUT = """Plans a run on paper, without a GPU: memory of each rank, time of a step and of the whole run, and the
 layouts that fit, the fastest first.
@@ -70,8 +71,16 @@ def mix_of(text: str) -> LengthMix:
     return even(int(text))
 
 
-def plan_of(values: Mapping[str, str], frozen: Frozen, world: int, of_node: int) -> Plan:
-    """The layout of a run of so many processes, so many of them on a node.  Raises UserError."""
+def size_of(text: str) -> tuple[int, int]:
+    """`480x640` -> (480, 640), height and width.  For argparse."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted HEIGHTxWIDTH in pixels, as 480x640")
+    return int(height), int(width)
+
+
+def plan_of(values: Mapping[str, str], frozen: Frozen, world: int, of_node: int, image: TilePlan | None = None) -> Plan:
+    """The layout of a run of so many processes, so many of them on a node; image: each one.  Raises UserError."""
     number = {name: int(values[name]) for name in ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE")}
     recompute = {"true": "sel", "offload": "false"}.get(values["AC"], values["AC"])
     return Plan(
@@ -91,6 +100,7 @@ def plan_of(values: Mapping[str, str], frozen: Frozen, world: int, of_node: int)
         int(values["DECODER_SEQ_LEN"]),
         int(values["NUM_WORKERS"]) or 1,
         fsdp_ranks(values, world, of_node),
+        image=image,
     )
 
 
@@ -168,14 +178,19 @@ def _layout(plan: Plan) -> str:
     )
 
 
-def report(one: Planned, geometry: LlavaGeometry, card: Card, iterations: int) -> Iterator[str]:
-    """Lines about one layout."""
+def report(
+    one: Planned, geometry: LlavaGeometry, card: Card, iterations: int, image_size: tuple[int, int]
+) -> Iterator[str]:
+    """Lines about one layout; image_size: height and width of each image."""
     language, tower, projector = parameters(geometry)
     trained = trained_parameters(geometry, one.plan.frozen)
     yield f"model       {language:,} + {tower:,} (tower) + {projector:,} (projector) parameters, {trained:,} trained"
     if (lora := one.plan.frozen.lora) is not None:
         count = sum(lora.parameters(geometry, part) for part in lora.parts)
         yield f"adapters    {count:,} of them, rank {lora.rank}, in {', '.join(lora.parts)}"
+    if (image := one.plan.image) is not None and image.tiles > 1:
+        height, width = image_size
+        yield f"images      of {height} x {width} pixels: {image.tiles} tiles, {image.tokens:,} tokens"
     yield f"layout      {_layout(one.plan)}, on {one.plan.devices} x {card.name}"
     usable = USABLE * card.memory_bytes
     for stage, rank in zip(("first", "last"), one.ranks, strict=False):
@@ -225,6 +240,13 @@ class Planner:
             help=f"lengths of the records: {', '.join(MIXES)}, or tokens of text beside one image; default: 40 in "
             "stage 1, mix665k in stage 2",
         )
+        parser.add_argument(
+            "--image-size",
+            type=size_of,
+            default=PHOTO,
+            metavar="HEIGHTxWIDTH",
+            help="of the data's images in pixels, for a model that sees them at any resolution; default: 480x640",
+        )
         parser.add_argument("--json", action="store_true", help="one object: run, proposals")
         parser.add_argument("job", nargs=argparse.REMAINDER, metavar="JOB", help=JOB)
         return parser
@@ -239,7 +261,8 @@ class Planner:
         stage = STAGES[arguments.job[0].rpartition("/")[2]]
         mix = arguments.mix or (even(40) if stage == 1 else MIXES["mix665k"])
         try:
-            one = planned(geometry, plan_of(call, frozen, count, card.devices_per_node), card, mix)
+            image = image_plan_of(call, arguments.image_size)
+            one = planned(geometry, plan_of(call, frozen, count, card.devices_per_node, image), card, mix)
             others = proposals(geometry, one.plan, card, count, mix) if arguments.propose or not one.fits else []
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -247,7 +270,7 @@ class Planner:
         if arguments.json:
             print(json.dumps({"run": _as_json(one), "proposals": [_as_json(other) for other in others]}, indent=2))
         else:
-            print(*report(one, geometry, card, call.int("TRAIN_ITERS")), sep="\n")
+            print(*report(one, geometry, card, call.int("TRAIN_ITERS"), arguments.image_size), sep="\n")
             if others:
                 print("\nlayouts that fit, the fastest first: seconds of a step, GB of the fullest rank")
                 for other in others:

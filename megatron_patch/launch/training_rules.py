@@ -31,6 +31,7 @@ from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_flop import Frozen
+from megatron_patch.tile_plan import TilePlan, whole_image
 
 Values = Mapping[str, str]
 Findings = Iterator[tuple[str, str]]  # name of the argument that is wrong, and what it must be
@@ -416,6 +417,8 @@ def check_training(call: Call, is_stage_2: bool) -> Job | None:
         if call["DRY_RUN"] == "0" and call.is_right:
             _check_disk(call, job)
             _tell_memory(call, job)
+        if call.is_right:
+            _tell_photo(call)
     return job
 
 
@@ -538,6 +541,33 @@ def _tell_memory(call: Call, job: Job) -> None:
         call.notes.append(
             f"note: weights, gradients and Adam's state are {least / 1e9:.1f} GB per process, and there are "
             f"{memory / 1e9:.1f} GB: the run will not fit; bash examples/llava_mcore/plan_llava.sh proposes what does"
+        )
+
+
+PHOTO = (480, 640)  # height, width in pixels: what an image is taken for where nothing is known of the data
+
+
+def image_plan_of(values: Values, size: tuple[int, int]) -> TilePlan:
+    """An image of this size (height, width), alone in its record, as a run shows it.
+
+    Raises UserError: the model's configuration cannot be read.
+    """
+    folder = _folder_of(values)
+    geometry = folder.geometry()
+    if _sees_any_resolution(values, folder):
+        return geometry.any_resolution.plan(size)
+    columns, rows = grid(values["IMAGE_TILES"]) or _tiles_of(values["PRETRAIN_CHECKPOINT_PATH"])
+    tiles = columns * rows
+    return whole_image(geometry.tower.image_tokens, tiles if tiles == 1 else tiles + 1)
+
+
+def _tell_photo(call: Call) -> None:
+    """Warn where a photograph does not fit into a record, however little text there is."""
+    tokens = image_plan_of(call, PHOTO).tokens
+    if tokens >= call.int("DECODER_SEQ_LEN"):
+        call.notes.append(
+            f"note: an image of {PHOTO[0]} x {PHOTO[1]} pixels takes {tokens} tokens, and DECODER_SEQ_LEN is "
+            f"{call['DECODER_SEQ_LEN']}: records with images so large are left out; inspect_dataset.py shows the data's"
         )
 
 

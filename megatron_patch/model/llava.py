@@ -43,6 +43,7 @@ from megatron_patch.model.layer_specs import (
 )
 from megatron_patch.model.loss import head_losses
 from megatron_patch.step_flop import Frozen
+from megatron_patch.tile_plan import TILES_AT_ONCE
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE, check_nothing_differs, differences
 
 
@@ -193,9 +194,6 @@ def weight_shapes(state: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if isinstance(value, Tensor) and not name.endswith("_extra_state")
     }
-
-
-TILES_AT_ONCE = 32  # through the tower, without gradients
 
 
 class ImageNewline(MegatronModule):

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_patch.memory import Sizes, rank_memory
 from megatron_patch.step_flop import Frozen
-from tests.launchers.launching import ROOT, Inputs, start, tree
+from tests.launchers.launching import LLAVA_7B, NEXT, ROOT, STAGE_2, Inputs, start, tree
 from tests.training.launching import Workspace, command
 from toolkits.benchmark.known_models import llava
 
@@ -91,6 +91,72 @@ def test_adapters_are_planned(inputs: Inputs):
     assert rank["weights"] == pytest.approx(2 * ((7241740288 + 290909184) / 4 + cut), rel=1e-6)
 
 
+@pytest.fixture
+def of_next(tmp_path: Path) -> Inputs:
+    """Of a LLaVA-NeXT."""
+    return Inputs(tmp_path / "next", LLAVA_7B | NEXT)
+
+
+def test_tiles_of_any_resolution_are_planned(of_next: Inputs):
+    """Of a photograph, or of the size that is given: 5 tiles and 2,340 tokens, 3 tiles and 1,464; or one."""
+    words = ["--card", "H200x8", *stage_2(of_next, AC="full", DECODER_SEQ_LEN="4096")]
+    assert "images      of 480 x 640 pixels: 5 tiles, 2,340 tokens\n" in start(PLAN, words).stdout
+    found = {}
+    for name, options, aspect in (
+        ("photo", [], "anyres"),
+        ("wide", ["--image-size", "300x600"], "anyres"),
+        ("one tile", [], "pad"),
+    ):
+        more = ["--json", "--mix", "100", *options]
+        result = start(PLAN, [*words[:2], *more, *words[2:]], IMAGE_ASPECT_RATIO=aspect)
+        assert result.returncode == 0, result.stderr
+        found[name] = json.loads(result.stdout)["run"]
+    image = {name: one["layout"]["image"] for name, one in found.items()}
+    assert [(image[name]["tiles"], image[name]["tokens"]) for name in image] == [(5, 2340), (3, 1752), (1, 576)]
+    of_images = {name: one["memory_bytes"][0]["images"] for name, one in found.items()}
+    assert [of_images[name] / of_images["one tile"] for name in of_images] == [5, 3, 1]
+    activations = {name: one["memory_bytes"][0]["activations"] for name, one in found.items()}
+    assert activations["photo"] / activations["one tile"] == pytest.approx(min(4096, 2 * 2440) / (2 * 676), rel=1e-3)
+    assert found["photo"]["step_seconds"] > found["wide"]["step_seconds"] > found["one tile"]["step_seconds"]
+
+
+def test_fixed_tiles_are_planned(inputs: Inputs):
+    words = ["--card", "H200x8", *stage_2(inputs, AC="full", DECODER_SEQ_LEN="4096")]
+    planned = start(PLAN, words, IMAGE_TILES="2x2").stdout
+    assert "images      of 480 x 640 pixels: 5 tiles, 2,880 tokens\n" in planned
+
+
+def test_an_image_that_leaves_no_room_is_told_before_a_run(of_next: Inputs):
+    words = stage_2(of_next, DECODER_SEQ_LEN="2048")
+    refused = start(PLAN, ["--card", "H200x8", *words])
+    assert refused.returncode == 2 and refused.stderr == (
+        "error: an image takes 2340 tokens, which leaves no room for text within 2048; raise DECODER_SEQ_LEN, or plan "
+        "with smaller images (--image-size)\n"
+    )
+    assert start(PLAN, ["--card", "H200x8", "--image-size", "300x300", *words]).returncode == 0
+    told = "note: an image of 480 x 640 pixels takes 2340 tokens, and DECODER_SEQ_LEN is 2048: records with images"
+    launched = [
+        start(STAGE_2, stage_2(of_next, DECODER_SEQ_LEN=longest)[1:], DRY_RUN="1") for longest in ("2048", "4096")
+    ]
+    assert [(done.returncode, told in done.stderr) for done in launched] == [(0, True), (0, False)]
+
+
+def test_a_frozen_tower_of_any_resolution_sees_32_tiles_at_once():
+    """Beside them wait features, twice as wide as the tower's, and pixels of 8 bits."""
+    geometry = llava(kind="llava_next")
+    tower = geometry.tower
+
+    def images(count: int, frozen: Frozen) -> int:
+        return rank_memory(geometry, frozen, Sizes(images=count)).images
+
+    waiting = 577 * 2 * 2 * 1024 + 3 * 336**2
+    frozen = Frozen(vision_tower=True)
+    assert images(64, frozen) - images(32, frozen) == 32 * waiting
+    at_once = 4 * 3 * 336**2 + 577 * 2 * (9 * 1024 + 3 * 4096)
+    assert images(32, frozen) == 32 * (577 * 2 * 2 * 1024 + at_once)
+    assert images(64, Frozen()) == 2 * images(32, Frozen()) and tower.running_layers == 23
+
+
 # NeVA's best-practice notes: decoder layers of LLaMA-7B -> MiB of a GPU at TP2, micro-batch 4, global batch 32.
 PUBLISHED_MIB = {16: 34687, 20: 42359, 24: 49945, 30: 61433}
 
@@ -122,6 +188,7 @@ def test_a_run_of_this_machine_hinders_no_plan(inputs: Inputs):
         (["--card", "H9000x8"], "'H9000x8': wanted CARDxCOUNT, as H200x8; cards: H200"),
         (["--card", "H200x0"], "'H200x0': wanted CARDxCOUNT"),
         (["--card", "H200x8", "--mix", "short"], "'short': wanted "),
+        (["--card", "H200x8", "--image-size", "480x0"], "'480x0': wanted HEIGHTxWIDTH in pixels, as 480x640"),
         (["--card", "H200x8", "train.sh"], "wanted a launcher and its arguments behind the options"),
         (["--card", "H200x8"], "wanted a launcher and its arguments behind the options"),
         (["--card", "H200x8", "run_mcore_llava.sh", "dsw"], "argument 2 MODEL_SIZE is missing"),

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from megatron_patch.conversion import convert_to_megatron
 from megatron_patch.geometry import read_geometry_of
 from megatron_patch.memory import Sizes, rank_memory
 from megatron_patch.model_sizes import size_name
 from megatron_patch.step_flop import Frozen
-from tests.training.launching import Workspace, run
+from tests import tiny_models
+from tests.training.launching import ROOT, Workspace, run
 
 TOKENS, LABELS = 60, 12  # of a record of the dataset, about
 DEEP = {"num_hidden_layers": 10, "hidden_size": 640, "intermediate_size": 1728, "vocab_size": 20000}
@@ -51,3 +55,53 @@ def test_memory_is_planned_within_15_percent(name: str, workspace: Workspace, tm
     planned = [rank_memory(geometry, frozen, sizes, stage, "cpu").total for stage in range(sizes.pipeline)]
     print(f"{name}: {measured / 1e6:.0f} MB measured, {max(planned) / 1e6:.0f} planned")
     assert max(planned) == pytest.approx(measured, rel=0.15)
+
+
+TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 8}
+SIZE = (48, 64)  # of every image: as a photograph, 2 x 2 tiles and the base tile
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny LLaVA-NeXT whose tower is not tiny, and records with one image each."""
+    folder = tmp_path_factory.mktemp("photos")
+    tiny_models.make_tiny_llava(folder / "hf", "mistral", kind="llava_next")
+    convert_to_megatron(folder / "hf", None, folder / "checkpoint", precision="fp32", model_size="tiny")
+    config = json.loads((folder / "checkpoint/llava/config.json").read_text())
+    config["vision_config"] |= TOWER
+    (folder / "checkpoint/llava/config.json").write_text(json.dumps(config))
+    (folder / "data/images").mkdir(parents=True)
+    records = []
+    for number in range(160):
+        Image.new("RGB", SIZE[::-1], (number, 0, 0)).save(folder / f"data/images/{number}.png")
+        turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": f"It is {number}."}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "data/data.json").write_text(json.dumps(records))
+    converter = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
+    subprocess.run([sys.executable, str(converter), str(folder / "data")], check=True, capture_output=True)
+    return Workspace(folder / "checkpoint", folder / "data/wds")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("records", "frozen"), [(32, False), (128, True)], ids=["trained tower", "frozen tower"])
+def test_tiles_of_any_resolution_are_planned_within_15_percent(
+    records: int, frozen: bool, photos: Workspace, tmp_path: Path
+) -> None:
+    """A frozen tower keeps little of a tile; of a trained one all layers count, and one tile an image is too few."""
+    folder = photos.checkpoint / "llava"
+    geometry = read_geometry_of(folder)
+    options = {"PYTHON": sys.executable, "TOKENIZER_PATH": folder, "FREEZE_VISION_TOWER": str(frozen).lower()}
+    options |= {"BATCH_SIZE": records, "GLOBAL_BATCH_SIZE": records, "TRAIN_ITERS": 3, "EVAL_ITERS": 0}
+    run(Workspace(Path("none"), photos.dataset), tmp_path / "out", **options)
+    measured = json.loads((tmp_path / "out/summary.json").read_text())["memory_bytes"]
+    image = geometry.any_resolution.plan(SIZE)
+    assert image.tiles == 5
+    text = TOKENS - tiny_models.IMAGE_TOKENS
+    numbers = {"tokens": records * (image.tokens + text), "labels": records * LABELS, "precision": "fp32"}
+    planned, of_one_tile = (
+        rank_memory(geometry, Frozen(vision_tower=frozen), Sizes(images=records * tiles, **numbers), 0, "cpu").total
+        for tiles in (image.tiles, 1)
+    )
+    print(f"{measured / 1e6:.0f} MB measured, {planned / 1e6:.0f} planned, {of_one_tile / 1e6:.0f} of one tile")
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert frozen or of_one_tile < 0.85 * measured

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_patch.geometry import LlavaGeometry, read_geometry
+from megatron_patch.llava_kinds import LLAVA_KINDS
 
 # layers, hidden, ffn, heads, groups, vocabulary
 LANGUAGE_MODELS = {
@@ -18,8 +19,11 @@ LANGUAGE_MODELS = {
 }
 
 
-def llava(language: str = "llama-7b", side_px: int = 336) -> LlavaGeometry:
-    """One of these with CLIP-L/14 at that side, as LLaVA-1.5 has it.  KeyError: not one of them."""
+def llava(language: str = "llama-7b", side_px: int = 336, kind: str = "llava") -> LlavaGeometry:
+    """One of these with CLIP-L/14 at that side, as LLaVA-1.5 and NeXT have it; kind: of LLAVA_KINDS.
+
+    KeyError: not one of them.
+    """
     layers, hidden, ffn, heads, groups, vocabulary = LANGUAGE_MODELS[language]
     text: dict[str, Any] = {
         "model_type": "llama",
@@ -41,4 +45,5 @@ def llava(language: str = "llama-7b", side_px: int = 336) -> LlavaGeometry:
         "image_size": side_px,
         "patch_size": 14,
     }
-    return read_geometry({"text_config": text, "vision_config": vision, "image_token_index": vocabulary})
+    own = {"model_type": kind, "image_grid_pinpoints": LLAVA_KINDS[kind].pinpoints(side_px)}
+    return read_geometry({"text_config": text, "vision_config": vision, "image_token_index": vocabulary} | own)

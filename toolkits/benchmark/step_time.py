@@ -2,6 +2,7 @@
 
     python toolkits/benchmark/step_time.py --card H100 --gpus 1..1024 --micro-batch 8 --global-batch 128 --stage 2
     python toolkits/benchmark/step_time.py --card H200 --gpus 64 --tp 2 --pp 4 --mix mix665k --balance-cost --json
+    python toolkits/benchmark/step_time.py --kind llava_next --image-size 480x640 --decoder-seq-len 4096
     python toolkits/benchmark/step_time.py --published
 
 --gpus 1..1024 are powers of two.  --global-batch is a step's on any number of GPUs; where there are more data-parallel
@@ -20,6 +21,8 @@ import toolkits.environment  # noqa: F401
 from megatron_patch.device_cards import CARDS
 from megatron_patch.errors import UserError
 from megatron_patch.geometry import LlavaGeometry
+from megatron_patch.launch.plan import size_of
+from megatron_patch.launch.training_rules import PHOTO
 from megatron_patch.length_mix import MIXES, LengthMix, even
 from megatron_patch.llava_folder import LlavaFolder
 from megatron_patch.step_flop import Frozen
@@ -50,8 +53,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--card", choices=CARDS, default="H100")
     found.add_argument("--gpus", type=devices, default=devices("1..1024"), metavar="1..1024 or 8,24")
     model = found.add_mutually_exclusive_group()
-    model.add_argument("--model", choices=LANGUAGE_MODELS, default="llama-7b", help="with CLIP-L/14-336")
+    model.add_argument("--model", choices=LANGUAGE_MODELS, default="llama-7b", help="with CLIP-L/14 at 336 px")
     model.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a converted checkpoint, for its numbers")
+    found.add_argument("--kind", choices=("llava", "llava_next"), default="llava", help="of --model")
+    found.add_argument(
+        "--image-size",
+        type=size_of,
+        default=PHOTO,
+        metavar="HEIGHTxWIDTH",
+        help="of each image, for a model that sees them at any resolution; default: 480x640",
+    )
     found.add_argument("--stage", choices=FROZEN, default="2", help="what is trained; all: the vision tower too")
     found.add_argument("--mix", type=mix_of, default="mix665k", metavar=f"{' '.join(MIXES)} or TOKENS")
     found.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
@@ -69,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def plan_of(arguments: argparse.Namespace, gpus: int) -> Plan:
+def plan_of(arguments: argparse.Namespace, gpus: int, geometry: LlavaGeometry) -> Plan:
     """For so many GPUs.  Raises UserError."""
     model = arguments.tp * arguments.pp * arguments.cp
     if gpus % model:
@@ -92,6 +103,7 @@ def plan_of(arguments: argparse.Namespace, gpus: int) -> Plan:
         arguments.packing,
         arguments.decoder_seq_len,
         hidden=frozenset(arguments.hide),
+        image=geometry.any_resolution and geometry.any_resolution.plan(arguments.image_size),
     )
 
 
@@ -140,9 +152,11 @@ def main() -> None:
         return
     try:
         geometry: LlavaGeometry = (
-            LlavaFolder.of(arguments.checkpoint).geometry() if arguments.checkpoint else llava(arguments.model)
+            LlavaFolder.of(arguments.checkpoint).geometry()
+            if arguments.checkpoint
+            else llava(arguments.model, kind=arguments.kind)
         )
-        plans = [(gpus, plan_of(arguments, gpus)) for gpus in arguments.gpus]
+        plans = [(gpus, plan_of(arguments, gpus, geometry)) for gpus in arguments.gpus]
         card = CARDS[arguments.card]
         found = [(gpus, plan, predict(geometry, plan, card, arguments.mix)) for gpus, plan in plans]
     except UserError as error:
