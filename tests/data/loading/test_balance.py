@@ -1,5 +1,8 @@
 """Equal work: the same records in each step, no rank with more to do than needed, resume as ever."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +13,8 @@ from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.loader import TrainLoader
 from megatron_patch.errors import UserError
 from megatron_patch.step_balance import Layout, RecordCost, _longest_first, balanced, in_turn, rank_costs
-from tests.data.factories import changed
+from megatron_patch.tile_plan import AnyResolution
+from tests.data.factories import changed, convert_records, image_bytes
 
 COST = RecordCost(token=1000, pair=1, image=30_000)
 TRAIN = 93
@@ -175,6 +179,34 @@ def test_ranks_are_more_equal_than_without(folder: str, equal_work: DataConfig) 
         before, after = slowest(changed(chosen, balance_cost=None)), slowest(chosen)
         print(f"slowest rank: {after / before:.3f} of what it was")
         assert after < 0.97 * before
+
+
+def test_tiles_of_any_resolution_are_balanced(equal_work: DataConfig, tmp_path: Path) -> None:
+    """Images of several shapes take 3 to 5 tiles; where these are all that costs, every rank gets as many."""
+    (tmp_path / "images").mkdir()
+    turns = [{"from": "human", "value": "<image>\nwhich digit is it?"}, {"from": "gpt", "value": "the digit"}]
+    sizes, random = ((14, 28), (42, 14), (28, 28), (14, 42)), np.random.RandomState(5)
+    records = []
+    for number in range(60):
+        name = f"{number}.png"
+        (tmp_path / "images" / name).write_bytes(image_bytes(number, sizes[random.choice(4, p=(0.6, 0.1, 0.2, 0.1))]))
+        records.append({"id": str(number), "image": name, "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    convert_records(tmp_path, ratio=(1,))
+    rule = AnyResolution(((14, 28), (28, 14), (28, 28), (42, 14), (14, 42)), side_px=14, patches=2)
+    cost = RecordCost(token=0, pair=0, image=1)
+    chosen = changed(equal_work, image_aspect_ratio="anyres", any_resolution=rule, balance_cost=cost)
+    chosen = changed(chosen, micro_batch_size=1)
+
+    def tiles_of_ranks(config: DataConfig) -> list[list[int]]:
+        ranks = loaders(str(tmp_path / "wds"), config, 3)
+        return [[sum(len(next(one)["pixels"]) for _ in range(4)) for one in ranks] for _ in range(60 // 12)]
+
+    in_turns, dealt = tiles_of_ranks(changed(chosen, balance_cost=None)), tiles_of_ranks(chosen)
+    assert list(map(sum, in_turns)) == list(map(sum, dealt)), "the same tiles in each step"
+    apart, balanced_apart = ([max(step) - min(step) for step in steps] for steps in (in_turns, dealt))
+    assert max(apart) >= 3, "a step of which every rank gets as many anyway proves little"
+    assert max(balanced_apart) <= 2 and sum(balanced_apart) < sum(apart)
 
 
 def test_ranks_change_places_from_step_to_step(folder: str, equal_work: DataConfig) -> None:
