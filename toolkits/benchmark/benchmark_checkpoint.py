@@ -42,7 +42,7 @@ def train(shape: Shape, work: Path, iterations: int, processes: int, options: di
     """Seconds of what the timers of one run show: `load`, `save`.  Raises RuntimeError."""
     arguments = [
         *("dsw", shape.size, shape.micro_batch, shape.micro_batch * processes, "1e-4", "1e-4"),
-        *(shape.image_tokens, shape.image_tokens + shape.text_tokens + 64, "fp32", 1, 1, 1),
+        *(shape.tile_tokens, shape.image_tokens + shape.text_tokens + 64, "fp32", 1, 1, 1),
         *("true" if processes > 1 else "false", "true", "false", "false", 10**6),
         *(work / "data/wds", work / "data/wds", work / "checkpoint", iterations, 0, work / "run"),
     ]

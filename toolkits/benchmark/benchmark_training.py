@@ -81,7 +81,7 @@ def our_command(
     frozen = () if shape.all_trained else FROZEN[stage]
     arguments = [
         *("dsw", shape.size, shape.micro_batch, shape.micro_batch * shape.micro_batches, "1e-4", "1e-4"),
-        *(shape.image_tokens, shape.image_tokens + shape.text_tokens + 64, precision, 1, 1, 1, "false", "true"),
+        *(shape.tile_tokens, shape.image_tokens + shape.text_tokens + 64, precision, 1, 1, 1, "false", "true"),
         *("false", "false", 10**9 - 1, wds, wds, start if shape.weights else "none", 10**6, 0, output),
     ]
     environment = os.environ | {
@@ -107,7 +107,8 @@ def plain_command(shape: Shape, stage: int, precision: str, model: Path, ours: l
     run.write_text(json.dumps(ours[entry + 1 :]))
     frozen = () if shape.all_trained else FROZEN[stage]
     script = str(SIDES / "plain_loop.py")
-    return [sys.executable, script, str(model), str(run), precision, str(shape.micro_batches), *frozen]
+    size = "x".join(map(str, shape.image_px or (shape.side_px, shape.side_px)))
+    return [sys.executable, script, str(model), str(run), precision, str(shape.micro_batches), size, *frozen]
 
 
 class Products:

@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_patch.llava_kinds import LLAVA_KINDS
+from megatron_patch.tile_plan import AnyResolution, read_candidates
+
 ROOT = Path(__file__).resolve().parents[2]
 CONVERTER = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -38,11 +41,26 @@ class Shape:
     family: str = "Llama"  # of transformers' configs
     weights: bool = True  # written, so that both sides start from the same; false: too many
     all_trained: bool = False  # as the quickstart, whose parts nobody pretrained
+    kind: str = "llava"  # of LLAVA_KINDS; with CLIP's tower
+    image_px: tuple[int, int] | None = None  # height and width of each image, of a kind for any resolution
+
+    @property
+    def tile_tokens(self) -> int:
+        """Of one tile: SEQ_LEN."""
+        return (self.side_px // self.patch_px) ** 2
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        """image_grid_pinpoints of the model; none of LLaVA-1.5."""
+        return LLAVA_KINDS[self.kind].pinpoints(self.side_px)
 
     @property
     def image_tokens(self) -> int:
         """Of one image."""
-        return (self.side_px // self.patch_px) ** 2
+        if self.image_px is None:
+            return self.tile_tokens
+        candidates = read_candidates(self.pinpoints, self.side_px)
+        return AnyResolution(candidates, self.side_px, self.side_px // self.patch_px).plan(self.image_px).tokens
 
 
 SHAPES = {
@@ -52,6 +70,13 @@ SHAPES = {
             **{"num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": False},
         },
         SMALL_TOWER, 28, 7, 16, 64, all_trained=True,
+    ),
+    "quickstart-next": Shape(  # 4 tiles and 68 tokens of each image
+        {
+            **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+            **{"num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": False},
+        },
+        SMALL_TOWER, 28, 7, 16, 32, all_trained=True, kind="llava_next", image_px=(28, 84),
     ),
     "135M": Shape(SMOLLM2, SMALL_TOWER, 28, 7, 40, 8, size="0.1B"),
     "135M+CLIP-L": Shape(SMOLLM2, CLIP_L, 224, 14, 40, 4, size="0.1B"),
@@ -87,28 +112,31 @@ def write_model(folder: Path, shape: Shape) -> Path:
     text = getattr(transformers, f"{shape.family}Config")(
         **shape.language, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2
     )
-    config = transformers.LlavaConfig(
+    row = LLAVA_KINDS[shape.kind]
+    config = transformers.AutoConfig.for_model(
+        shape.kind,
         text_config=text,
         vision_config=transformers.CLIPVisionConfig(
             **shape.tower, image_size=shape.side_px, patch_size=shape.patch_px, projection_dim=64
         ),
         image_token_index=fast.convert_tokens_to_ids("<image>"),
-        image_seq_length=shape.image_tokens,
         tie_word_embeddings=text.tie_word_embeddings,
+        **({"image_grid_pinpoints": shape.pinpoints} if row.any_resolution else {}),
+        **({"image_seq_length": shape.tile_tokens} if row.image_seq_length else {}),
     )
     transformers.CLIPImageProcessor(
         size={"shortest_edge": shape.side_px}, crop_size={"height": shape.side_px, "width": shape.side_px}
     ).save_pretrained(folder)
     processor = {
-        **{"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": shape.patch_px},
+        **{"processor_class": row.processor, "image_token": "<image>", "patch_size": shape.patch_px},
         **{"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
     }
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [row.architecture]
     config.save_pretrained(folder)
     if shape.weights:
         torch.manual_seed(0)
-        transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+        getattr(transformers, row.architecture)(config).save_pretrained(folder)
     return folder
 
 
@@ -119,10 +147,11 @@ def write_records(folder: Path, shape: Shape, records: int) -> Path:
 
     (folder / "images").mkdir(parents=True)
     numbers, generator = np.random.default_rng(0), random.Random(0)
+    height, width = shape.image_px or (shape.side_px, shape.side_px)
     listed = []
     for number in range(records):
         small = numbers.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((shape.side_px, shape.side_px)).save(folder / f"images/{number}.jpg", quality=90)
+        Image.fromarray(small).resize((width, height)).save(folder / f"images/{number}.jpg", quality=90)
         caption = " ".join(f"w{generator.randrange(WORDS)}" for _ in range(shape.text_tokens - 1))
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         listed.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})

@@ -1,9 +1,11 @@
 """What a user would write: a loop over transformers' LlavaForConditionalGeneration, with SDPA and fused AdamW.
 
-    python plain_loop.py MODEL RUN.json PRECISION MICRO_BATCHES [freeze-language-model] [freeze-vision-tower]
+    python plain_loop.py MODEL RUN.json PRECISION MICRO_BATCHES HEIGHTxWIDTH [freeze-language-model]
+        [freeze-vision-tower]
 
 Started by the benchmark, with a gate before each step (gate.py).  RUN.json holds the arguments of our trainer, from
-which this loop takes its records alone: the batches are the same.
+which this loop takes its records alone: the batches are the same.  All images are of one size, of which a LLaVA-NeXT
+wants to know.
 """
 
 import dataclasses
@@ -15,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+import transformers
 from gate import Gate
-from transformers import LlavaForConditionalGeneration
 
 from megatron_patch.data.loading import build_train_loader
 from megatron_patch.geometry import IGNORE_LABEL
@@ -25,15 +27,16 @@ from megatron_patch.training.config import read_config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(folder: str, dtype: torch.dtype, frozen: list[str]) -> LlavaForConditionalGeneration:
+def build(folder: str, dtype: torch.dtype, frozen: list[str]) -> transformers.PreTrainedModel:
     """On the GPU where there is one; with the folder's weights where it has some."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
+    config = transformers.AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
+    kind = getattr(transformers, config.architectures[0])
     if list(Path(folder).glob("*.safetensors")):
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     else:
         with torch.device(where):
-            config = LlavaForConditionalGeneration.config_class.from_pretrained(folder, attn_implementation="sdpa")
-            model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+            model = kind._from_config(config, dtype=dtype)
     model.to(where).train()
     for part, name in (
         (model.model.vision_tower, "freeze-vision-tower"),
@@ -41,12 +44,23 @@ def build(folder: str, dtype: torch.dtype, frozen: list[str]) -> LlavaForConditi
         (model.lm_head, "freeze-language-model"),
     ):
         part.requires_grad_(name not in frozen)
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.requires_grad_("freeze-language-model" not in frozen)
     return model
+
+
+def images_of(batch: dict, pixels: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What the forward pass wants: pixels [N, ...], or those of each image's tiles [M, N / M, ...] and its size."""
+    if "plans" not in batch:
+        return {"pixel_values": pixels}
+    images = len(batch["plans"])
+    return {"pixel_values": pixels.unflatten(0, (images, -1)), "image_sizes": torch.tensor([size] * images)}
 
 
 def main() -> None:
     """Train until the gate says that it is enough."""
-    folder, run, precision, micro_batches, *frozen = sys.argv[1:]
+    folder, run, precision, micro_batches, image_size, *frozen = sys.argv[1:]
+    height, width = map(int, image_size.split("x"))
     settings = read_config(json.loads(Path(run).read_text()))
     model = build(folder, DTYPES[precision], frozen)
     where = model.device
@@ -69,7 +83,10 @@ def main() -> None:
             # ours stand at the token before the one to predict, transformers' at the token itself
             labels = torch.nn.functional.pad(batch["labels"], (1, 0), value=IGNORE_LABEL)[:, :-1].to(where)
             loss = model(
-                input_ids=batch["tokens"].to(where), pixel_values=pixels, labels=labels, num_items_in_batch=count
+                input_ids=batch["tokens"].to(where),
+                labels=labels,
+                num_items_in_batch=count,
+                **images_of(batch, pixels, (height, width)),
             ).loss
             loss.backward()
             total += loss.detach()
