@@ -3533,7 +3533,7 @@ JOBS = [
 ]
 
 PLAN, MEMORY = "megatron_patch/launch/plan.py", "megatron_patch/memory.py"
-LIMITS = "megatron_patch/data/preparation/workers.py"
+LIMITS, OF_QUICKSTART = "megatron_patch/data/preparation/workers.py", "tests/quickstart/test_quickstart_parts.py"
 TILES = [
     *of(
         PLAN,
@@ -3615,6 +3615,39 @@ TILES = [
         f"{OF_PIPELINE}::test_wrong_words_end_with_code_2_before_anything_is_created",
         ("--model and --image-tokens pass together", "    if by_model and (named :=", "    if False and (named :="),
         ("--model alone limits nothing", "if len(absent) == len(values) and not by_model:", "if True:"),
+    ),
+    *of(
+        LENGTHS,
+        f"{OF_BALANCE}::test_tiles_of_any_resolution_are_balanced",
+        ("equal work counts one tile an image", "text.tiles // self._encoder.config.tiles", "len(text.plans)"),
+    ),
+    *of(
+        "examples/llava_mcore/quickstart.sh",
+        f"{OF_QUICKSTART}::test_one_quickstart_does_not_go_on_in_the_others_folder",
+        ("one quickstart goes on in the other's folder", "if [[ -e $folder/.steps/$other ]]; then", "if false; then"),
+    ),
+    *of(
+        "examples/llava_mcore/quickstart/compare_scores.py",
+        f"{OF_QUICKSTART}::test_scores_are_put_beside_each_other",
+        (
+            "whatever the scores, it is a success",
+            "if others and first < max(others)",
+            "if False and first < max(others)",
+        ),
+        (
+            "answers that are not there are no error",
+            "    except OSError as error:\n        raise UserError(f",
+            "    except OSError as error:\n        raise SystemExit(f",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/quickstart/make_digit_rows.py",
+        f"{OF_QUICKSTART}::test_rows_of_digits_are_wide_and_tall_and_share_no_original",
+        (
+            "held-out pictures show digits of the training",
+            'write_rows(folder / "heldout", held_out,',
+            'write_rows(folder / "heldout", train,',
+        ),
     ),
 ]
 

@@ -5,6 +5,9 @@
 # FOLDER (default: quickstart/ in the repository) gets everything. Run again, it goes on where it stopped;
 # with --fresh it starts over. It runs on the CPU; ACCELERATOR=cuda takes two GPUs instead. PRECISION=bf16 (default: fp32)
 # is faster on a CPU with bf16 instructions; then use a FOLDER of its own.
+#   bash examples/llava_mcore/quickstart.sh --any-resolution [--fresh] [FOLDER]
+# Wide and tall pictures of two or three digits; a LLaVA-NeXT trained twice on them, at any resolution and on one square
+# tile of each; both scores. One stage, one process. FOLDER: quickstart-any-resolution/ unless it is named.
 set -euo pipefail
 unset CDPATH
 
@@ -14,11 +17,13 @@ usage() {
 }
 
 fresh=false
+kind=quickstart
 folder=
 for argument; do
     case $argument in
         --help | -h) usage 0 ;;
         --fresh) fresh=true ;;
+        --any-resolution) kind=quickstart-any-resolution ;;
         -*) usage 2 >&2 ;;
         *)
             [[ -z $folder ]] || usage 2 >&2
@@ -29,7 +34,7 @@ done
 started_in=$PWD
 cd "$(dirname "$0")/../.."
 repository=$PWD
-folder=${folder:-$repository/quickstart}
+folder=${folder:-$repository/$kind}
 [[ $folder == /* ]] || folder=$started_in/$folder
 
 PYTHON=$("$BASH" examples/setup_environment.sh)
@@ -42,6 +47,12 @@ fi
 
 if [[ -e $folder && ! -d $folder/.steps && -n $(ls -A "$folder" 2>/dev/null || echo file) ]]; then
     echo "error: $folder exists and is not a quickstart's folder; name a new one" >&2
+    exit 2
+fi
+other=make_digit_rows
+[[ $kind == quickstart ]] || other=make_digits
+if [[ -e $folder/.steps/$other ]]; then
+    echo "error: $folder holds the other quickstart ($other); name a new one" >&2
     exit 2
 fi
 [[ $fresh == false ]] || rm -rf "$folder"
@@ -157,6 +168,52 @@ answer_questions() {
         --out "$1" --at-least 0.9
 }
 
+# Of --any-resolution. Nothing here was pretrained: one stage trains everything, twice.
+make_digit_rows() { "$PYTHON" -m examples.llava_mcore.quickstart.make_digit_rows "$1"; }
+
+make_models_of_rows() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.make_models "$1" --texts "$folder/data/train/digits.json"
+}
+
+convert_rows() {
+    "$PYTHON" toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py \
+        "$folder/data/train" --output "$1" --overwrite
+}
+
+convert_llava_next() {
+    MODEL_KIND=llava_next bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh \
+        tiny "$folder/models/llm" "$folder/models/clip" "$1" 1 1 false "$precision"
+}
+
+train_any_resolution() {
+    IMAGE_ASPECT_RATIO=anyres CONVERSATION_TEMPLATE=mistral FREEZE_LANGUAGE_MODEL=false FREEZE_VISION_TOWER=false \
+        NPROC_PER_NODE=1 NUM_WORKERS=0 LOG_INTERVAL=10 EVAL_ITERS=0 bash examples/llava_mcore/run_mcore_llava.sh \
+        dsw tiny 16 16 2e-3 1e-5 16 128 "$precision" 1 1 1 false true false false 100 \
+        "$folder/data/wds" "$folder/data/wds" "$folder/checkpoint" 200 20 "$1"
+}
+
+train_one_tile() {
+    IMAGE_ASPECT_RATIO=crop CONVERSATION_TEMPLATE=mistral FREEZE_LANGUAGE_MODEL=false FREEZE_VISION_TOWER=false \
+        NPROC_PER_NODE=1 NUM_WORKERS=0 LOG_INTERVAL=10 EVAL_ITERS=0 bash examples/llava_mcore/run_mcore_llava.sh \
+        dsw tiny 16 16 2e-3 1e-5 16 128 "$precision" 1 1 1 false true false false 100 \
+        "$folder/data/wds" "$folder/data/wds" "$folder/checkpoint" 200 20 "$1"
+}
+
+answer_at_any_resolution() {
+    OMP_NUM_THREADS=1 "$PYTHON" -m examples.llava_mcore.quickstart.answer \
+        "$folder/any_resolution/checkpoint" "$folder/data/heldout" --out "$1"
+}
+
+answer_of_one_tile() {
+    OMP_NUM_THREADS=1 "$PYTHON" -m examples.llava_mcore.quickstart.answer \
+        "$folder/one_tile/checkpoint" "$folder/data/heldout" --out "$1"
+}
+
+compare_scores() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.compare_scores "$1" --better-by 0.1 \
+        "any resolution=$folder/answers_any_resolution" "one tile=$folder/answers_one_tile"
+}
+
 plot_losses() {
     "$PYTHON" -m examples.llava_mcore.quickstart.plot_loss "$1" \
         "stage 1=$folder/stage1/tensorboard" "stage 2=$folder/stage2/tensorboard"
@@ -166,6 +223,20 @@ printf 'Quickstart in %s, with %s\n' "$folder" "$PYTHON"
 if [[ $precision == fp32 && $ACCELERATOR == cpu ]] &&
     "$PYTHON" -SBc 'from megatron_patch.device import cpu; raise SystemExit(not cpu.bf16_instructions())'; then
     printf 'This CPU computes in bf16 too: PRECISION=bf16 bash %q FOLDER trains in less time\n' "$0"
+fi
+if [[ $kind == quickstart-any-resolution ]]; then
+    step "rows of digits, wide and tall" data make_digit_rows
+    step "untrained language model and vision tower" models make_models_of_rows
+    step "data as shards" data/wds convert_rows
+    step "Hugging Face -> Megatron LLaVA-NeXT" checkpoint convert_llava_next
+    step "training at any resolution" any_resolution train_any_resolution
+    step "training on one tile of each picture" one_tile train_one_tile
+    step "questions, at any resolution" answers_any_resolution answer_at_any_resolution
+    step "questions, one tile of each picture" answers_one_tile answer_of_one_tile
+    step "both scores" scores.json compare_scores
+    printf '\nFinished after %d s. Where everything lies:\n' "$SECONDS"
+    printf '  %s\n' "${report[@]}"
+    exit 0
 fi
 step "digits as images and conversations" data make_digits
 step "untrained language model and vision tower" models make_models

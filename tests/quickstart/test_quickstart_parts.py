@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
-from examples.llava_mcore.quickstart import answer, make_digits, make_models
+from examples.llava_mcore.quickstart import answer, compare_scores, make_digit_rows, make_digits, make_models
 from megatron_patch.errors import UserError
+from megatron_patch.llava_kinds import LLAVA_KINDS
+from megatron_patch.tile_plan import AnyResolution
 
 ROOT = Path(__file__).parents[2]
 
@@ -236,8 +239,100 @@ def test_quickstart_leaves_a_foreign_folder_alone(tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "rows"
+    make_digit_rows.make_digit_rows(folder, pictures=300)
+    return folder
+
+
+def test_rows_of_digits_are_wide_and_tall_and_share_no_original(rows):
+    """Every picture is two or three squares long, of three sizes; a grid of tiles shows each square by itself."""
+    rule = AnyResolution(tuple(map(tuple, LLAVA_KINDS["llava_next"].pinpoints(28))), side_px=28, patches=4)
+    originals, shapes = {}, set()
+    for name, count in (("train", 300), ("heldout", make_digit_rows.HELD_OUT)):
+        records = json.loads((rows / name / "digits.json").read_text())
+        assert len(records) == count
+        originals[name] = {one for record in records for one in record["id"].split("-")[1:-1]}
+        for record in records:
+            digits = len(record["id"].split("-")[1:-1])
+            question, told = (turn["value"] for turn in record["conversations"])
+            assert question == "<image>\nWhich inks are these?" and len(told.split()) == digits
+            with Image.open(rows / name / "images" / record["image"]) as image:
+                shapes.add((image.height, image.width))
+                short, long = sorted(image.size)
+                assert long == digits * short
+                plan = rule.plan((image.height, image.width))
+            assert plan.tiles == 1 + digits and sorted(plan.shown) == [4, 4 * digits]
+    assert not originals["train"] & originals["heldout"]
+    assert shapes == {
+        shape for side in (28, 35, 42) for count in (2, 3) for shape in ((side, count * side), (count * side, side))
+    }
+
+
+def test_answers_about_rows_are_true_in_order(rows):
+    """The ink against the brightest pixel of the square where its digit stands."""
+    inks = np.array(list(make_digits.INKS.values()), dtype=float)
+    for record in json.loads((rows / "heldout/digits.json").read_text())[:60]:
+        told = record["conversations"][1]["value"].split()
+        pixels = np.asarray(Image.open(rows / "heldout/images" / record["image"])).astype(float)
+        for square, ink in zip(
+            np.split(pixels, len(told), axis=int(pixels.shape[1] > pixels.shape[0])), told, strict=True
+        ):
+            brightest = square.reshape(-1, 3)[square.sum(-1).argmax()]
+            assert list(make_digits.INKS)[np.linalg.norm(inks - brightest, axis=1).argmin()] == ink
+
+
+def test_scores_are_put_beside_each_other(tmp_path):
+    for name, scores in (("first", [1, 1, 1, 0]), ("second", [1, 0, 1, 0])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"score": score}) for score in scores]
+        (tmp_path / name / "scored.jsonl").write_text("\n".join(lines) + "\n")
+    assert compare_scores.exact_share(tmp_path / "first") == 0.75
+    words = ["-m", "examples.llava_mcore.quickstart.compare_scores", str(tmp_path / "scores.json")]
+    runs = [f"any={tmp_path / 'first'}", f"one tile={tmp_path / 'second'}"]
+    done = run_python(*words, *runs, "--better-by", "0.2")
+    assert (done.returncode, done.stdout) == (0, "all exactly right: any 75.0%, one tile 50.0%\n")
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"any": 0.75, "one tile": 0.5}
+    worse = run_python(*words, *runs, "--better-by", "0.3")
+    assert (worse.returncode, worse.stderr) == (1, "error: 75.0% is not better by 30%\n")
+    absent = run_python(*words, f"any={tmp_path / 'third'}")
+    assert absent.returncode == 2 and "wanted a folder that answer.py has written" in absent.stderr
+
+
+def test_one_quickstart_does_not_go_on_in_the_others_folder(tmp_path):
+    for step, words in (("make_digits", ["--any-resolution"]), ("make_digit_rows", [])):
+        folder = tmp_path / step
+        (folder / ".steps").mkdir(parents=True)
+        (folder / ".steps" / step).write_text("finished")
+        for more in ([], ["--fresh"]):
+            refused = run_quickstart(*words, *more, str(folder))
+            assert refused.returncode == 2
+            assert refused.stderr == f"error: {folder} holds the other quickstart ({step}); name a new one\n"
+        assert (folder / ".steps" / step).read_text() == "finished"
+
+
+def test_the_default_quickstart_has_its_steps():
+    """Those of before there was another one: a folder that has finished them goes on."""
+    text = (ROOT / "examples/llava_mcore/quickstart.sh").read_text()
+    default = text.rpartition("\nfi\n")[2]
+    assert re.findall(r'^step ".*" (\S+) (\S+)$', default, re.M) == [
+        ("data", "make_digits"),
+        ("models", "make_models"),
+        ("data/stage1/wds", "convert_stage1_data"),
+        ("data/stage2/wds", "convert_stage2_data"),
+        ("checkpoint", "convert_models"),
+        ("stage1", "train_stage1"),
+        ("stage2", "train_stage2"),
+        ("exported", "export_model"),
+        ("answers", "answer_questions"),
+        ("loss.png", "plot_losses"),
+    ]
+
+
 def test_quickstart_help_and_wrong_words():
-    assert "--fresh" in run_quickstart("--help").stdout
+    told = run_quickstart("--help").stdout
+    assert "--fresh" in told and "--any-resolution [--fresh] [FOLDER]" in told
     assert run_quickstart("--quick").returncode == 2
     assert run_quickstart("a", "b").returncode == 2
 
