@@ -3526,6 +3526,17 @@ JOBS = [
         ("a name in small letters is like no other", "get_close_matches(name.upper(), ", "get_close_matches(name, "),
     ),
     *of(
+        "megatron_patch/launch/completion.py",
+        "tests/launchers/test_completion.py",
+        ("every word is the first argument", "command.arguments[len(before)]", "command.arguments[0]"),
+        ("words that do not begin so are shown", "if word.startswith(begun)]", "if True]"),
+        ("NAME=VALUE is three words", 'word in ("=", ":") or', "False or"),
+        ("a preset is any text", 'if row.name == "PRESET":', "if False:"),
+        ("templates are any text", "if said.startswith(KNOWN) else ()", "if False else ()"),
+        ("the job behind a plan is not looked at", ") in STAGES:  # the job", ") in ():  # the job"),
+        ("the value of an option is an option", "if action is not None and action.nargs != 0:", "if False:"),
+    ),
+    *of(
         "megatron_patch/launch/run_file.py",
         OF_GPUS,
         ("a run goes on on the GPUs of its start alone", '"MASTER_PORT", "GPUS")', '"MASTER_PORT")'),

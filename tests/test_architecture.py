@@ -178,7 +178,7 @@ def test_ruff_finds_nothing():
 
 
 def test_shellcheck_finds_nothing():
-    scripts = [*tracked("*.sh"), ROOT / ".ci/run"]
+    scripts = [*tracked("*.sh", "*.bash"), ROOT / ".ci/run"]
     command = [str(Path(sys.executable).parent / "shellcheck"), "-x", *map(str, scripts)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

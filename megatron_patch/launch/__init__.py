@@ -13,6 +13,7 @@
     conversion.py     rows, rules and words of the checkpoint converter
     run_file.py       the values of a run in a file: --config, --from, and beside the checkpoints
     asking.py         chat, server, prompts and benchmarks: their options and rules
+    completion.py     what may stand where TAB is pressed
     doctor.py         what of this machine training will use
     job_words.py      a job as its user would start it, looked at from another machine, and so
       plan.py         memory, time and layouts, on paper

@@ -11,6 +11,7 @@ _COMMANDS = {
     "convert": ("conversion", lambda module: module.COMMAND),
     "rehearse": ("rehearsal", lambda module: module.COMMAND),
     "plan": ("plan", lambda module: module.COMMAND),
+    "complete": ("completion", lambda module: module.COMMAND),
     "doctor": ("doctor", lambda module: module.COMMAND),
     **{name: ("asking", lambda module, name=name: module.COMMANDS[name]) for name in ASKING},
 }
