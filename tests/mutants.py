@@ -2142,7 +2142,7 @@ LAUNCHERS = [
         "megatron_patch/launch/processes.py",
         "tests/launchers/test_start.py::test_a_rollback_starts_again_without_a_check",
         ("a rollback overwrites the logs", "glob('attempt_*')", "glob('none')"),
-        ("rollbacks have no end", "rollbacks = arguments.max_rollbacks - 1", "rollbacks = arguments.max_rollbacks"),
+        ("rollbacks have no end", '[f"max_{kind}"] - 1', '[f"max_{kind}"]'),
     ),
     *of(
         "megatron_patch/device/cpu.py",
