@@ -3604,7 +3604,7 @@ TILES = [
     *of(
         LIMITS,
         f"{OF_PIPELINE}::test_lengths_are_those_of_training_at_any_resolution",
-        ("limits count one tile", ", self._limit.tokens_of(images))", ")"),
+        ("limits count one tile", "counts = self._limit.tokens_of(images)", "counts = None"),
         ("limits count images as they lie", "image_size(data, self.apply_exif_orientation)", "image_size(data, False)"),
         (
             "limits count every image alone",
