@@ -454,7 +454,7 @@ def options(stage: int) -> tuple[Option, ...]:
             "GPUS",
             "(all that are visible)",
             GPU_IDS,
-            "GPUs of this node for this job, by the numbers that nvidia-smi shows; one process each",
+            "GPUs of this node for this job, by the numbers of the driver's own list; one process each",
         ),
         option(
             "NPROC_PER_NODE",

@@ -271,14 +271,17 @@ def test_a_part_that_another_process_writes_is_refused(model, data, tmp_path):
             evaluate(model, data, out, "--limit", "9")
 
 
+NOWHERE = Path("nowhere").absolute()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"--benchmark": "vqav2"}, "benchmark is 'vqav2'; wanted one of ai2d, "),
         ({"--metric": "accuracy"}, "metric is 'accuracy'; wanted one of exact_match, "),
         ({"--model": "nowhere"}, "nowhere is no model: wanted an exported Hugging Face folder"),
-        ({"--data": "nowhere"}, "nowhere: no such file or folder; wanted the benchmark's data"),
-        ({"--images": "nowhere"}, "nowhere: no such folder; wanted the benchmark's images"),
+        ({"--data": "nowhere"}, f"{NOWHERE}: no such file or folder; wanted the benchmark's data"),
+        ({"--images": "nowhere"}, f"{NOWHERE}: no such folder; wanted the benchmark's images"),
         ({"--temperature": "-1"}, "temperature is -1.0, wanted 0"),
     ],
 )
