@@ -322,6 +322,7 @@ def test_too_little_disk(tmp_path):
     check_disk(tmp_path / "a/b", 10**6)
 
 
+@pytest.mark.slow
 def test_full_disk_and_kill(hub, tmp_path):
     """A write that fails leaves nothing; after kill -9 only TARGET.tmp-<pid> is there, which nobody loads."""
     words = [str(word) for word in forward(hub("llama"), hub("clip"), tmp_path / "c", "--no-progress")]

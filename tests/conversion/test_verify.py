@@ -112,7 +112,7 @@ def test_wrong_values_are_found_and_the_first_part_is_named(tool, mutated):
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "families"),
     [
-        (2, 1, tiny_models.FAMILIES),
+        pytest.param(2, 1, tiny_models.FAMILIES, marks=pytest.mark.slow),
         pytest.param(2, 2, tiny_models.FAMILIES + tiny_models.MORE_FAMILIES, marks=pytest.mark.slow),
         pytest.param(1, 2, tiny_models.FAMILIES + tiny_models.MORE_FAMILIES, marks=pytest.mark.slow),
     ],

@@ -59,6 +59,7 @@ def test_a_packed_run_goes_on_with_another_number_of_ranks(
     assert sorted(rest) == list(range(7, ITERATIONS + 1))
 
 
+@pytest.mark.slow
 def test_steps_of_text_alone_hang_nobody(workspace: Workspace, tmp_path: Path) -> None:
     """Two data-parallel ranks, the tower is trained, whole steps have no image; tiles and two turns beside."""
     settings = {

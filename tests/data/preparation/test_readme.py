@@ -138,6 +138,7 @@ def test_the_benchmark_measures_all_three_and_leaves_nothing(benchmark, tmp_path
     assert len(images) == 40 and 25_000 < sum(images) / 40 < 45_000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(benchmark, tmp_path) -> None:
     """145 MB of JSON, 40,000 records."""
     with (tmp_path / "data.json").open("w") as file:
