@@ -3,7 +3,7 @@
 #   bash tests/run_tests.sh                 all that are not marked slow
 #   bash tests/run_tests.sh --all           the slow proofs too; names at its end what it left out, and why
 #   bash tests/run_tests.sh [--all] ARGUMENTS   the arguments go to pytest (files, -k NAME, -x, ...)
-#   bash tests/run_tests.sh --mutants       breaks one line at a time and looks whether the tests notice (half an hour)
+#   bash tests/run_tests.sh --mutants       breaks one line at a time and looks whether the tests notice (over an hour)
 #   bash tests/run_tests.sh --mutants TEXT  only those whose name, file or tests hold the text
 # Without ARGUMENTS they run in one process per core; TEST_PROCESSES in the environment says how many.
 # COLD_START=1 in the environment starts every run as a user's; else most start from tests/warm/server.py.
