@@ -22,8 +22,8 @@ from megatron_patch.conversion import convert_to_huggingface, convert_to_megatro
 from tests.smollm2 import save_smollm2
 from tests.training.launching import ROOT, Workspace, losses, run
 
-STAGE_1 = {"TRAIN_ITERS": 80, "LR": "2e-3", "MIN_LR": "2e-4", "LR_WARMUP_ITERS": 10}
-STAGE_2 = {"TRAIN_ITERS": 100, "MIN_LR": 0, "LR_WARMUP_ITERS": 10, "PROJECTOR_LR": "1e-3"}
+STAGE_1 = {"TRAIN_ITERS": 150, "LR": "2e-3", "MIN_LR": "2e-4", "LR_WARMUP_ITERS": 10}
+STAGE_2 = {"TRAIN_ITERS": 300, "MIN_LR": 0, "LR_WARMUP_ITERS": 10, "PROJECTOR_LR": "1e-3"}
 # The published learning rates, 2e-5 and 2e-4 at 7B, would be too small for so few iterations of so small a model.
 WAYS = {"full": {"LR": "2e-4"}, "LoRA": {"LR": "1e-3", "LORA_RANK": 32, "LORA_ALPHA": 64}}
 RECORDS = 100  # of those held out, each with five questions
@@ -79,6 +79,10 @@ def to_shards(records: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "SMOLLM2_LORA" not in os.environ,
+    reason="SMOLLM2_LORA=1 runs it, in about an hour; how many iterations full fine-tuning needs is not known yet",
+)
 def test_adapters_answer_within_three_points_of_full_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_digits(tmp_path / "data", copies=4)
     clip = train_tower(tmp_path / "data/stage1", tmp_path / "clip")
