@@ -51,6 +51,12 @@ class TilePlan:
         return (self.tiles, self.newlines, *self.grid, self.top, self.left, *self.shown)
 
 
+def fixed_tiles(columns: int, rows: int) -> int:
+    """Images that the tower sees for one of columns x rows tiles: these and a thumbnail, or the image alone."""
+    tiles = columns * rows
+    return tiles if tiles == 1 else tiles + 1
+
+
 def whole_image(tokens: int, tiles: int = 1) -> TilePlan:
     """Tiles whose features all stand in the text, one tile behind the other: LLaVA-1.5, and fixed grids of tiles."""
     return TilePlan(tiles, tokens * tiles)

@@ -3009,7 +3009,7 @@ VIDEOS = [
     *of(
         CONVERSATION,
         f"{OF_VIDEOS}::test_a_single_video_stands_in_front_and_stays_so_where_images_come_first",
-        ("videos stay behind where images come first", 'self._marks.sub("", exchange.question)', "exchange.question"),
+        ("videos stay behind where images come first", "self.without_marks(exchange.question)", "exchange.question"),
     ),
     *of(
         RECORD,
@@ -3565,8 +3565,8 @@ TILES = [
         f"{OF_PLAN}::test_fixed_tiles_are_planned",
         (
             "the plan leaves the thumbnail out",
-            "whole_image(geometry.tower.image_tokens, tiles if tiles == 1 else tiles + 1)",
-            "whole_image(geometry.tower.image_tokens, tiles)",
+            "whole_image(geometry.tower.image_tokens, fixed_tiles(*tiles))",
+            "whole_image(geometry.tower.image_tokens, tiles[0] * tiles[1])",
         ),
     ),
     *of(

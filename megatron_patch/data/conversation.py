@@ -145,6 +145,10 @@ class ConversationEncoder:
         """The marks in a text that stand for images and, where the model knows any, for videos, in their order."""
         return self._marks.findall(text)
 
+    def without_marks(self, text: str) -> str:
+        """A text without the marks of marks_in(), and without spaces at its ends."""
+        return self._marks.sub("", text).strip()
+
     def encode(
         self,
         exchanges: Sequence[Exchange],
@@ -232,7 +236,7 @@ class ConversationEncoder:
         """The exchanges without their images, and a mark for each of these."""
         marks = "".join(mark for exchange in exchanges for mark in self.marks_in(exchange.question))
         cleared = [
-            Exchange(self._marks.sub("", exchange.question).strip(), exchange.answer)
+            Exchange(self.without_marks(exchange.question), exchange.answer)
             if self._marks.search(exchange.question)
             else exchange
             for exchange in exchanges

@@ -1,6 +1,5 @@
 """Requests -> the tokens and pixels that training would have made of them, by the settings in the model's folder."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +86,7 @@ class PromptEncoder:
         if len(encoded.ids) >= self.max_tokens:
             seen = f"{len(images)} images" + (f", {len(videos)} videos" if videos else "")
             raise RecordError("too long", f"{len(encoded.ids)} tokens ({seen}), wanted fewer than {self.max_tokens}")
-        marks = (IMAGE_MARK, VIDEO_MARK) if videos else (IMAGE_MARK,)
-        if self._takes_questions and not _without(turns[-1].question, marks):
+        if self._takes_questions and not self._conversation.without_marks(turns[-1].question):
             raise RecordError("malformed", "the prompt is empty")
         plans = encoded.in_order(of_images, of_videos)
         pixels = decode_images(images, config, videos, plans)
@@ -117,12 +115,6 @@ def _with_marks(request: Request) -> list[Exchange]:
                 for turn in turns
             ]
     return turns
-
-
-def _without(question: str, marks: Sequence[str]) -> str:
-    for mark in marks:
-        question = question.replace(mark, "")
-    return question.strip()
 
 
 def _bytes_of(image: Path | bytes) -> bytes:

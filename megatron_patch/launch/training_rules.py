@@ -31,7 +31,7 @@ from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, checkpoint_bytes, rank_memory
 from megatron_patch.model_sizes import check_model_size
 from megatron_patch.step_flop import Frozen
-from megatron_patch.tile_plan import TilePlan, whole_image
+from megatron_patch.tile_plan import TilePlan, fixed_tiles, whole_image
 
 Values = Mapping[str, str]
 Findings = Iterator[tuple[str, str]]  # name of the argument that is wrong, and what it must be
@@ -556,9 +556,8 @@ def image_plan_of(values: Values, size: tuple[int, int]) -> TilePlan:
     geometry = folder.geometry()
     if _sees_any_resolution(values, folder):
         return geometry.any_resolution.plan(size)
-    columns, rows = grid(values["IMAGE_TILES"]) or _tiles_of(values["PRETRAIN_CHECKPOINT_PATH"])
-    tiles = columns * rows
-    return whole_image(geometry.tower.image_tokens, tiles if tiles == 1 else tiles + 1)
+    tiles = grid(values["IMAGE_TILES"]) or _tiles_of(values["PRETRAIN_CHECKPOINT_PATH"])
+    return whole_image(geometry.tower.image_tokens, fixed_tiles(*tiles))
 
 
 def _tell_photo(call: Call) -> None:

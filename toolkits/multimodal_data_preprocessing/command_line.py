@@ -20,6 +20,7 @@ from megatron_patch.data.preparation.sources import JsonSource, Source
 from megatron_patch.data.preparation.upload import check_target, upload_folder
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import CONFIG, LlavaFolder
+from megatron_patch.tile_plan import fixed_tiles
 
 FINE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -182,12 +183,10 @@ def limit_of_model(path: Path, template: str, max_tokens: int) -> LengthLimit:
     """
     folder = LlavaFolder(path) if (path / CONFIG).is_file() else LlavaFolder.of(path)
     geometry, settings = folder.geometry(), folder.settings
-    columns, rows = settings.image_tiles
-    tiles = columns * rows
     return LengthLimit(
         str(folder.tokenizer),
         template,
-        geometry.tower.image_tokens * (tiles if tiles == 1 else tiles + 1),
+        geometry.tower.image_tokens * fixed_tiles(*settings.image_tiles),
         max_tokens,
         geometry.any_resolution,
         settings.exif_orientation,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import ANY_RESOLUTION, IMAGE_ASPECT_RATIOS
 from megatron_patch.step_balance import RecordCost
-from megatron_patch.tile_plan import AnyResolution, TilePlan, video_plan, whole_image
+from megatron_patch.tile_plan import AnyResolution, TilePlan, fixed_tiles, video_plan, whole_image
 
 GROUPED = ("modality", "modality_window")
 ORDERS = ("cyclic", "single", *GROUPED)
@@ -104,9 +104,8 @@ class DataConfig:
 
     @property
     def tiles(self) -> int:
-        """Images that the tower sees for one of the record's: the tiles and the thumbnail, or the image alone."""
-        tiles = self.tile_columns * self.tile_rows
-        return tiles if tiles == 1 else tiles + 1
+        """Images that the tower sees for one of the record's, in fixed tiles."""
+        return fixed_tiles(self.tile_columns, self.tile_rows)
 
     @property
     def tokens_per_mark(self) -> int:

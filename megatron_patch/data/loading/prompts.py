@@ -59,9 +59,7 @@ class Prompts:
             for mark in (IMAGE_MARK, VIDEO_MARK)
         }
         asked = conversation.encode([Exchange(text, None)], record.system, counts[IMAGE_MARK], counts[VIDEO_MARK])
-        for mark in set(marks):
-            text = text.replace(mark, "")
-        text = text.strip()
+        text = conversation.without_marks(text)
         return Question(
             record.record_id,
             text,
