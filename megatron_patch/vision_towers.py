@@ -26,6 +26,9 @@ class VisionTower:
     image_std: tuple[float, float, float]
     feature_layer: int = -2  # hidden layer that a new projector sees; LLaVA's is the last but one
     pooling_head_flag: str | None = None  # flag of the config: a pooling head behind the last layer; None: none ever
+    # Last layers that the original code takes off a tower of this kind before it looks at its last hidden layer: its
+    # folders do not hold them, nor the pooling head.
+    original_layers_dropped: int = 0
     # CLIP's name of a tensor below `vision_model.` (a layer's: below `encoder.layers.N.`), without .weight or .bias ->
     # this kind's, where it differs.
     tensor_names: Mapping[str, str] = field(default_factory=dict)
@@ -86,6 +89,17 @@ VISION_TOWERS = {
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         pooling_head_flag="vision_use_head",
+        original_layers_dropped=1,
+        published={
+            "google/siglip-so400m-patch14-384": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 384,
+            },
+        },
     ),
 }
 OF_OPENAI_FILES = "clip_vision_model"  # the kind in OpenAI's own ViT-*.pt, which conversion/openai_clip.py reads

@@ -2891,13 +2891,60 @@ ANY_RESOLUTION = [
     *of(
         "megatron_patch/conversion/original_layout.py",
         "tests/conversion/test_original_layout.py::test_grids_that_are_not_built_are_refused",
-        ("OneVision in the original layout passes", 'if str(aspect).startswith("anyres_max"):', "if False:"),
+        (
+            "videos pooled in another way pass",
+            'check_known("mm_spatial_pool_mode", values.get("mm_spatial_pool_mode") or "bilinear", ("bilinear",))',
+            "pass",
+        ),
     ),
     *of(
         "megatron_patch/conversion/original_layout.py",
         "tests/conversion/test_original_layout.py::test_next_in_the_original_layout",
-        ("an original NeXT is taken for 1.5", 'return "llava_next", [list(size)', 'return "llava", [list(size)'),
+        ("an original NeXT is taken for 1.5", 'return "llava_next"', 'return "llava"'),
         ("derived configs have no grids", '"image_grid_pinpoints": config["image_grid_pinpoints"],', ""),
+    ),
+    *of(
+        "megatron_patch/conversion/original_layout.py",
+        "tests/conversion/test_original_layout.py::test_onevision_in_the_original_layout",
+        ("an original OneVision sees the layer below", "        layer = -1\n", "        layer = -2\n"),
+        (
+            "an original OneVision has the tiles of its kind",
+            'aspect = values.get("image_aspect_ratio") if LLAVA_KINDS[kind].aspect_ratio else None',
+            "aspect = None",
+        ),
+        (
+            "derived configs name the layer of the shortened tower",
+            '-1 - taken_off if taken_off else config["vision_feature_layer"]',
+            'config["vision_feature_layer"]',
+        ),
+        (
+            "derived configs name one number of tiles",
+            'config.get("vision_aspect_ratio", geometry.kind.aspect_ratio)',
+            "geometry.kind.aspect_ratio",
+        ),
+        (
+            "nothing is said of a video's newline",
+            "if LLAVA_KINDS[original.kind].video_token and newline",
+            "if False and newline",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/original_layout.py",
+        "tests/conversion/test_original_layout.py::test_siglip_inside_has_lost_its_last_layer",
+        (
+            "a pooling head that is not there is expected",
+            "setattr(config, flag, any(",
+            "setattr(config, flag, not any(",
+        ),
+    ),
+    *of(
+        "megatron_patch/conversion/plan.py",
+        "tests/conversion/test_original_layout.py::test_onevision_in_the_original_layout",
+        (
+            "an original OneVision has no token of videos",
+            "video_token = LLAVA_KINDS[original.kind].video_token",
+            "video_token = False",
+        ),
     ),
     *of(
         LLAVA,

@@ -200,12 +200,14 @@ def compose_config(
     feature_layer: int,
     kind: str = "llava",
     pinpoints: Sequence[Sequence[int]] | None = None,
+    aspect_ratio: str | None = None,
 ) -> dict[str, Any]:
     """Full LLaVA config from transformers' config objects of its two halves.
 
     Args:
         kind: of LLAVA_KINDS.
         pinpoints: image_grid_pinpoints, where the kind has them; None: those of the kind.
+        aspect_ratio: vision_aspect_ratio, likewise.
     """
     text.vocab_size = vocabulary
     row = LLAVA_KINDS[kind]
@@ -222,7 +224,7 @@ def compose_config(
     if row.any_resolution:
         values["image_grid_pinpoints"] = list(pinpoints or row.pinpoints(vision.image_size))
     if row.aspect_ratio:
-        values["vision_aspect_ratio"] = row.aspect_ratio
+        values["vision_aspect_ratio"] = aspect_ratio or row.aspect_ratio
     if tokens.video_id is not None:
         values["video_token_index"] = tokens.video_id
     with _quiet_transformers():

@@ -9,6 +9,7 @@ llava/model/llava_arch.py, multimodal_encoder/clip_encoder.py and multimodal_pro
 
 import ast
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,11 +33,12 @@ from megatron_patch.llava_folder import (
     LlavaFolder,
     TrainingSettings,
 )
-from megatron_patch.llava_kinds import NEWLINE
+from megatron_patch.llava_kinds import LLAVA_KINDS, NEWLINE
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
 Blocks = Callable[[HubTensor], Iterator[Tensor]]  # the rows of a tensor, in any number of blocks
+VIDEO_NEWLINE = "one_token"  # mm_newline_position: one image_newline behind a video, as transformers puts it
 _TOWER = "model.vision_tower."
 _TEXT_FILES = (
     "config.json",
@@ -77,7 +79,8 @@ class Original:
     feature_layer: int
     projector: str
     kind: str = "llava"  # of LLAVA_KINDS
-    pinpoints: list[list[int]] | None = None  # image_grid_pinpoints of a kind that has them
+    pinpoints: list[list[int]] | None = None  # image_grid_pinpoints of a kind that has them; None: those of the kind
+    aspect_ratio: str | None = None  # vision_aspect_ratio of a kind that has one
 
     def text_config(self) -> Any:
         """transformers' config object of the LLM inside."""
@@ -101,7 +104,8 @@ def read_original(folder: Path) -> Original:
     """Read and check config.json.
 
     Raises:
-        UserError: it asks for something other than the ways of seeing of LLaVA-1.5 and LLaVA-NeXT; named.
+        UserError: it asks for something other than the ways of seeing of LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision;
+            named.
     """
     values = hub_files.read_json(folder / "config.json")
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
@@ -113,7 +117,8 @@ def read_original(folder: Path) -> Original:
     where = f"{folder}/config.json"
     try:
         check_known("mm_vision_select_feature", values.get("mm_vision_select_feature", "patch"), ("patch",))
-        kind, pinpoints = _kind(values)
+        kind = _kind(values)
+        pinpoints = _pinpoints(values, kind) if LLAVA_KINDS[kind].any_resolution else None
         projector = values.get("mm_projector_type", "linear")  # v1.0 had no other and did not name it
         check_known("mm_projector_type", projector, PROJECTOR_TYPES)
         if values.get("s2") or values.get("mm_resampler_type"):
@@ -124,33 +129,42 @@ def read_original(folder: Path) -> Original:
         llm_type = _llm_type(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Original(folder, values, llm_type, str(values["mm_vision_tower"]), layer, projector, kind, pinpoints)
+    aspect = values.get("image_aspect_ratio") if LLAVA_KINDS[kind].aspect_ratio else None
+    return Original(folder, values, llm_type, str(values["mm_vision_tower"]), layer, projector, kind, pinpoints, aspect)
 
 
-def _kind(values: dict[str, Any]) -> tuple[str, list[list[int]] | None]:
-    """(kind of LLAVA_KINDS, image_grid_pinpoints) of an original config.json.
-
-    The original code reads the pinpoints as [width, height], transformers as [height, width]: where two grids show an
-    image equally well, and the list names the one first, that code takes the other.  As transformers does, they are
-    kept as they are written.
-    """
+def _kind(values: dict[str, Any]) -> str:
+    """Kind of LLAVA_KINDS of an original config.json."""
     merge, aspect = values.get("mm_patch_merge_type") or "flat", values.get("image_aspect_ratio")
     check_known("mm_patch_merge_type", merge, ("flat", "spatial_unpad"))
     if merge == "flat":
-        return "llava", None
-    if str(aspect).startswith("anyres_max"):
-        raise UserError(
-            f"image_aspect_ratio {aspect!r} is LLaVA-OneVision's, which is read in the hub's layout only; pass the "
-            "folder of the same model in transformers' layout (its name ends with -hf)"
-        )
-    check_known("image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad", aspect, (ANY_RESOLUTION,))
+        return "llava"
+    if not re.fullmatch(r"anyres_max_[1-9]\d*", str(aspect)):
+        known = (ANY_RESOLUTION, "anyres_max_9")
+        check_known("image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad", aspect, known)
+        return "llava_next"
+    # how the frames of a video are made smaller; absent where no video was trained on
+    check_known("mm_spatial_pool_mode", values.get("mm_spatial_pool_mode") or "bilinear", ("bilinear",))
+    return "llava_onevision"
+
+
+def _pinpoints(values: dict[str, Any], kind: str) -> list[list[int]] | None:
+    """image_grid_pinpoints of an original config.json; None: those of the kind.
+
+    The original code reads them as [width, height], transformers as [height, width]: where two grids show an image
+    equally well, and the list names the one first, that code takes the other.  As transformers does, they are kept as
+    they are written.
+    """
     pinpoints = values.get("image_grid_pinpoints")
     if isinstance(pinpoints, str):  # as the training scripts are given them
+        rows, columns = LLAVA_KINDS[kind].grids[-1]
+        if kind == "llava_onevision" and pinpoints.replace(" ", "") == f"(1x1),...,({rows}x{columns})":
+            return None
         try:
             pinpoints = ast.literal_eval(pinpoints)
         except (ValueError, SyntaxError):
             raise UserError(f"image_grid_pinpoints is {pinpoints!r}; wanted a list of pairs of pixels") from None
-    return "llava_next", [list(size) for size in pinpoints or []] or None
+    return [list(size) for size in pinpoints or []] or None
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,7 @@ class Tower:
     config: Any  # transformers' config object
     folder: Path | None  # with its config, image processor and, unless they are inside, its weights
     inside: bool
+    feature_layer: int
     notes: list[str]
 
 
@@ -172,7 +187,8 @@ def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> T
     Raises:
         UserError: the tower, or its config, is nowhere to be found, or its width is not mm_hidden_size.
     """
-    inside = any(name.startswith(_TOWER) for name in names)
+    inner = [name for name in names if name.startswith(_TOWER)]
+    inside = bool(inner)
     named, notes = Path(original.tower_name), []
     if clip is None and named.is_absolute() and (named / "config.json").is_file():
         clip = named
@@ -194,15 +210,42 @@ def find_tower(original: Original, clip: Path | None, names: Iterable[str]) -> T
             f"{original.folder}: mm_hidden_size is {width}, but the tower is {config.hidden_size} wide; "
             f"pass the folder of {original.tower_name} as SOURCE_CLIP_CKPT_PATH"
         )
-    return Tower(config, clip, inside, notes)
+    layer = original.feature_layer
+    if inside and _as_stored(config, inner):
+        layer = -1
+        notes.append(f"the tower inside ends with the layer that is used: {config.num_hidden_layers}, counted from 1")
+    return Tower(config, clip, inside, layer, notes)
 
 
-def advice(trained_with: TrainingSettings | None) -> list[str]:
+def _as_stored(config: Any, names: Iterable[str]) -> bool:
+    """Change the config of a tower to what a folder holds of it, where the original code took layers off.
+
+    Args:
+        names: raw names of the tower's tensors.
+    Returns:
+        Does the tower end with the hidden layer that the projector sees?
+    """
+    dropped = VISION_TOWERS[config.model_type].original_layers_dropped
+    stored = {int(found[1]) for name in names if (found := re.search(r"\.encoder\.layers\.(\d+)\.", name))}
+    if not dropped or len(stored) != config.num_hidden_layers - dropped:
+        return False
+    config.num_hidden_layers -= dropped
+    flag = VISION_TOWERS[config.model_type].pooling_head_flag
+    if flag is not None:
+        setattr(config, flag, any(".vision_model.head." in name for name in names))
+    return True
+
+
+def advice(original: Original, trained_with: TrainingSettings | None) -> list[str]:
     """What a run that starts from the converted checkpoint does unless it is told otherwise."""
-    if trained_with is None:
-        return ["config.json does not say how the original fitted images to a square; training on crops them"]
-    told = (f"{name.upper()}={trained_with.spelled(name)}" for name in IMAGE_SETTINGS)
-    return [f"training on sees images as the original did: {', '.join(told)}"]
+    notes = ["config.json does not say how the original fitted images to a square; training on crops them"]
+    if trained_with is not None:
+        told = (f"{name.upper()}={trained_with.spelled(name)}" for name in IMAGE_SETTINGS)
+        notes = [f"training on sees images as the original did: {', '.join(told)}"]
+    newline = original.values.get("mm_newline_position") or VIDEO_NEWLINE
+    if LLAVA_KINDS[original.kind].video_token and newline != VIDEO_NEWLINE:
+        notes.append(f"mm_newline_position is {newline!r}: here a video ends with one {NEWLINE}")
+    return notes
 
 
 def save_text_files(source: Path, target: Path, with_tokenizer: bool) -> None:
@@ -292,8 +335,6 @@ def plan_export(
     Raises:
         UserError: the original code has no class for this LLM or projector, or the tower has no name.
     """
-    if geometry.model_type == "llava_onevision":
-        raise UserError("LLaVA-OneVision is exported in the hub's layout only; choose the layout hub")
     known = [name for name, family in LANGUAGE_MODELS.items() if family.original]
     check_known("the original layout's LLM", geometry.language.model_type, known)
     saved, trained_with = LlavaFolder(hub).original, LlavaFolder(hub).training_settings
@@ -320,7 +361,7 @@ def plan_export(
     name = values["mm_vision_tower"]
     if not with_tower:
         notes.append(f"without the tower: who loads the folder takes {name}; a tuned tower needs --layout original")
-    elif not values.get("unfreeze_mm_vision_tower"):
+    elif not values.get("unfreeze_mm_vision_tower") and "mm_vision_tower" not in (values.get("mm_tunable_parts") or ""):
         notes.append(
             f"the original code loads {name} instead of the tower inside unless config.json says "
             "unfreeze_mm_vision_tower: set it to true when the tower was tuned"
@@ -331,8 +372,9 @@ def plan_export(
 def _known_tower(config: dict[str, Any], hub: Path) -> str:
     """mm_vision_tower: the known tower with the checkpoint's numbers, or else the folder the tower came from."""
     vision = config["vision_config"]
+    whole = vision | {"num_hidden_layers": vision["num_hidden_layers"] + _layers_taken_off(config)}
     for name, numbers in VISION_TOWERS[vision["model_type"]].published.items():
-        if all(vision.get(key) == value for key, value in numbers.items() if key != "projection_dim"):
+        if all(whole.get(key) == value for key, value in numbers.items() if key != "projection_dim"):
             return name
     name = LlavaFolder(hub).provenance.get("sources", {}).get("clip", {}).get("name")
     if not name:
@@ -340,10 +382,17 @@ def _known_tower(config: dict[str, Any], hub: Path) -> str:
     return name
 
 
+def _layers_taken_off(config: dict[str, Any]) -> int:
+    """How many layers the named tower has above the last of the checkpoint's, as the original code stores it."""
+    vision = config["vision_config"]
+    ends_with_it = config["vision_feature_layer"] in (-1, vision["num_hidden_layers"])
+    return VISION_TOWERS[vision["model_type"]].original_layers_dropped if ends_with_it else 0
+
+
 def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str, tower_name: str) -> dict[str, Any]:
     """config.json of the original code for a checkpoint that came from elsewhere."""
     model_type, name = geometry.language.family.original
-    text = hub_files.with_older_rope(config["text_config"])
+    text, taken_off = hub_files.with_older_rope(config["text_config"]), _layers_taken_off(config)
     for field in ("rope_parameters", "dtype", "transformers_version"):
         text.pop(field, None)
     return text | {
@@ -354,7 +403,7 @@ def _derived_config(config: dict[str, Any], geometry: LlavaGeometry, dtype: str,
         "mm_vision_tower": tower_name,
         "mm_hidden_size": geometry.tower.hidden,
         "mm_projector_type": geometry.projector_type,
-        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_layer": -1 - taken_off if taken_off else config["vision_feature_layer"],
         "mm_vision_select_feature": "patch",
         **_of_images(config, geometry),
         "mm_use_im_start_end": False,
@@ -369,8 +418,13 @@ def _of_images(config: dict[str, Any], geometry: LlavaGeometry) -> dict[str, Any
     """How the original code makes features of an image."""
     if geometry.any_resolution is None:
         return {"mm_patch_merge_type": "flat", "image_aspect_ratio": "square"}
-    return {
+    values = {
         "mm_patch_merge_type": "spatial_unpad",
         "image_aspect_ratio": ANY_RESOLUTION,
         "image_grid_pinpoints": config["image_grid_pinpoints"],
     }
+    if geometry.kind.aspect_ratio:
+        values["image_aspect_ratio"] = config.get("vision_aspect_ratio", geometry.kind.aspect_ratio)
+        # of a video's frames, as transformers does it
+        values |= {"mm_spatial_pool_mode": "bilinear", "mm_newline_position": VIDEO_NEWLINE}
+    return values

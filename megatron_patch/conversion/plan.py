@@ -197,13 +197,15 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     hub = open_hub_weights(source)
     found = original_layout.find_tower(original, clip, hub)
     text = original.text_config()
-    tokens = hub_files.prepare_tokenizer(source, additions.tokens, config=text)
+    video_token = LLAVA_KINDS[original.kind].video_token
+    tokens = hub_files.prepare_tokenizer(source, additions.tokens, config=text, video_token=video_token)
     stored_rows = text.vocab_size
     vocabulary = _vocabulary(stored_rows, tokens, additions)
     config = hub_files.compose_config(
-        *(text, found.config, tokens, vocabulary, precision, original.projector, original.feature_layer),
+        *(text, found.config, tokens, vocabulary, precision, original.projector, found.feature_layer),
         kind=original.kind,
         pinpoints=original.pinpoints,
+        aspect_ratio=original.aspect_ratio,
     )
     geometry = read_geometry(config)
     rows = table_of_weights(geometry)
@@ -214,7 +216,7 @@ def _plan_original(source: Path, clip: Path | None, precision: str, additions: A
     if outside:
         weights |= account("tower", open_tower(found.folder), outside)
     trained_with = settings_of_original(source, original.values)
-    notes = [*tokens.notes, *found.notes, *original_layout.advice(trained_with)]
+    notes = [*tokens.notes, *found.notes, *original_layout.advice(original, trained_with)]
     notes += _grow_vocabulary(weights, stored_rows, vocabulary)
     facts = {
         "projector": {"type": geometry.projector_type, "origin": "source"},

@@ -76,8 +76,8 @@ def settings_of_original(folder: Path, values: dict[str, Any]) -> TrainingSettin
     if kept is not None:
         return kept
     ways = {"pad": "pad", "square": "crop", None: "crop"}
-    if values.get("mm_patch_merge_type") == "spatial_unpad":  # LLaVA-NeXT
-        ways = {ANY_RESOLUTION: ANY_RESOLUTION}
+    if values.get("mm_patch_merge_type") == "spatial_unpad":  # LLaVA-NeXT, and LLaVA-OneVision with anyres_max_9
+        ways = {values["image_aspect_ratio"]: ANY_RESOLUTION}
     if values.get("image_aspect_ratio") not in ways:  # anyres whose tiles follow each other
         return None
     return TrainingSettings(
@@ -93,7 +93,8 @@ def original_values(values: dict[str, Any], settings: TrainingSettings) -> dict[
     changes = {}
     same = settings.image_aspect_ratio in ("pad", ANY_RESOLUTION)
     aspect = settings.image_aspect_ratio if same else "square"
-    if (values.get("image_aspect_ratio") or "square") != aspect:
+    known = values.get("image_aspect_ratio") or "square"
+    if known != aspect and not (aspect == ANY_RESOLUTION and known.startswith(aspect)):  # anyres_max_9 is one of them
         changes["image_aspect_ratio"] = aspect
     if bool(values.get("mm_use_im_start_end")) != settings.image_start_end:
         changes["mm_use_im_start_end"] = settings.image_start_end

@@ -217,9 +217,9 @@ def test_added_tokens_are_kept(hub, tmp_path):
 
 
 def test_known_towers_are_those_of_transformers():
-    """A tower inside a folder has no config there: the numbers of the four that are known."""
+    """A tower inside a folder has no config there: the numbers of CLIP's four that are known."""
     tokens = {"patch14-336": 576, "patch14": 256, "patch16": 196, "patch32": 49}
-    for name in published_towers():
+    for name in (name for name in published_towers() if name.startswith("openai/")):
         values = {"mm_vision_tower": name, "mm_hidden_size": 1024 if "large" in name else 768}
         source = original_layout.Original(Path("x"), values, "llama", name, -2, "mlp2x_gelu")
         found = original_layout.find_tower(source, None, [TOWER + "vision_model.pre_layrnorm.weight"])
@@ -229,6 +229,20 @@ def test_known_towers_are_those_of_transformers():
             name.partition("patch")[1] + name.split("patch")[1]
         ]
         assert config.intermediate_size == 4 * config.hidden_size == 256 * config.num_attention_heads
+
+
+def test_siglip_inside_has_lost_its_last_layer():
+    """The original code takes the last of its 27 layers and its pooling head off, and sees the last of the rest."""
+    name = "google/siglip-so400m-patch14-384"
+    source = original_layout.Original(Path("x"), {"mm_hidden_size": 1152}, "qwen2", name, -2, "mlp2x_gelu")
+    stored = [f"{TOWER}vision_model.encoder.layers.{layer}.mlp.fc1.bias" for layer in range(26)]
+    found = original_layout.find_tower(source, None, stored)
+    config = found.config
+    assert (config.num_hidden_layers, config.vision_use_head, found.feature_layer) == (26, False, -1)
+    assert (config.image_size // config.patch_size) ** 2 == 729 and config.intermediate_size == 4304
+    whole = [f"{TOWER}vision_model.encoder.layers.{layer}.mlp.fc1.bias" for layer in range(27)]
+    found = original_layout.find_tower(source, None, whole)
+    assert (found.config.num_hidden_layers, found.feature_layer) == (27, -2)
 
 
 @pytest.fixture
@@ -338,10 +352,84 @@ def test_next_in_the_original_layout(hub, tmp_path):
     assert derived.keys() == before.keys() and same_bytes(derived["model.image_newline"], before["model.image_newline"])
 
 
+def make_original_onevision(folder: Path, llm: Path, siglip: Path, **values: object) -> dict[str, torch.Tensor]:
+    """lmms-lab's folder: SigLIP inside without its last layer and its pooling head, image_newline, larger grids."""
+    before = make_original(folder, llm, siglip, "qwen2", pickled=False)
+    last = f".layers.{json.loads((siglip / 'config.json').read_text())['num_hidden_layers'] - 1}."
+    before = {name: tensor for name, tensor in before.items() if not ("vision_tower" in name and last in name)}
+    before = {name: tensor for name, tensor in before.items() if ".vision_model.head." not in name}
+    before["model.image_newline"] = torch.randn(64, generator=torch.Generator().manual_seed(5))
+    save_file(before, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    grids = [[30 * rows, 30 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    values = {"image_aspect_ratio": "anyres_max_4", "image_grid_pinpoints": grids} | values
+    values |= {"mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "bilinear", "vision_config": None}
+    values |= {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model", "mm_vision_tower": "a/siglip"}
+    edit_json(folder / "config.json", **values)
+    return before
+
+
+def test_onevision_in_the_original_layout(hub, tmp_path):
+    """LLaVA-OneVision: the tower ends with the layer that is seen, the number of tiles is the folder's own, and every
+    tensor is byte-equal in both layouts."""
+    from transformers import LlavaOnevisionForConditionalGeneration, SiglipVisionModel
+
+    siglip = make_tiny_siglip(tmp_path / "siglip")
+    before = make_original_onevision(tmp_path / "onevision", hub("qwen2"), siglip)
+    report = to_megatron(tmp_path / "onevision", siglip, tmp_path / "ckpt")
+    assert any("IMAGE_ASPECT_RATIO=anyres" in note for note in report.notes)
+    geometry = read_geometry_of(tmp_path / "ckpt/llava")
+    assert (geometry.model_type, geometry.any_resolution.most_tiles) == ("llava_onevision", 4)
+    assert len(geometry.any_resolution.candidates) == 9 and geometry.video_token_id == 321
+    assert geometry.tower.running_layers == geometry.tower.layers == 3 and not geometry.tower.pooling_head
+
+    report = export(tmp_path / "ckpt", tmp_path / "back", layout="original")
+    assert not any("unfreeze_mm_vision_tower" in note for note in report.notes)
+    assert_same(before, tensors_of(tmp_path / "back"))
+    assert (tmp_path / "onevision/config.json").read_bytes() == (tmp_path / "back/config.json").read_bytes()
+
+    export(tmp_path / "ckpt", tmp_path / "hub")
+    # no AutoProcessor: that of OneVision needs torchvision
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
+    processor = json.loads((tmp_path / "hub/processor_config.json").read_text())
+    assert model.config.vision_aspect_ratio == processor["vision_aspect_ratio"] == "anyres_max_4"
+    pixels = torch.randn(1, 3, 30, 30, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = model.model.vision_tower(pixels, output_hidden_states=True)
+        whole = SiglipVisionModel.from_pretrained(siglip).eval()(pixels, output_hidden_states=True)
+    seen = ours.hidden_states[model.config.vision_feature_layer]
+    torch.testing.assert_close(seen, whole.hidden_states[-2], rtol=0, atol=1e-6)
+
+    to_megatron(tmp_path / "hub", None, tmp_path / "ckpt2")
+    export(tmp_path / "ckpt2", tmp_path / "derived", layout="original", tower_name="a/siglip")
+    values = json.loads((tmp_path / "derived/config.json").read_text())
+    wanted = {"image_aspect_ratio": "anyres_max_4", "mm_vision_select_layer": -2, "mm_newline_position": "one_token"}
+    assert {name: values[name] for name in wanted} == wanted
+    edit_json(tmp_path / "derived/config.json", mm_newline_position="grid")
+    report = to_megatron(tmp_path / "derived", siglip, tmp_path / "ckpt3")
+    assert any(
+        "mm_newline_position is 'grid': here a video ends with one image_newline" in note for note in report.notes
+    )
+    assert read_geometry_of(tmp_path / "ckpt3/llava") == read_geometry_of(tmp_path / "ckpt2/llava")
+    export(tmp_path / "ckpt3", tmp_path / "hub3")
+    assert_same(tensors_of(tmp_path / "hub"), tensors_of(tmp_path / "hub3"))
+
+
+def test_grids_of_onevision_as_its_scripts_name_them(hub, tmp_path):
+    siglip = make_tiny_siglip(tmp_path / "siglip")
+    make_original_onevision(tmp_path / "source", hub("qwen2"), siglip, image_grid_pinpoints="(1x1),...,(6x6)")
+    to_megatron(tmp_path / "source", siglip, tmp_path / "ckpt")
+    candidates = read_geometry_of(tmp_path / "ckpt/llava").any_resolution.candidates
+    assert len(candidates) == 36 and candidates[0] == (30, 30) and candidates[-1] == (180, 180)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"image_aspect_ratio": "anyres_max_9"}, "LLaVA-OneVision's, which is read in the hub's layout only"),
+        ({"image_aspect_ratio": "anyres_max"}, "is 'anyres_max'; known: anyres, anyres_max_9"),
+        (
+            {"image_aspect_ratio": "anyres_max_9", "mm_spatial_pool_mode": "average"},
+            "mm_spatial_pool_mode is 'average'; known: bilinear",
+        ),
         (
             {"image_aspect_ratio": "pad"},
             "image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad is 'pad'",
