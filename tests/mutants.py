@@ -2889,6 +2889,25 @@ ANY_RESOLUTION = [
         ("an unknown vision_aspect_ratio passes", "if kind.aspect_ratio and not most:", "if False:"),
     ),
     *of(
+        "megatron_patch/inference/chat.py",
+        "tests/inference/test_chat.py::test_videos_and_images_of_a_conversation",
+        (
+            "a video is forgotten after its question",
+            "self._videos, self._waiting_videos = videos, []",
+            "self._waiting_videos = []",
+        ),
+        (
+            "a reset keeps videos",
+            "        self._videos: list[Frames] = []\n",
+            '        self._videos = getattr(self, "_videos", [])\n',
+        ),
+        (
+            "a model without videos is noticed with the question",
+            'self._engine.prepare(Request(path.name, (Exchange(f"{VIDEO_MARK}\\n?", None),), videos=(frames,)))',
+            "pass",
+        ),
+    ),
+    *of(
         "megatron_patch/conversion/original_layout.py",
         "tests/conversion/test_original_layout.py::test_grids_that_are_not_built_are_refused",
         (

@@ -26,6 +26,10 @@ def obey(chat: Chat, line: str) -> bool:
         path = Path(rest.strip()).expanduser()
         chat.add_image(path)
         print(f"({path.name} belongs to the next question)")
+    elif command == "/video" and rest.strip():
+        path = Path(rest.strip()).expanduser()
+        frames = chat.add_video(path)
+        print(f"({path.name}, {frames} frames of it, belongs to the next question)")
     elif command == "/help":
         print(COMMANDS_IN_CHAT, end="")
     else:

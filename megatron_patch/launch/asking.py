@@ -28,6 +28,7 @@ CHAT = """Talk with a trained LLaVA in the terminal: a Megatron checkpoint, or a
     bash chat_llava.sh DIR [IMAGE ...] [--temperature 0.7]
 
 /image PATH   the next question is about this image too
+/video PATH   and about this video, a file or a folder of frames (LLaVA-OneVision): 32 frames of it at most
 /reset        begin a new conversation
 /help         these words
 /quit         the end; so does Ctrl-D

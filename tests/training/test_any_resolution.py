@@ -45,6 +45,12 @@ ROWS = {
 }
 # LLaVA-OneVision's head is its embedding, which FSDP refuses
 ROWS_OF_NEXT = {"FSDP": {"NPROC_PER_NODE": 2, "FSDP": "full"}}
+# before and after a resume, with the distributed optimizer, whose state other layouts can load
+CHANGES = {
+    "one process to PP2": ({}, {"PP": 2}),
+    "TP2 to DP2": ({"TP": 2}, {"NPROC_PER_NODE": 2}),
+    "PP2 to CP2": ({"PP": 2}, {"CP": 2}),
+}
 DEFAULT = []  # that of one process is in tests/model, stage 1 from shards is below
 
 
@@ -153,6 +159,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(kind: str, workspaces: dict
     run_and_kill(workspaces[kind], tmp_path / "out", 8, **settings)
     resumed = losses(run(workspaces[kind], tmp_path / "out", **settings))
     assert resumed == {number: expected[number] for number in range(7, ITERATIONS + 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_under_another_layout(kind: str, change: str, workspaces: dict, alone, tmp_path: Path) -> None:
+    _, expected = alone(kind)
+    before, after = CHANGES[change]
+    settings = WITHOUT | {"CONVERSATION_TEMPLATE": KINDS[kind][2], "SAVE_INTERVAL": 6, "DO": "true"}
+    # the first half ends by Megatron's own limit, so that the schedule is that of the whole run
+    words = ["--exit-interval", "6"]
+    assert len(losses(run(workspaces[kind], tmp_path / "out", words=words, **settings | before))) == 6
+    rest = losses(run(workspaces[kind], tmp_path / "out", **settings | after))
+    assert sorted(rest) == list(range(7, ITERATIONS + 1))
+    worst = max(abs(rest[i] / expected[i] - 1) for i in rest)
+    print(f"{kind}, {change}: largest relative difference {worst:.1e}")
+    assert worst <= 7e-6
 
 
 @pytest.mark.slow
