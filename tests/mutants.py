@@ -1945,6 +1945,21 @@ RUNS = [
         "tests/test_benchmark_data.py::test_half_of_a_pair_is_refused",
         ("a dataset without its checkpoint", "if (given.dataset is None) != (given.checkpoint is None):", "if False:"),
         ("a step without its time", "if (given.step_records is None) != (given.step_seconds is None):", "if False:"),
+        (
+            "a store of what is in one already",
+            "if given.store_latency_ms is not None and given.dataset",
+            "if False and ()",
+        ),
+    ),
+    *of(
+        "toolkits/benchmark/slow_store.py",
+        "tests/test_benchmark_data.py::test_the_loader_is_measured",
+        ("the slow store is not slow", "await asyncio.sleep(latency_s)", "await asyncio.sleep(0)"),
+        (
+            "the slow store gives the object in place of a range",
+            "if asked else (0, size - 1)",
+            "if False else (0, size - 1)",
+        ),
     ),
     *of(
         "toolkits/benchmark/benchmark_loading.py",

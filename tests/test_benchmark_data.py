@@ -22,15 +22,22 @@ def loading() -> ModuleType:
 
 def test_workers_that_a_step_needs(loading: ModuleType) -> None:
     """A worker delivers 40, 20, 10 records a second, 20 in the middle; a quarter more than the average."""
-    rates = [loading.Rate(workers, 10.0, 400, 0, 0, 1.0) for workers in (1, 2, 4)]
+    rates = [loading.Rate("disk", workers, 10.0, 400, 0, 0, 1.0) for workers in (1, 2, 4)]
     assert loading.workers_needed(rates, step_records=32, step_seconds=1.0) == 2
     assert loading.workers_needed(rates, step_records=33, step_seconds=1.0) == 3
-    assert loading.Rate(4, 10.0, 400, 1200, 8000, 24.0).row() == "| 4 | 120 | 30 | 800 | 200 | 50 |"
+    assert loading.Rate("store", 4, 10.0, 400, 1200, 8000, 24.0).row() == "| store | 4 | 120 | 30 | 800 | 200 | 50 |"
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--dataset", "x"], "--dataset and --checkpoint go together"), (["--step-records", "8"], "--step-seconds")],
+    [
+        (["--dataset", "x"], "--dataset and --checkpoint go together"),
+        (["--step-records", "8"], "--step-seconds"),
+        (
+            ["--dataset", "s3://b", "--checkpoint", "x", "--store-latency-ms", "30"],
+            "wants a folder on a disk as --dataset",
+        ),
+    ],
 )
 def test_half_of_a_pair_is_refused(
     loading: ModuleType, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -43,16 +50,20 @@ def test_half_of_a_pair_is_refused(
 
 @pytest.mark.slow
 def test_the_loader_is_measured(tmp_path: Path) -> None:
+    """From disk, and from a store that answers late: without a worker each batch waits for it."""
     words = ["--images", "24", "--seconds", "1", "--workers", "0", "1", "--step-records", "8", "--step-seconds", "2"]
+    words += ["--store-latency-ms", "400"]
     command = [sys.executable, FOLDER / "benchmark_loading.py", *words, "--work", tmp_path]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line for line in printed.splitlines() if line.startswith("| ")][1:]
-    found = [[int(cell) for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[0] for row in found] == [0, 1]
-    for _, images, each, tokens, _, _ in found:
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:2] for row in found] == [[source, workers] for workers in "01" for source in ("disk", "store")]
+    for row in found:
+        images, each, tokens = map(int, row[2:5])
         assert images == each and tokens > 0
         assert images == pytest.approx(tokens / (576 + 40), abs=1)
-    assert "8 records in 2 s: NUM_WORKERS=" in printed
+    assert int(found[1][2]) <= 4 / 0.4 < int(found[0][2]), "the store answers at once"
+    assert "8 records in 2 s from disk: NUM_WORKERS=" in printed
 
 
 @pytest.mark.slow

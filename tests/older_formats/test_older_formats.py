@@ -65,6 +65,7 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert same and not different and not unread, different + unread
 
 
+@pytest.mark.slow
 def test_the_dataset_has_the_same_figures(folder: Path) -> None:
     assert spelled_today(older.inspect(folder)) == spelled_today(EXPECTED["inspect"])
 
@@ -130,6 +131,7 @@ def test_the_run_goes_on(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_packed_run_goes_on(folder: Path) -> None:
     """Rows by the old lengths, the distributed optimizer's state, and the losses that the old notes remember."""
     meta = folder / "records/wds/.nv-meta"

@@ -24,7 +24,6 @@ LAYOUTS = {
     "PP2, interleaved, TP2": {"PP": 2, "VIRTUAL_STAGES": 2, "TP": 2},
     "CP2 x PP2, bf16": {"CP": 2, "PP": 2, "PR": "bf16"},
 }
-DEFAULT = ("one process",)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,8 @@ def lines_of(output: Path, iteration: int) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_are_scored(layout: str, workspace: Workspace, benchmark_file: Path, tmp_path: Path) -> None:
     options = asked(workspace, benchmark_file) | {"EVAL_INTERVAL": 1}
     printed = run(workspace, tmp_path / "out", TRAIN_ITERS=1, **STANDING_STILL, **options, **LAYOUTS[layout])

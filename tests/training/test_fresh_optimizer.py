@@ -26,7 +26,7 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
 @pytest.mark.parametrize(
     ("saving", "going_on", "why"),
     [
-        ({"SAVE_OPTIM": "false"}, {}, "it was saved with SAVE_OPTIM=false"),
+        pytest.param({"SAVE_OPTIM": "false"}, {}, "it was saved with SAVE_OPTIM=false", marks=pytest.mark.slow),
         pytest.param({}, {"LOAD_OPTIM": "false"}, "LOAD_OPTIM=false", marks=pytest.mark.slow),
         pytest.param(
             {"SAVE_OPTIM": "false", "DO": "true", "NPROC_PER_NODE": 2},

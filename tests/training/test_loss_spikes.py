@@ -120,6 +120,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(workspace: Workspace, tmp_p
     assert "so were the 10 before, so the weights may be bad" in printed
 
 
+@pytest.mark.slow
 def test_a_step_above_the_median_of_the_last_ones_is_dropped(workspace: Workspace, tmp_path: Path) -> None:
     """With a learning rate that moves nothing the losses are those of the records, and a small factor tells some."""
     factor = 1.02

@@ -52,7 +52,7 @@ ROWS += [("SGD without clipping", "DP2"), ("SGD without clipping", "FSDP"), ("SG
 DEFAULT = [
     ("all trained", "DP2 + distributed optimizer"),
     ("all trained", "recompute full of the tower, selective of the LLM"),
-    *(("stage 2", "PP2"), ("packed", "CP2"), ("all trained", "FSDP")),
+    *(("stage 2", "PP2"), ("packed", "CP2")),
 ]
 
 

@@ -1,21 +1,26 @@
-"""What the training loader alone delivers, from disk: images and tokens per second for 0, 1, 2, ... workers.
+"""What the training loader alone delivers: images and tokens per second for 0, 1, 2, ... workers.
 
     python toolkits/benchmark/benchmark_loading.py [--workers 0 1 2 4] [--step-records 32 --step-seconds 1.2]
+    python toolkits/benchmark/benchmark_loading.py --workers 2 8 --store-latency-ms 30 [--store-mb-per-s 200]
     python toolkits/benchmark/benchmark_loading.py --dataset WDS --checkpoint CKPT [--decoder-seq-len 2048]
 
 Without --dataset the records are made here: a photo-like JPEG of COCO's sizes, 336 px for the model, 576 tokens of the
 image and 40 of text.  The shards are dropped from the system's cache before each measurement, so that they are read
-from the disk (a store may keep a cache of its own).  With --step-records and --step-seconds, those of one rank, it says
-how many workers (NUM_WORKERS) a step needs.
+from the disk (a store may keep a cache of its own).  With --store-latency-ms the same folder is read from a store that
+answers so late as well (slow_store.py), in turns with the disk.  With --step-records and --step-seconds, those of one
+rank, it says how many workers (NUM_WORKERS) a step needs.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,12 +38,14 @@ import toolkits.environment  # noqa: F401
 # isort: split
 from benchmark_pictures import MEAN, SIZES, photo_like
 from inspect_dataset import read_checkpoint
+from slow_store import BUCKET
 from tqdm import tqdm
 from workload import SHAPES, WORDS, convert, write_model
 
 from megatron_patch.data.loading import DataConfig, build_train_loader
 from megatron_patch.data.loading.dataset import Dataset
 from megatron_patch.errors import UserError
+from megatron_patch.object_storage import is_url
 
 SHAPE = dataclasses.replace(SHAPES["7B-576+40"], weights=False)
 HEADROOM = 1.25  # times what a step takes on average: records differ, and workers share memory and disk
@@ -48,6 +55,7 @@ HEADROOM = 1.25  # times what a step takes on average: records differ, and worke
 class Rate:
     """What a loader delivered in so many seconds."""
 
+    source: str  # disk or store
     workers: int
     seconds: float
     records: int
@@ -59,13 +67,13 @@ class Rate:
         """Of the table."""
         each = max(1, self.workers)
         images, tokens = self.images / self.seconds, self.tokens / self.seconds
-        return (
-            f"| {self.workers} | {images:.0f} | {images / each:.0f} | {tokens:.0f} | {tokens / each:.0f} | "
-            f"{self.images / self.cpu_seconds:.0f} |"
-        )
+        numbers = (images, images / each, tokens, tokens / each, self.images / self.cpu_seconds)
+        return f"| {self.source} | {self.workers} | {' | '.join(f'{number:.0f}' for number in numbers)} |"
 
 
-HEADER = "| workers | images/s | per worker | tokens/s | per worker | images per CPU second |\n" + "|---" * 6 + "|"
+HEADER = (
+    "| from | workers | images/s | per worker | tokens/s | per worker | images per CPU second |\n" + "|---" * 7 + "|"
+)
 
 
 def write_photos(folder: Path, records: int) -> Path:
@@ -100,8 +108,10 @@ def config_of_photos(model: Path) -> DataConfig:
 
 
 def drop_from_cache(dataset: Dataset) -> None:
-    """Let the system forget the shards."""
+    """Let the system forget the shards that lie on its disks."""
     for folder in dataset.folders:
+        if is_url(folder.path):
+            continue
         for name, _ in folder.shards:
             with Path(folder.path, name).open("rb") as shard:
                 os.fsync(shard.fileno())
@@ -127,7 +137,8 @@ def measure(path: str, config: DataConfig, workers: int, seconds: float) -> Rate
     done = {name: loader.work[name] - before[name] for name in ("records", "images", "tokens")}
     share = done["images"] / max(1, loader.work["images"])  # of all that was loaded, while the clock ran
     del loader  # ends the workers, whose seconds count from then on
-    return Rate(workers, passed, **done, cpu_seconds=(cpu_seconds() - cpu) * share)
+    source = "store" if is_url(path) else "disk"
+    return Rate(source, workers, passed, **done, cpu_seconds=(cpu_seconds() - cpu) * share)
 
 
 def workers_needed(rates: list[Rate], step_records: int, step_seconds: float) -> int:
@@ -136,10 +147,24 @@ def workers_needed(rates: list[Rate], step_records: int, step_seconds: float) ->
     return math.ceil(HEADROOM * step_records / step_seconds / each)
 
 
-def rates(path: str, config: DataConfig, workers: list[int], seconds: float) -> Iterator[Rate]:
-    """One after the other."""
-    for number in tqdm(workers, leave=False):
+def rates(paths: list[str], config: DataConfig, workers: list[int], seconds: float) -> Iterator[Rate]:
+    """One after the other, the paths in turns."""
+    for number, path in tqdm(list(itertools.product(workers, paths)), leave=False):
         yield measure(path, config, number, seconds)
+
+
+@contextlib.contextmanager
+def slow_store(folder: str, latency_ms: float, mb_per_s: float) -> Iterator[str]:
+    """URL of the folder in a store that ends with the block."""
+    words = [folder, "--latency-ms", str(latency_ms), "--mb-per-s", str(mb_per_s)]
+    command = [sys.executable, Path(__file__).parent / "slow_store.py", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{int(process.stdout.readline())}"
+            os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "us-east-1"}
+            yield f"s3://{BUCKET}"
+        finally:
+            process.kill()
 
 
 def main() -> int:
@@ -154,13 +179,20 @@ def main() -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help="on the disk to be measured; default: a temporary one")
     parser.add_argument("--step-records", type=int, metavar="N", help="records of a step of one rank")
     parser.add_argument("--step-seconds", type=float, metavar="S", help="time of a step")
+    parser.add_argument("--store-latency-ms", type=float, metavar="MS", help="from a store that answers so late, too")
+    parser.add_argument("--store-mb-per-s", type=float, default=0, metavar="MB", help="of each connection; 0: any")
     given = parser.parse_args()
     try:
         if (given.dataset is None) != (given.checkpoint is None):
             raise UserError("--dataset and --checkpoint go together; give both, or none for images made here")
         if (given.step_records is None) != (given.step_seconds is None):
             raise UserError("--step-records and --step-seconds go together; give both, or none")
-        with tempfile.TemporaryDirectory(prefix="benchmark_loading_", dir=given.work) as name:
+        if given.store_latency_ms is not None and given.dataset and not Path(given.dataset).is_dir():
+            raise UserError(
+                f"--store-latency-ms wants a folder on a disk as --dataset, got {given.dataset}; leave it out"
+            )
+        with contextlib.ExitStack() as stack:
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark_loading_", dir=given.work))
             if given.dataset is None:
                 path, config = (
                     str(write_photos(Path(name, "data"), given.images)),
@@ -170,9 +202,12 @@ def main() -> int:
                 fixed = {"micro_batch_size": 4, "length_multiple": 1, "seed": 1234, "num_workers": 0}
                 known = read_checkpoint(given.checkpoint)
                 path, config = given.dataset, DataConfig(**known, decoder_seq_len=given.decoder_seq_len, **fixed)
+            paths = [path]
+            if given.store_latency_ms is not None:
+                paths.append(stack.enter_context(slow_store(path, given.store_latency_ms, given.store_mb_per_s)))
             print(HEADER)
             found = []
-            for rate in rates(path, config, given.workers, given.seconds):
+            for rate in rates(paths, config, given.workers, given.seconds):
                 tqdm.write(rate.row())
                 found.append(rate)
     except UserError as error:
@@ -180,8 +215,11 @@ def main() -> int:
         return 2
     print(f"{os.cpu_count()} cores, of which this process may use {len(os.sched_getaffinity(0))}")
     if given.step_seconds is not None:
-        needed = workers_needed(found, given.step_records, given.step_seconds)
-        print(f"{given.step_records} records in {given.step_seconds:g} s: NUM_WORKERS={needed} for each rank")
+        for source in dict.fromkeys(rate.source for rate in found):
+            of_source = [rate for rate in found if rate.source == source]
+            needed = workers_needed(of_source, given.step_records, given.step_seconds)
+            records = f"{given.step_records} records in {given.step_seconds:g} s from {source}"
+            print(f"{records}: NUM_WORKERS={needed} for each rank")
     return 0
 
 

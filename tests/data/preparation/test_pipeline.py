@@ -141,7 +141,7 @@ def write_plan(root: Path, plans: list) -> tuple[list, dict[int, tuple]]:
     return records, kept
 
 
-@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     plans=record_plans,
     ratio=st.tuples(st.integers(1, 5), st.integers(0, 5), st.integers(0, 5)),
