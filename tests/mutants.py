@@ -1955,11 +1955,6 @@ RUNS = [
         "toolkits/benchmark/slow_store.py",
         "tests/test_benchmark_data.py::test_the_loader_is_measured",
         ("the slow store is not slow", "await asyncio.sleep(latency_s)", "await asyncio.sleep(0)"),
-        (
-            "the slow store gives the object in place of a range",
-            "if asked else (0, size - 1)",
-            "if False else (0, size - 1)",
-        ),
     ),
     *of(
         "toolkits/benchmark/benchmark_loading.py",
