@@ -9,12 +9,12 @@ FROM ${BASE_IMAGE}
 WORKDIR /workspace/llava-megatron
 COPY requirements.txt .
 # The container's own PIP_CONSTRAINT pins unrelated packages; ours keeps its torch, numpy and Transformer Engine in place.
-RUN python - <<'PYTHON' > /tmp/constraints.txt && PIP_CONSTRAINT=/tmp/constraints.txt pip install --no-cache-dir -r requirements.txt
-from importlib import metadata
-
-for name in ("torch", "numpy", "transformer-engine"):
-    print(f"{name}=={metadata.version(name)}")
-PYTHON
-COPY . .
+RUN pip list --format=freeze > /tmp/installed.txt \
+    && grep -iE '^(torch|numpy|transformer.engine)==' /tmp/installed.txt > /tmp/constraints.txt \
+    && PIP_CONSTRAINT=/tmp/constraints.txt pip install --no-cache-dir -r requirements.txt \
+    && useradd --create-home --shell /bin/bash llava \
+    && chown llava:llava .
+COPY --chown=llava:llava . .
+USER llava
 # Launchers and tests take this interpreter instead of making .venv.
 ENV PYTHON=/usr/bin/python
