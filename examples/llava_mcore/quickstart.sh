@@ -134,27 +134,32 @@ convert_stage2_data() {
         "$folder/data/stage2" --output "$1" --overwrite
 }
 
-convert_models() {
-    bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh \
-        tiny "$folder/models/llm" "$folder/models/clip" "$1" 1 1 false "$precision"
+# What CLIP had learnt of its pictures before LLaVA took it.
+teach_tower() {
+    "$PYTHON" -m examples.llava_mcore.quickstart.train_tower "$folder/models/clip" "$folder/data/stage1" "$1"
 }
 
-# Nothing here was pretrained, so both stages train everything; with real weights leave the FREEZE variables away.
+convert_models() {
+    bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh \
+        tiny "$folder/models/llm" "$folder/tower" "$1" 1 1 false "$precision"
+}
+
+# The language model was not pretrained, so stage 1 trains it too; with a real one leave the FREEZE variable away.
 # Arguments: ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN DECODER_SEQ_LEN PR TP PP CP DO FL AC
 # OPTIMIZER_OFFLOAD SAVE_INTERVAL DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS
 # OUTPUT_BASEPATH
 train_stage1() {
-    FREEZE_LANGUAGE_MODEL=false FREEZE_VISION_TOWER=false NPROC_PER_NODE=1 LOG_INTERVAL=10 \
+    FREEZE_LANGUAGE_MODEL=false NPROC_PER_NODE=1 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_mcore_llava.sh \
-        dsw tiny 64 64 2e-3 1e-5 16 32 "$precision" 1 1 1 false true false false 200 \
-        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 600 20 "$1"
+        dsw tiny 64 64 2e-3 1e-5 16 32 "$precision" 1 1 1 false true false false 100 \
+        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 200 20 "$1"
 }
 
 train_stage2() {
-    FREEZE_VISION_TOWER=false CONVERSATION_TEMPLATE=v1 NPROC_PER_NODE=2 NUM_WORKERS=0 LOG_INTERVAL=10 \
+    CONVERSATION_TEMPLATE=v1 NPROC_PER_NODE=2 NUM_WORKERS=0 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_sft_mcore_llava.sh \
-        dsw tiny 64 64 1e-3 1e-5 16 128 "$precision" 2 1 1 false true false false 200 \
-        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 600 20 "$1"
+        dsw tiny 64 64 1e-3 1e-5 16 128 "$precision" 2 1 1 false true false false 100 \
+        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 250 20 "$1"
 }
 
 export_model() {
@@ -240,6 +245,7 @@ if [[ $kind == quickstart-any-resolution ]]; then
 fi
 step "digits as images and conversations" data make_digits
 step "untrained language model and vision tower" models make_models
+step "the tower learns to see digits" tower teach_tower
 step "stage 1 data as shards" data/stage1/wds convert_stage1_data
 step "stage 2 data as shards" data/stage2/wds convert_stage2_data
 step "Hugging Face -> Megatron checkpoint" checkpoint convert_models

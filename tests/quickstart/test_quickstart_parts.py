@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
-from examples.llava_mcore.quickstart import answer, compare_scores, make_digit_rows, make_digits, make_models
+from examples.llava_mcore.quickstart import (
+    answer,
+    compare_scores,
+    make_digit_rows,
+    make_digits,
+    make_models,
+    train_tower,
+)
 from megatron_patch.errors import UserError
 from megatron_patch.llava_kinds import LLAVA_KINDS
 from megatron_patch.tile_plan import AnyResolution
@@ -129,6 +137,26 @@ def test_initial_weights_pass_signals_on(models):
     patch = CLIPVisionModel.from_pretrained(models / "clip").state_dict()
     (name,) = [name for name in patch if name.endswith("patch_embedding.weight")]
     assert abs(patch[name].std().item() * (3 * 7 * 7) ** 0.5 - 1) < 0.05
+
+
+def test_the_tower_learns_to_see(digits, models, tmp_path):
+    """From the layer that LLaVA takes, in every patch; the folder is the tower's, with other weights."""
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "images").symlink_to(digits / "stage1/images")
+    (few / "digits.json").write_text(json.dumps(json.loads((digits / "stage1/digits.json").read_text())[:64]))
+    right = train_tower.train_tower(models / "clip", few, tmp_path / "tower", epochs=30)
+    assert right[0] < 0.3 and right[-1] > 0.9, "it does not learn one batch by heart"
+    before, after = (load_file(folder / "model.safetensors") for folder in (models / "clip", tmp_path / "tower"))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("layers.3." in name for name in moved) and not any("layers.4." in name for name in moved)
+    for name in ("config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "tower" / name).read_text()) == json.loads((models / "clip" / name).read_text())
+    with pytest.raises(UserError, match="exists already"):
+        train_tower.train_tower(models / "clip", few, tmp_path / "tower")
+    absent = run_python("-m", "examples.llava_mcore.quickstart.train_tower", "none", str(few), str(tmp_path / "new"))
+    assert absent.returncode == 2 and "make models and digits first" in absent.stderr
 
 
 def test_score_counts_exact_answers_and_knows_chance():
@@ -313,12 +341,13 @@ def test_one_quickstart_does_not_go_on_in_the_others_folder(tmp_path):
 
 
 def test_the_default_quickstart_has_its_steps():
-    """Those of before there was another one: a folder that has finished them goes on."""
+    """Each with what it makes."""
     text = (ROOT / "examples/llava_mcore/quickstart.sh").read_text()
     default = text.rpartition("\nfi\n")[2]
     assert re.findall(r'^step ".*" (\S+) (\S+)$', default, re.M) == [
         ("data", "make_digits"),
         ("models", "make_models"),
+        ("tower", "teach_tower"),
         ("data/stage1/wds", "convert_stage1_data"),
         ("data/stage2/wds", "convert_stage2_data"),
         ("checkpoint", "convert_models"),

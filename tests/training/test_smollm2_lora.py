@@ -10,14 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from examples.llava_mcore.quickstart.answer import answer_all, total
-from examples.llava_mcore.quickstart.make_digits import GROUNDS, INKS, make_digits
-from examples.llava_mcore.quickstart.make_models import make_tower
+from examples.llava_mcore.quickstart.make_digits import make_digits
+from examples.llava_mcore.quickstart.make_models import make_models
+from examples.llava_mcore.quickstart.train_tower import train_tower
 from megatron_patch.conversion import convert_to_huggingface, convert_to_megatron
 from tests.smollm2 import save_smollm2
 from tests.training.launching import ROOT, Workspace, losses, run
@@ -28,48 +26,6 @@ STAGE_2 = {"TRAIN_ITERS": 300, "MIN_LR": 0, "LR_WARMUP_ITERS": 10, "PROJECTOR_LR
 WAYS = {"full": {"LR": "2e-4"}, "LoRA": {"LR": "1e-3", "LORA_RANK": 32, "LORA_ALPHA": 64}}
 RECORDS = 100  # of those held out, each with five questions
 POINTS = 0.03
-
-
-def train_tower(records: Path, folder: Path) -> Path:
-    """The quickstart's tower, trained to tell digit, ink and ground from the layer that LLaVA takes."""
-    from transformers import CLIPImageProcessor
-
-    torch.manual_seed(1)
-    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    inks, grounds = list(INKS), list(GROUNDS)
-    pixels, labels = [], []
-    for record in json.loads((records / "digits.json").read_text()):
-        _, ink, digit, _, ground = record["conversations"][1]["value"].split()  # "a red 7 on black"
-        pixels.append(np.asarray(Image.open(records / "images" / record["image"])))
-        labels.append((int(digit), inks.index(ink), grounds.index(ground)))
-    inputs = torch.cat(
-        [processor(part, return_tensors="pt")["pixel_values"] for part in np.array_split(np.stack(pixels), 10)]
-    )
-    truth = torch.tensor(labels)
-    tower = make_tower()
-    # CLIP's patches tell of the whole image; so each of these has to answer alone
-    heads = torch.nn.ModuleList(torch.nn.Linear(tower.config.hidden_size, n) for n in (10, len(inks), len(grounds)))
-    parameters = [*tower.parameters(), *heads.parameters()]
-    epochs, batch = 6, 64
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=epochs * (len(truth) // batch + 1))
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(truth)).split(batch):
-            patches = tower(inputs[chosen], output_hidden_states=True).hidden_states[-2][:, 1:]
-            loss = sum(
-                torch.nn.functional.cross_entropy(
-                    head(patches).flatten(0, 1), truth[chosen, number].repeat_interleave(patches.shape[1])
-                )
-                for number, head in enumerate(heads)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    print(f"the tower's own loss: {loss.item():.3f}")
-    tower.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def to_shards(records: Path) -> Path:
@@ -85,7 +41,9 @@ def to_shards(records: Path) -> Path:
 )
 def test_adapters_answer_within_three_points_of_full_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_digits(tmp_path / "data", copies=4)
-    clip = train_tower(tmp_path / "data/stage1", tmp_path / "clip")
+    make_models(tmp_path / "untrained", [tmp_path / "data/stage1/digits.json"])
+    clip = tmp_path / "clip"
+    train_tower(tmp_path / "untrained/clip", tmp_path / "data/stage1", clip, epochs=6)
     llm = save_smollm2(tmp_path / "llm")
     convert_to_megatron(llm, clip, tmp_path / "checkpoint", model_size="0.1B", precision="fp32")
     common = {"MODEL_SIZE": "0.1B", "BATCH_SIZE": 8, "GLOBAL_BATCH_SIZE": 8, "EVAL_ITERS": 0, "CHECK": "true"}
