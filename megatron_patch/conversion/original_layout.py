@@ -232,7 +232,7 @@ def _as_stored(config: Any, names: Iterable[str]) -> bool:
     config.num_hidden_layers -= dropped
     flag = VISION_TOWERS[config.model_type].pooling_head_flag
     if flag is not None:
-        setattr(config, flag, any(".vision_model.head." in name for name in names))
+        config.update({flag: any(".vision_model.head." in name for name in names)})
     return True
 
 

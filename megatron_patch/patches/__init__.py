@@ -9,6 +9,7 @@ distributed_optimizer_state.py  Adam's step in the distributed optimizer
 fused_adamw.py                  torch's AdamW in one pass over memory
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
+padded_buckets.py               the distributed optimizer's state behind a padded bucket
 parameter_group_keys.py         a resume with another learning rate
 rotary_in_one_pass.py           rotary positions without Transformer Engine's kernel
 scale_in_place.py               gradients are clipped without copies

@@ -51,6 +51,11 @@ ADAM_STEP = Layer(
     "torch's own Adam keeps its step with each parameter, and a resume goes on with a wrong one",
     "test_kill_and_resume passes without it for the distributed optimizer",
 )
+PADDED_BUCKETS = Layer(
+    "patches.padded_buckets",
+    "the distributed optimizer's state is saved shifted behind a padded bucket, and a resume goes on with it",
+    "test_any_resolution's resumes from PP2 pass without it",
+)
 GROUP_KEYS = Layer(
     "patches.parameter_group_keys",
     "saved parameter groups are found by their learning rates, so no run resumes with another one",
@@ -132,7 +137,12 @@ TOUCH_POINTS = (
     TouchPoint(DISTRIBUTED_OPTIMIZER, "HAVE_APEX_OR_TE", (ADAM_STEP,), read_only=True),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.state_dict", (ADAM_STEP,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.load_state_dict", (ADAM_STEP,)),
-    TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer._set_main_param_and_optimizer_states", (ADAM_STEP,)),
+    TouchPoint(
+        DISTRIBUTED_OPTIMIZER,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        (ADAM_STEP, PADDED_BUCKETS),
+    ),
+    TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable", (PADDED_BUCKETS,)),
     TouchPoint(
         CHECKPOINTING,
         "maybe_save_dataloader_state",

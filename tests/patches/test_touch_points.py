@@ -156,7 +156,8 @@ from megatron_patch import patches
 from megatron_patch.patches import touch_points
 patches.apply_all("cpu")
 for point, places in touch_points._wrapped.items():
-    print(point, *places)
+    for place in places:
+        print(point, place)
 """
     wanted = {
         f"{point} {layer.place}"

@@ -35,10 +35,6 @@ def to_shards(records: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "SMOLLM2_LORA" not in os.environ,
-    reason="SMOLLM2_LORA=1 runs it, in about an hour; how many iterations full fine-tuning needs is not known yet",
-)
 def test_adapters_answer_within_three_points_of_full_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_digits(tmp_path / "data", copies=4)
     make_models(tmp_path / "untrained", [tmp_path / "data/stage1/digits.json"])
