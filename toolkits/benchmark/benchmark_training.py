@@ -8,7 +8,7 @@ other, and a few matrix products to see what these cores can do.  The first loss
 comparison is refused.  Ours is what the launcher starts, with everything it does around a step; the plain loop has
 SDPA and fused AdamW.  Both load their records within the training process (NUM_WORKERS=0).
 
-Stage 1 trains the projector, stage 2 the language model too; the shape `quickstart` trains everything, as that does.
+Stage 1 trains the projector, stage 2 the language model too; the shape `quickstart` trains everything, the tower too.
 Printed, and written to DIR/results.json with a plot beside it: samples/s, tokens/s without padding, useful FLOP/s
 (step_flop.py says what is counted) and their share of the matrix products', peak memory during the steps (of
 the process; on a GPU what torch allocated), and the ratios of ours to the plain loop: medians over neighbouring blocks.

@@ -40,7 +40,7 @@ class Shape:
     size: str = "tiny"  # MODEL_SIZE of the launcher
     family: str = "Llama"  # of transformers' configs
     weights: bool = True  # written, so that both sides start from the same; false: too many
-    all_trained: bool = False  # as the quickstart, whose parts nobody pretrained
+    all_trained: bool = False  # the tower too
     kind: str = "llava"  # of LLAVA_KINDS; with CLIP's tower
     image_px: tuple[int, int] | None = None  # height and width of each image, of a kind for any resolution
 
