@@ -5,7 +5,6 @@ of towers differ in stands in language_models.py and vision_towers.py.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from megatron_patch.errors import UserError
 from megatron_patch.language_models import LANGUAGE_MODELS, LanguageModel
-from megatron_patch.llava_kinds import LLAVA_KINDS, LlavaKind
+from megatron_patch.llava_kinds import LLAVA_KINDS, LlavaKind, most_tiles
 from megatron_patch.tile_plan import AnyResolution, read_candidates
 from megatron_patch.vision_towers import VISION_TOWERS, VisionTower
 
@@ -297,8 +296,8 @@ def _any_resolution(config: dict[str, Any], kind: LlavaKind, tower: TowerGeometr
             f"the tower gives {tower.image_tokens} features for {side} x {side} patches, which no grid can be made of; "
             f"wanted vision_feature_select_strategy {tower.kind.select_strategy!r}"
         )
-    most = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect or "") if kind.aspect_ratio else None
-    if kind.aspect_ratio and not most:
+    most = most_tiles(aspect) if kind.aspect_ratio else None
+    if kind.aspect_ratio and most is None:
         raise UserError(f"vision_aspect_ratio is {aspect!r}; wanted anyres_max_ and a number, as {kind.aspect_ratio}")
     try:
         candidates = read_candidates(config.get("image_grid_pinpoints"), tower.side_px)
@@ -308,7 +307,7 @@ def _any_resolution(config: dict[str, Any], kind: LlavaKind, tower: TowerGeometr
         candidates,
         side_px=tower.side_px,
         patches=side,
-        most_tiles=int(most[1]) if most else None,
+        most_tiles=most,
         several_plain=kind.several_plain,
     )
 

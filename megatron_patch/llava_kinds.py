@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -48,3 +49,9 @@ LLAVA_KINDS = {
 }
 VIDEO_MARK = "<video>"
 NEWLINE = "image_newline"  # the learnt token at a row's end: the field's name for it, in the hub's files and in ours
+
+
+def most_tiles(aspect_ratio: object) -> int | None:
+    """N of an aspect ratio `anyres_max_N`, in transformers' config and the original's; None: it is another."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
+    return int(found[1]) if found else None

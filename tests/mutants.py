@@ -2896,7 +2896,7 @@ ANY_RESOLUTION = [
         GEOMETRY,
         f"{OF_NEW_CONVERSIONS}::test_ways_of_seeing_that_are_not_built_are_refused",
         ("a model without newline passes", 'if not config.get("use_image_newline_parameter", True):', "if False:"),
-        ("an unknown vision_aspect_ratio passes", "if kind.aspect_ratio and not most:", "if False:"),
+        ("an unknown vision_aspect_ratio passes", "if kind.aspect_ratio and most is None:", "if False:"),
     ),
     *of(
         "megatron_patch/inference/chat.py",
@@ -2915,6 +2915,20 @@ ANY_RESOLUTION = [
             "a model without videos is noticed with the question",
             'self._engine.prepare(Request(path.name, (Exchange(f"{VIDEO_MARK}\\n?", None),), videos=(frames,)))',
             "pass",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/quickstart/train_tower.py",
+        "tests/quickstart/test_quickstart_parts.py::test_the_tower_learns_to_see",
+        ("the tower learns in a layer that LLaVA does not see", "FEATURE_LAYER = -2", "FEATURE_LAYER = -1"),
+    ),
+    *of(
+        "megatron_patch/conversion/original_layout.py",
+        "tests/conversion/test_original_layout.py::test_onevision_in_the_original_layout",
+        (
+            "a tower among the tunable parts is told to be set",
+            'and "mm_vision_tower" not in (',
+            'and "no part" not in (',
         ),
     ),
     *of(

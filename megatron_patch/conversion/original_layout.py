@@ -33,7 +33,7 @@ from megatron_patch.llava_folder import (
     LlavaFolder,
     TrainingSettings,
 )
-from megatron_patch.llava_kinds import LLAVA_KINDS, NEWLINE
+from megatron_patch.llava_kinds import LLAVA_KINDS, NEWLINE, most_tiles
 from megatron_patch.tokenizer_files import load_tokenizer
 from megatron_patch.vision_towers import VISION_TOWERS, published_towers
 
@@ -139,8 +139,8 @@ def _kind(values: dict[str, Any]) -> str:
     check_known("mm_patch_merge_type", merge, ("flat", "spatial_unpad"))
     if merge == "flat":
         return "llava"
-    if not re.fullmatch(r"anyres_max_[1-9]\d*", str(aspect)):
-        known = (ANY_RESOLUTION, "anyres_max_9")
+    if most_tiles(aspect) is None:
+        known = (ANY_RESOLUTION, LLAVA_KINDS["llava_onevision"].aspect_ratio)
         check_known("image_aspect_ratio of a model with mm_patch_merge_type spatial_unpad", aspect, known)
         return "llava_next"
     # how the frames of a video are made smaller; absent where no video was trained on
