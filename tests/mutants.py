@@ -3031,6 +3031,53 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
+        "megatron_patch/inference/megatron_engine.py",
+        CACHED_KEYS,
+        (
+            "a linear layer of one rank adds the bias that is its caller's to add",
+            "(None, layer.bias) if layer.skip_bias_add",
+            "(layer.bias, layer.bias) if layer.skip_bias_add",
+        ),
+        (
+            "a linear layer of one rank forgets its bias",
+            "else (layer.bias, None)",
+            "else (None, None)",
+        ),
+        (
+            "a linear layer of one rank multiplies by its own weight where it is given the embedding's",
+            "layer.weight if weight is None else weight, added",
+            "layer.weight, added",
+        ),
+    ),
+    *of(
+        "megatron_patch/inference/megatron_engine.py",
+        "tests/inference/test_megatron_engine.py::test_more_processes",
+        (
+            "the layers of two tensor-parallel ranks multiply and do not add up",
+            "if mpu.get_tensor_model_parallel_world_size() == 1:",
+            "if True:",
+        ),
+    ),
+    *of(
+        "examples/llava_mcore/lmms_eval/model_folder.py",
+        "tests/evaluation/test_lmms_eval_task.py",
+        (
+            "lmms-eval is given a tokenizer with a BOS of its own",
+            'tokenizer["post_processor"] = None',
+            'tokenizer["post_processor"]',
+        ),
+        (
+            "lmms-eval is given an export without chat template",
+            "for name in (TOKENIZER, CHAT_TEMPLATE):",
+            "for name in (TOKENIZER,):",
+        ),
+        (
+            "a model folder of lmms-eval is written over",
+            "if arguments.out.exists():",
+            "if False:",
+        ),
+    ),
+    *of(
         "megatron_patch/inference/transformers_engine.py",
         "tests/inference/test_any_resolution.py::test_a_next_trained_on_single_tiles_is_not_shown_tiles",
         (

@@ -153,14 +153,14 @@ train_stage1() {
     FREEZE_LANGUAGE_MODEL=false NPROC_PER_NODE=1 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_mcore_llava.sh \
         dsw tiny 64 64 2e-3 1e-5 16 32 "$precision" 1 1 1 false true false false 100 \
-        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 120 20 "$1"
+        "$folder/data/stage1/wds" "$folder/data/stage1/wds" "$folder/checkpoint" 80 20 "$1"
 }
 
 train_stage2() {
     CONVERSATION_TEMPLATE=v1 NPROC_PER_NODE=2 NUM_WORKERS=0 LOG_INTERVAL=10 \
         bash examples/llava_mcore/run_sft_mcore_llava.sh \
         dsw tiny 64 64 1e-3 1e-5 16 128 "$precision" 2 1 1 false true false false 100 \
-        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 150 20 "$1"
+        "$folder/data/stage2/wds" "$folder/data/stage2/wds" "$folder/stage1/checkpoint" 110 20 "$1"
 }
 
 export_model() {

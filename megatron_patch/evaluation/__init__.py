@@ -7,3 +7,5 @@ metrics/        answers -> numbers, pure functions; the table of metrics
 run.py          questions -> answers on disk, to be resumed and shared out -> results
 report.py       results for people: table, plot, contact sheet of some questions
 """
+
+SCORED = "scored.jsonl"  # in the folder of a run: each question with its answer and score; here it needs no import

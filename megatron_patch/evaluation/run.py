@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 from megatron_patch.atomic_files import write_text
 from megatron_patch.errors import UserError
+from megatron_patch.evaluation import SCORED
 from megatron_patch.evaluation.metrics import Metric, Scores, Table
 from megatron_patch.evaluation.question import Question
 from megatron_patch.inference import Engine, Prompt, RequestError, Sampling
 from megatron_patch.inference.ray_engines import BATCHES, checked
 from megatron_patch.ray_cluster import RayActors
 
-RUN, ANSWERS, SCORED, RESULTS, PARTS = "run.json", "answers.jsonl", "scored.jsonl", "results.json", "parts"
+RUN, ANSWERS, RESULTS, PARTS = "run.json", "answers.jsonl", "results.json", "parts"
 FAILED = "error"  # the finish_reason of a question that could not be asked; its answer is empty
 
 

@@ -139,6 +139,7 @@ def test_initial_weights_pass_signals_on(models):
     assert abs(patch[name].std().item() * (3 * 7 * 7) ** 0.5 - 1) < 0.05
 
 
+@pytest.mark.slow  # the quickstart itself says so, too
 def test_the_tower_learns_to_see(digits, models, tmp_path):
     """From the layer that LLaVA takes, in every patch; the folder is the tower's, with other weights."""
     few = tmp_path / "few"

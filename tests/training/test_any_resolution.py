@@ -238,9 +238,10 @@ def test_inspection_shows_grids_and_tiles(workspaces: dict, tmp_path: Path) -> N
     assert page.count("data:image/png") > 30, "tiles are not shown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aspect", "longest"),
-    [("anyres", 384), pytest.param("crop", 128, marks=pytest.mark.slow)],
+    [("anyres", 384), ("crop", 128)],
     ids=["grids", "one tile"],
 )
 def test_stage_1_trains_the_projector_alone(aspect: str, longest: int, workspaces: dict, tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_a_stopped_run_is_summed_up_too(stopped: Done) -> None:
     assert "the same command again" in summary["next"][0]
 
 
+@pytest.mark.slow
 def test_throughput_is_useful_work_by_time(told: Done, two_ranks: Done, counted: Work, workspace: Workspace) -> None:
     flop = step_flop(read_geometry_of(workspace.checkpoint / "llava"), Frozen(), counted) / counted.records
     for done, devices, lines in ((told, 1, ITERATIONS - 1), (two_ranks, 2, ITERATIONS // LOG_INTERVAL)):

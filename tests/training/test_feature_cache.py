@@ -234,6 +234,7 @@ def test_a_shard_that_a_node_did_not_see_is_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_it_belongs_to_is_accepted(caches: Callable, damaged: Workspace) -> None:
     found = read_config(argv(damaged, freeze_vision_tower="", feature_cache=str(caches())))
     assert found.data.feature_cache == str(caches())

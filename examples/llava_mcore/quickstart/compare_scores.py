@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_patch.atomic_files import write_text
 from megatron_patch.errors import UserError
-from megatron_patch.evaluation.run import SCORED
+from megatron_patch.evaluation import SCORED
 
 
 def exact_share(answers: Path) -> float:

@@ -13,7 +13,9 @@ Digits). Every fifth original is held out, so training and held-out images share
 import argparse
 import json
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,14 @@ def conversation(image: Drawing, generator: np.random.Generator, questions: int)
     return turns
 
 
+def captioned(image: Drawing, _: np.random.Generator) -> list[dict[str, str]]:
+    """The instruction and a caption, as LLaVA's alternating turns."""
+    return [
+        {"from": "human", "value": f"{INSTRUCTION}\n<image>"},
+        {"from": "gpt", "value": caption(image)},
+    ]
+
+
 def write_set(
     folder: Path, originals: list[int], copies: int, seed: int, make_turns: Callable, augment: bool = True
 ) -> None:
@@ -128,22 +138,16 @@ def make_digits(out: Path, copies: int = 8, questions: int = 4) -> None:
         raise UserError(f"{out} exists already; remove it or name another folder")
     train, held_out = split_originals()
 
-    def captioned(image: Drawing, _: np.random.Generator) -> list[dict[str, str]]:
-        return [
-            {"from": "human", "value": f"{INSTRUCTION}\n<image>"},
-            {"from": "gpt", "value": caption(image)},
+    asked = partial(conversation, questions=questions)
+    asked_everything = partial(conversation, questions=len(QUESTIONS))
+    with atomic_folder(out) as folder, ProcessPoolExecutor() as processes:
+        sets = [
+            processes.submit(write_set, folder / "stage1", train, copies, 1, captioned),
+            processes.submit(write_set, folder / "stage2", train, copies, 2, asked),
+            processes.submit(write_set, folder / "heldout", held_out, 1, 3, asked_everything, augment=False),
         ]
-
-    def asked(image: Drawing, generator: np.random.Generator) -> list[dict[str, str]]:
-        return conversation(image, generator, questions)
-
-    def asked_everything(image: Drawing, generator: np.random.Generator) -> list[dict[str, str]]:
-        return conversation(image, generator, len(QUESTIONS))
-
-    with atomic_folder(out) as folder:
-        write_set(folder / "stage1", train, copies, seed=1, make_turns=captioned)
-        write_set(folder / "stage2", train, copies, seed=2, make_turns=asked)
-        write_set(folder / "heldout", held_out, 1, seed=3, make_turns=asked_everything, augment=False)
+        for written in sets:
+            written.result()
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def read_images(clip: Path, records: Path) -> tuple[Tensor, Tensor]:
     return torch.cat([processor(part, return_tensors="pt")["pixel_values"] for part in parts]), torch.tensor(truth)
 
 
-def train_tower(clip: Path, records: Path, out: Path, epochs: int = 3, seed: int = 1) -> list[float]:
+def train_tower(clip: Path, records: Path, out: Path, epochs: int = 2, seed: int = 1) -> list[float]:
     """Writes OUT, which must not exist; returns the share of patches that tell the digit, by epoch."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another folder")
