@@ -27,7 +27,7 @@ from megatron_patch.errors import UserError
 from megatron_patch.llava_folder import IMAGE_PROCESSOR
 
 FEATURE_LAYER = -2  # LLaVA-1.5's
-BATCH, LR = 64, 1e-3
+BATCH, LR = 32, 2e-3
 ANSWERS = ([str(digit) for digit in range(10)], list(INKS), list(GROUNDS))
 
 
