@@ -3043,6 +3043,10 @@ ANY_RESOLUTION = [
             "else (layer.bias, None)",
             "else (None, None)",
         ),
+    ),
+    *of(
+        "megatron_patch/inference/megatron_engine.py",
+        "tests/inference/test_megatron_engine.py::test_every_family[one process]",
         (
             "a linear layer of one rank multiplies by its own weight where it is given the embedding's",
             "layer.weight if weight is None else weight, added",
@@ -3051,7 +3055,7 @@ ANY_RESOLUTION = [
     ),
     *of(
         "megatron_patch/inference/megatron_engine.py",
-        "tests/inference/test_megatron_engine.py::test_more_processes",
+        "tests/inference/test_megatron_engine.py::test_more_processes[TP2]",
         (
             "the layers of two tensor-parallel ranks multiply and do not add up",
             "if mpu.get_tensor_model_parallel_world_size() == 1:",
