@@ -3063,6 +3063,20 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
+        "Apptainer.def",
+        "tests/setup/test_containers.py::test_an_apptainer_image_runs_a_launcher_in_the_folder_of_its_user",
+        (
+            "an Apptainer image leaves the folder of its user",
+            "    shift",
+            "    shift; cd /workspace/llava-megatron",
+        ),
+        (
+            "an Apptainer image cuts arguments at their spaces",
+            '$script" "$@"',
+            '$script" $@',
+        ),
+    ),
+    *of(
         "examples/llava_mcore/lmms_eval/model_folder.py",
         "tests/evaluation/test_lmms_eval_task.py",
         (

@@ -30,7 +30,7 @@ CASES = {
     ("qwen3", "siglip"): LoraConfig(2, 4.0, parts=EVERYWHERE),
     ("llama", "clip"): LoraConfig(4, 8.0, targets=("q_proj", "v_proj", "up_proj", "down_proj")),
 }
-DEFAULT = ("TP2+SP",)
+DEFAULT = ("one process",)
 LAYOUTS = ("one process", "TP2", "TP2+SP", "PP2", "CP2", "TP2 x PP2")
 
 

@@ -1,4 +1,4 @@
-"""The container recipes, linted by hadolint."""
+"""The container recipes: linted by hadolint; what Apptainer's runs."""
 
 import subprocess
 from pathlib import Path
@@ -35,3 +35,19 @@ def test_hadolint_would_find_something(hadolint: Path, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text(text)
     done = lint(hadolint, tmp_path / "Dockerfile")
     assert done.returncode == 1 and "DL3014" in done.stdout
+
+
+def test_an_apptainer_image_runs_a_launcher_in_the_folder_of_its_user(tmp_path: Path) -> None:
+    sections = (ROOT / "Apptainer.def").read_text().split("\n%")
+    (script,) = (text.removeprefix("runscript\n") for text in sections if text.startswith("runscript\n"))
+    script = script.replace("/workspace/llava-megatron", str(ROOT))
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    words = ["examples/llava_mcore/run_inference_llava.sh", "--model", "no model", "--prompts", "prompts.jsonl"]
+    done = subprocess.run(
+        ["sh", "-c", script, "apptainer", *words, "--output", "answers.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no model" in done.stderr and "prompts.jsonl" not in done.stderr, "the prompts are in the folder"

@@ -104,6 +104,7 @@ def test_signal_before_the_first_iteration(workspace: Workspace, tmp_path: Path)
     assert started.end() == 0 and "stopped after iteration 1 of" in started.printed
 
 
+@pytest.mark.slow
 def test_time_limit_leaves_room_for_the_save(workspace: Workspace, tmp_path: Path) -> None:
     end = time.time() + 18
     words = ["--stop-at", f"{end:.0f}"]

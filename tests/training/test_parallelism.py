@@ -1,6 +1,6 @@
 """The same run under every parallelism: same data, same initial weights, same losses.
 
-Tolerance 7e-6 relative over 20 iterations of AdamW in fp32 (10 in the default tests), ten times what is seen: sums are
+Tolerance 7e-6 relative over 20 iterations of AdamW in fp32 (10 in two default rows), ten times what is seen: sums are
 taken in other orders, and Adam's division by the root of the second moment magnifies that for gradients near zero.
 
 `bash tests/run_tests.sh --all tests/training/test_parallelism.py -s` prints the whole table.
@@ -13,7 +13,7 @@ import pytest
 
 from tests.training.launching import Workspace, losses, run
 
-ITERATIONS, OF_DEFAULT = 20, 10
+ITERATIONS, FEW = 20, 10
 ONE_PROCESS = {
     "all trained": {},
     "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
@@ -49,10 +49,11 @@ ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
 ]
 ROWS += [("SGD without clipping", "DP2"), ("SGD without clipping", "FSDP"), ("SGD without clipping", "TP2 x FSDP")]
 # The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
+SHORT = [("stage 2", "PP2"), ("packed", "CP2")]
 DEFAULT = [
     ("all trained", "DP2 + distributed optimizer"),
     ("all trained", "recompute full of the tower, selective of the LLM"),
-    *(("stage 2", "PP2"), ("packed", "CP2")),
+    *SHORT,
 ]
 
 
@@ -82,7 +83,7 @@ def test_losses_equal_a_single_process(
     of_one_process: Callable[[str, int], dict[int, float]],
     tmp_path: Path,
 ) -> None:
-    iterations = OF_DEFAULT if (case, parallelism) in DEFAULT else ITERATIONS
+    iterations = FEW if (case, parallelism) in SHORT else ITERATIONS
     alone = of_one_process(case, iterations)
     assert sorted(alone) == list(range(1, iterations + 1))
     assert min(alone.values()) < 0.95 * alone[1], "a run that does not learn proves little"
@@ -99,7 +100,7 @@ def test_padding_is_left_out_without_a_trace(
     workspace: Workspace, of_one_process: Callable[[str, int], dict[int, float]], tmp_path: Path
 ) -> None:
     """The default against rows that are padded to the longest record."""
-    padded = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=OF_DEFAULT, PADDING_FREE="false"))
-    found = of_one_process("all trained", OF_DEFAULT)
+    padded = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, PADDING_FREE="false"))
+    found = of_one_process("all trained", ITERATIONS)
     assert found.keys() == padded.keys() and found != padded, "nothing was left out"
     assert max(abs(found[i] / padded[i] - 1) for i in padded) <= 7e-6

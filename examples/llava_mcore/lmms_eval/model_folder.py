@@ -39,7 +39,7 @@ def main() -> int:
     problem = ""
     for name in (TOKENIZER, CHAT_TEMPLATE):
         if not (arguments.exported / name).is_file():
-            problem = f"EXPORTED is {arguments.exported}, which has no {name}; name a folder that the converter exported"
+            problem = f"EXPORTED is {arguments.exported}, which has no {name}; name one that the converter exported"
     if arguments.out.exists():
         problem = f"OUT is {arguments.out}, which exists; remove it or name another folder"
     if problem:

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_patch.data.loading.dataset import EnergonFolder
 from megatron_patch.data.record import cook
 from megatron_patch.errors import UserError
 from tests.data.factories import changed, image_bytes
+from tests.warm import interpreter
 
 RECORDS = 24
 TURNS = "json[0][value]", "json[1][value]"
@@ -56,7 +56,7 @@ def prepare(folder: Path, layout: str) -> Path:
     with webdataset.ShardWriter(str(folder / "pretrain-%d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(RECORDS):
             writer.write({"__key__": f"sample{number}", **parts(number)})
-    energon = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(folder)]
+    energon = [interpreter.python(), "-m", "megatron.energon.cli.main", "prepare", str(folder)]
     words = ["--non-interactive", "--split-ratio", "9,1,0", "--sample-type", "CrudeWebdataset", "--no-progress"]
     done = subprocess.run([*energon, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
