@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import load_dataset
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -37,6 +36,8 @@ Loader.add_constructor("!function", _function)
 
 
 def test_the_task_asks_the_same_questions(tmp_path, monkeypatch):
+    from datasets import load_dataset  # two seconds, which no other test needs to wait for
+
     make_digits(tmp_path / "data", copies=1)
     monkeypatch.chdir(tmp_path)
     task = yaml.load(TASK.read_text(), Loader)

@@ -192,6 +192,7 @@ def test_tensorboard_has_it_all(told: Done) -> None:
     assert told.answers(20)[0]["reference"] in texts[-1].tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.slow
 def test_sample_answers(told: Done, two_ranks: Done, workspace: Workspace) -> None:
     assert sorted(path.name for path in (told.output / "answers").iterdir()) == [
         f"iter_{iteration:07d}.jsonl" for iteration in (10, 20)

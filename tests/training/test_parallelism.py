@@ -52,7 +52,6 @@ ROWS += [("SGD without clipping", "DP2"), ("SGD without clipping", "FSDP"), ("SG
 SHORT = [("stage 2", "PP2"), ("packed", "CP2")]
 DEFAULT = [
     ("all trained", "DP2 + distributed optimizer"),
-    ("all trained", "recompute full of the tower, selective of the LLM"),
     *SHORT,
 ]
 
