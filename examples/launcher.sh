@@ -21,5 +21,5 @@ launch() {
         printf '  to set one up: bash %q\n' "$repository/examples/setup_environment.sh" >&2
         exit 2
     fi
-    exec -- "$python" -IS "$repository/megatron_patch/launch/__main__.py" "$1" "$0" "${@:2}"
+    exec -- "$python" -ISB "$repository/megatron_patch/launch/__main__.py" "$1" "$0" "${@:2}"
 }

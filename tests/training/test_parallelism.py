@@ -1,7 +1,7 @@
 """The same run under every parallelism: same data, same initial weights, same losses.
 
-Tolerance 7e-6 relative over 20 iterations of AdamW in fp32 (10 in two default rows), ten times what is seen: sums are
-taken in other orders, and Adam's division by the root of the second moment magnifies that for gradients near zero.
+Tolerance 7e-6 relative over 20 iterations of AdamW in fp32, ten times what is seen: sums are taken in other orders, and
+Adam's division by the root of the second moment magnifies that for gradients near zero.
 
 `bash tests/run_tests.sh --all tests/training/test_parallelism.py -s` prints the whole table.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from tests.training.launching import Workspace, losses, run
 
-ITERATIONS, FEW = 20, 10
+ITERATIONS = 20
 ONE_PROCESS = {
     "all trained": {},
     "stage 1": {"FREEZE_LANGUAGE_MODEL": "true", "FREEZE_VISION_TOWER": "true", "CONVERSATION_TEMPLATE": "plain"},
@@ -49,25 +49,22 @@ ROWS = [("all trained", parallelism) for parallelism in PARALLELISMS] + [
 ]
 ROWS += [("SGD without clipping", "DP2"), ("SGD without clipping", "FSDP"), ("SGD without clipping", "TP2 x FSDP")]
 # The default tests take one of each kind; logits, loss and gradient of the rest are compared in tests/model.
-SHORT = [("stage 2", "PP2"), ("packed", "CP2")]
 DEFAULT = [
     ("all trained", "DP2 + distributed optimizer"),
-    *SHORT,
+    *(("stage 2", "PP2"), ("packed", "CP2")),
 ]
 
 
 @pytest.fixture(scope="module")
-def of_one_process(
-    workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], dict[int, float]]:
-    """Losses of one process by case and number of iterations, each run once."""
-    known: dict[tuple[str, int], dict[int, float]] = {}
+def of_one_process(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, float]]:
+    """Losses of one process by case, each run once."""
+    known: dict[str, dict[int, float]] = {}
 
-    def find(case: str, iterations: int) -> dict[int, float]:
-        if (case, iterations) not in known:
+    def find(case: str) -> dict[int, float]:
+        if case not in known:
             output = tmp_path_factory.mktemp("single") / "out"
-            known[case, iterations] = losses(run(workspace, output, TRAIN_ITERS=iterations, **ONE_PROCESS[case]))
-        return known[case, iterations]
+            known[case] = losses(run(workspace, output, TRAIN_ITERS=ITERATIONS, **ONE_PROCESS[case]))
+        return known[case]
 
     return find
 
@@ -76,18 +73,13 @@ def of_one_process(
     ("case", "parallelism"), [pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.slow) for row in ROWS]
 )
 def test_losses_equal_a_single_process(
-    case: str,
-    parallelism: str,
-    workspace: Workspace,
-    of_one_process: Callable[[str, int], dict[int, float]],
-    tmp_path: Path,
+    case: str, parallelism: str, workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
 ) -> None:
-    iterations = FEW if (case, parallelism) in SHORT else ITERATIONS
-    alone = of_one_process(case, iterations)
-    assert sorted(alone) == list(range(1, iterations + 1))
+    alone = of_one_process(case)
+    assert sorted(alone) == list(range(1, ITERATIONS + 1))
     assert min(alone.values()) < 0.95 * alone[1], "a run that does not learn proves little"
     settings = {**ONE_PROCESS[case], **PARALLELISMS[parallelism]}
-    found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=iterations, **settings))
+    found = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, **settings))
     assert sorted(found) == sorted(alone)
     differences = {i: abs(found[i] / alone[i] - 1) for i in found}
     worst = max(differences, key=differences.get)
@@ -96,10 +88,10 @@ def test_losses_equal_a_single_process(
 
 
 def test_padding_is_left_out_without_a_trace(
-    workspace: Workspace, of_one_process: Callable[[str, int], dict[int, float]], tmp_path: Path
+    workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
 ) -> None:
     """The default against rows that are padded to the longest record."""
     padded = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, PADDING_FREE="false"))
-    found = of_one_process("all trained", ITERATIONS)
+    found = of_one_process("all trained")
     assert found.keys() == padded.keys() and found != padded, "nothing was left out"
     assert max(abs(found[i] / padded[i] - 1) for i in padded) <= 7e-6

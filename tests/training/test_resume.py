@@ -12,7 +12,7 @@ from tests.training.conftest import write_dataset
 from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
 from tests.training.stored_checkpoint import assert_same_run
 
-ITERATIONS = 14
+ITERATIONS = 20
 SAVE_INTERVAL = 5
 PARALLELISMS = {
     "one process": {},

@@ -1,33 +1,30 @@
 """The folder that lmms-eval is given: an export whose tokenizer adds no BOS by itself.
 
-    python examples/llava_mcore/lmms_eval/model_folder.py EXPORTED OUT
+    python -m examples.llava_mcore.lmms_eval.model_folder EXPORTED OUT
 
 lmms-eval writes the chat out by the chat template, which begins with BOS, and tokenizes the text as any other, so that
 the tokenizer puts a second BOS in front and a few answers in a thousand change.  OUT has the export's files as links,
-but for tokenizer.json.  Needs nothing but Python.
+but for tokenizer.json.
 """
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
+from megatron_patch.atomic_files import atomic_folder, write_text
+from megatron_patch.llava_folder import CHAT_TEMPLATE, TOKENIZER
 
 
 def model_folder(exported: Path, out: Path) -> None:
-    """Write OUT, which must not exist; a kill midway leaves only OUT.tmp.  Raises OSError."""
+    """Write OUT, which must not exist; a kill midway leaves only OUT.tmp-<process id>.  Raises OSError."""
     tokenizer = json.loads((exported / TOKENIZER).read_text(encoding="utf-8"))
     tokenizer["post_processor"] = None  # it does nothing but put BOS in front
-    beside = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for file in exported.resolve().iterdir():
-        if file.name != TOKENIZER:
-            (beside / file.name).symlink_to(file)
-    (beside / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    beside.rename(out)
+    with atomic_folder(out) as folder:
+        for file in exported.resolve().iterdir():
+            if file.name != TOKENIZER:
+                (folder / file.name).symlink_to(file)
+        write_text(folder / TOKENIZER, json.dumps(tokenizer, ensure_ascii=False))
 
 
 def main() -> int:

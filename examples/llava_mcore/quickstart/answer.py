@@ -21,7 +21,7 @@ from pathlib import Path
 from examples.llava_mcore import evaluate_llava
 from megatron_patch.data.conversation import TEMPLATES
 from megatron_patch.errors import UserError
-from megatron_patch.evaluation.run import SCORED
+from megatron_patch.evaluation import SCORED
 
 BATCH = 128
 MAX_NEW_TOKENS = 8
