@@ -163,7 +163,7 @@ MODEL = [
         ),
         (
             "the label's row of the head moves nothing",
-            "of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(weight.dtype))",
+            "of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(of_weight.dtype))",
             "pass",
         ),
         ("a tied head does not add to the gradient buffer", "        return buffer\n", "        pass\n"),
@@ -253,7 +253,57 @@ MODEL = [
         ATTENTION,
         ONE_PROCESS,
         ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
+        ("short records' scores are scaled otherwise", "scale = width**-0.5 if", "scale = 0.2 if"),
+    ),
+    *of(
+        ATTENTION,
+        "tests/model/test_attention.py::test_short_records_are_multiplied_and_long_ones_are_not",
         ("scores are scaled otherwise", "scale=self.softmax_scale,", "scale=0.2,"),
+        ("records of any length are multiplied", "length <= SHORT and", "length and"),
+        ("a scale that was asked for is left out", "is None else self.softmax_scale", "is None else width**-0.5"),
+    ),
+    *of(
+        "megatron_patch/model/short_attention.py",
+        "tests/model/test_attention.py::test_short_records_are_multiplied_and_long_ones_are_not",
+        ("short records see what follows", "    if causal:", "    if False:"),
+        ("short records' gradients are not scaled", "weights.dtype).mul_(ctx.scale)", "weights.dtype)"),
+        ("groups serve other heads", "allowed.repeat(heads, 1)", "allowed.repeat_interleave(heads, 0)"),
+        ("a group's rows are those of all records", "view(records * groups, -1, width)", "view(groups, -1, width)"),
+        ("short records are multiplied in 16 bits", "width, dtype=torch.float32,", "width, dtype=states.dtype,"),
+    ),
+    *of(
+        "megatron_patch/patches/gradients_in_parts.py",
+        f"{OF_PATCHES}::test_a_gradient_in_16_bits_is_added_in_parts",
+        ("a gradient in 16 bits is added whole", "gradient is None or", "True or"),
+        (
+            "a gradient in parts is added twice",
+            "parameter.zero_out_wgrad = True, False",
+            "parameter.zero_out_wgrad = False, True",
+        ),
+        ("what was added is added again", "or (added and not twice):", "or False:"),
+        (
+            "the marks of a gradient are forgotten",
+            "parameter.zero_out_wgrad = added, twice",
+            "parameter.zero_out_wgrad = False, False",
+        ),
+    ),
+    *of(
+        LOSS,
+        OF_LOSS,
+        (
+            "a tied head in 16 bits takes the first tokens alone",
+            "for part, columns in zip(total.split(PRODUCT_ROWS)",
+            "for part, columns in zip(total.split(PRODUCT_ROWS)[:1]",
+        ),
+    ),
+    *of(
+        ELEMENTWISE,
+        OF_ELEMENTWISE,
+        (
+            "the norm is computed in 16 bits",
+            "rows = x.reshape(-1, x.shape[-1]).float()",
+            "rows = x.reshape(-1, x.shape[-1])",
+        ),
     ),
     *of(
         ATTENTION,

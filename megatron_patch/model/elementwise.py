@@ -14,8 +14,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> the same shape; on a GPU and in 16 bits by torch's own kernel."""
-        if x.dtype != torch.float32 or x.device.type != "cpu":
+        """x [..., H] -> the same shape; on a GPU by torch's own kernel."""
+        if x.device.type != "cpu":
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -23,25 +23,25 @@ class RMSNorm(torch.nn.RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).float()
         norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         scale = norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()  # [rows, 1]
         ctx.save_for_backward(x, weight, scale)
-        return (rows * scale).mul_(weight).view_as(x)
+        return (rows * scale).mul_(weight).view_as(x).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
+        rows, gradient_rows = (states.reshape(-1, x.shape[-1]).float() for states in (x, gradient))
         of_weight = of_x = None
         if ctx.needs_input_grad[1]:
-            of_weight = torch.mv((gradient_rows * rows).t(), scale.view(-1))
+            of_weight = torch.mv((gradient_rows * rows).t(), scale.view(-1)).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # d x_i = s g_i w_i - s^3 x_i / H * sum_j g_j w_j x_j, with s the row's scale
             weighted = gradient_rows * weight
-            along = torch.bmm(weighted.unsqueeze(1), rows.unsqueeze(2)).view(-1, 1)
+            along = (weighted * rows).sum(-1, keepdim=True)
             along.mul_(scale.pow(3)).div_(-rows.shape[-1])
-            of_x = weighted.mul_(scale).addcmul_(rows, along).view_as(x)
+            of_x = weighted.mul_(scale).addcmul_(rows, along).view_as(x).to(x.dtype)
         return of_x, of_weight, None
 
 

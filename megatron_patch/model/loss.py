@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 # More logits than this are computed again in the backward pass, a part of the rows at a time, in place of being kept.
 MOST_BYTES = 1 << 28
+PRODUCT_ROWS = 1 << 11  # of the head's gradient that are held at once, where its dtype is not that of the buffer
 
 
 def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, group: ProcessGroup) -> Tensor:
@@ -78,8 +79,8 @@ class _HeadLosses(torch.autograd.Function):
                 product = (exponentials @ weight).mul_(factor)
                 of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))
             if of_weight is not None:
-                of_weight.addmm_(exponentials.t(), (hidden[part] * factor).to(weight.dtype))
-                of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(weight.dtype))
+                _add_product(of_weight, exponentials, (hidden[part] * factor).to(weight.dtype))
+                of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(of_weight.dtype))
         if of_weight is not None and of_weight is getattr(weight, "main_grad", None):
             of_weight = None
         return of_hidden, of_weight, None, None, None
@@ -91,6 +92,15 @@ def _gradient_buffer(weight: Tensor) -> Tensor:
     A tied head is the embedding too, whose gradient comes last and tells Megatron that this weight's is complete.
     """
     buffer = getattr(weight, "main_grad", None)
-    if buffer is not None and buffer.dtype == weight.dtype and getattr(weight, "zero_out_wgrad", False):
+    if buffer is not None and getattr(weight, "zero_out_wgrad", False):
         return buffer
     return torch.zeros_like(weight)
+
+
+def _add_product(total: Tensor, exponentials: Tensor, hidden: Tensor) -> None:
+    """total [V / TP, H] += exponentials [L, V / TP]^T hidden [L, H]; torch multiplies into one dtype only."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(exponentials.t(), hidden)
+        return
+    for part, columns in zip(total.split(PRODUCT_ROWS), exponentials.split(PRODUCT_ROWS, 1), strict=True):
+        part.add_(columns.t() @ hidden)

@@ -236,6 +236,18 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel._make_backward_post_hook",
+        (
+            Layer(
+                "patches.gradients_in_parts",
+                "on a CPU torch adds a 16-bit gradient to a buffer of 32 bits by way of a whole copy",
+                "torch adds two dtypes on a CPU without a copy",
+                backend="cpu",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.optimizer.clip_grads",
         "multi_tensor_scale_impl",
         (

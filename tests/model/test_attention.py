@@ -30,3 +30,53 @@ found = attention(query, key, value, masked)
 print(torch.equal(found, expected.permute(2, 0, 1, 3).flatten(2)))
 """
     assert in_warm_process(program).split() == ["spread", "True"]
+
+
+def test_short_records_are_multiplied_and_long_ones_are_not() -> None:
+    """Values and gradients are the formula's in 64 bits, on both sides of the limit, causal or not, grouped or not."""
+    program = """
+from types import SimpleNamespace
+from megatron_patch import device
+device.install()
+import torch
+from torch.nn import functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch.model.attention import ScaledDotProductAttention
+
+def formula(query, key, value, scale, causal):
+    query, key, value = (states.double().permute(1, 2, 0, 3) for states in (query, key, value))
+    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
+
+torchs, called = F.scaled_dot_product_attention, []
+def watched(*states, **rest):
+    called.append(states)
+    return torchs(*states, **rest)
+F.scaled_dot_product_attention = watched
+torch.manual_seed(0)
+for length in (3, 128, 129):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for mask, groups, scale in (("causal", 2, None), ("no_mask", 4, 0.5)):
+            config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=groups)
+            kind = AttnMaskType[mask]
+            attention = ScaledDotProductAttention(
+                config, 1, kind, "self", 0.0, scale, pg_collection=SimpleNamespace(tp=None, cp=None)
+            )
+            shapes = ((length, 2, heads, 8) for heads in (4, groups, groups))
+            states = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+            called.clear()
+            found = attention(*states, None)
+            assert found.dtype == dtype and bool(called) == (length > 128), (length, len(called))
+            expected = formula(*states, scale or 8**-0.5, mask == "causal")
+            weights = torch.randn(found.shape)
+            ours = torch.autograd.grad(found, states, weights.to(dtype))
+            theirs = torch.autograd.grad(expected, states, weights.double())
+            for one, other in zip((found, *ours), (expected, *theirs), strict=True):
+                torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+    print(length)
+"""
+    assert in_warm_process(program).split() == ["3", "128", "129"]

@@ -8,22 +8,27 @@ device.install()
 import torch
 from megatron_patch.model.elementwise import RMSNorm
 torch.manual_seed(0)
-x = torch.randn(7, 3, 48, requires_grad=True)
-weights = torch.randn(7, 3, 48)
-for trained in (True, False):
-    ours, theirs = RMSNorm(48, eps=1e-3), torch.nn.RMSNorm(48, eps=1e-3)
+# bf16: torch's is computed in 32 bits; ours is too, and rounds its results and gradients once
+for dtype, trained in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+    x = torch.randn(7, 3, 48).to(dtype).requires_grad_()
+    weights = torch.randn(7, 3, 48).to(dtype)
+    ours, theirs = RMSNorm(48, eps=1e-3).to(dtype), torch.nn.RMSNorm(48, eps=1e-3)
     for norm in (ours, theirs):
-        norm.weight.data = torch.linspace(0.5, 2, 48)
+        norm.weight.data = torch.linspace(0.5, 2, 48).to(dtype)
         norm.requires_grad_(trained)
-    found, expected = ours(x), theirs(x)
-    assert type(found.grad_fn).__name__ == "_RMSNormBackward"
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    if dtype == torch.bfloat16:
+        theirs.float()
+    found, expected = ours(x), theirs(x.to(theirs.weight.dtype))
+    assert type(found.grad_fn).__name__ == "_RMSNormBackward" and found.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
     asked = [[x, *([norm.weight] if trained else [])] for norm in (ours, theirs)]
-    gradients = [torch.autograd.grad(y, of, weights) for y, of in zip((found, expected), asked, strict=True)]
+    outputs = zip((found, expected), asked, strict=True)
+    gradients = [torch.autograd.grad(y, of, weights.to(y.dtype)) for y, of in outputs]
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-half = RMSNorm(48).bfloat16()(x.bfloat16())
-assert torch.equal(half, torch.nn.RMSNorm(48).bfloat16()(x.bfloat16()))
+        assert one.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=tolerance, atol=tolerance)
 print("equal")
 """
 SWIGLU = """
