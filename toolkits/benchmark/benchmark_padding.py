@@ -1,6 +1,6 @@
 """What padding costs: the same records in batches of one length, and mixed so that rows would be padded to twice.
 
-    python toolkits/benchmark/benchmark_padding.py [--rounds 5] [--steps 8] [--stage 1]
+    python toolkits/benchmark/benchmark_padding.py [--rounds 3] [--steps 8] [--stage 1]
 
 Three trainers take turns, each as its launcher starts it, on the same records of SmolLM2-135M's shape: five of eight
 records are short, three long.  `sorted` has batches of one length, `mixed` has both in each, without padding
@@ -56,7 +56,7 @@ def write_lengths(folder: Path, shape: Shape, mixed: bool) -> Path:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of about two minutes on two cores")
     parser.add_argument("--steps", type=int, default=8, help="of a block; multiples of 8 hold all lengths alike")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     given = parser.parse_args()
@@ -82,6 +82,7 @@ def main() -> None:
             for _ in tqdm(range(given.rounds), leave=False):
                 for side, trainer in sides.items():
                     seconds[side].append(trainer.run(given.steps).seconds)
+                tqdm.write("  ".join(f"{side} {found[-1]:.1f} s" for side, found in seconds.items()))
         finally:
             for trainer in sides.values():
                 trainer.stop()
