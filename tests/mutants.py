@@ -1937,6 +1937,11 @@ RUNS = [
         ),
     ),
     *of(
+        "toolkits/benchmark/published_rows.py",
+        f"{OF_STEP_TIME}::test_a_programs_share_is_set_by_its_first_row",
+        ("every program reaches as much as Megatron", "found * first.published / first.predicted()", "found"),
+    ),
+    *of(
         STEP_TIME,
         f"{OF_STEP_TIME}::test_gradients_cross_a_ring",
         ("a ring moves everything", "return (n - 1) / n * amount", "return amount"),

@@ -138,7 +138,11 @@ def published() -> list[str]:
     ]
     for row in ROWS:
         value = row.predicted()
-        ratio = f"{value / row.published:.2f}" + (" (sets the efficiency)" if row.calibrates else "")
+        ratio = f"{value / row.published:.2f}"
+        if row.calibrates:
+            ratio += " (sets the efficiency)"
+        elif any(other.share_of == row.name for other in ROWS):
+            ratio += f" (sets its program's share, {row.published / value:.0%})"
         figures = f"{row.published:g} {row.unit}/s/GPU | {value:.4g} | {ratio}"
         lines.append(f"| {row.name} | {figures} | {row.source} | {row.assumed} |")
     return lines

@@ -66,7 +66,8 @@ def main() -> None:
     where = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    padded = dataclasses.replace(settings.data, padding_free=False)
+    # what is an option of ours alone: no padding, features of the tower in place of pixels
+    padded = dataclasses.replace(settings.data, padding_free=False, feature_cache=None)
     loader = build_train_loader(settings.train_dataset_path, padded, 0, 1)
     mean, std = (
         torch.tensor(values, device=where).view(1, 3, 1, 1) * 255
