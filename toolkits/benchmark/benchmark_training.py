@@ -288,13 +288,27 @@ def plot_operators(result: Result, file: Path, count: int = 24) -> None:
             color=colour,
             label=label,
         )
-    axis.set_yticks(range(len(names)), [name[:44] for name in names])
+    axis.set_yticks(range(len(names)), [_shortened(name) for name in names])
     axis.set_xlabel("ms within the operator, of one step")
     axis.set_title(f"{result.shape}, stage {result.stage}, {result.precision}")
     axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def _shortened(operator: str) -> str:
+    """Of torch's names what tells them apart."""
+    for long, short in (
+        ("aten::", ""),
+        ("_scaled_dot_product_flash_attention_for_cpu", "flash_attention"),
+        ("autograd::engine::evaluate_function: ", "autograd: "),
+        ("torch::autograd::", ""),
+        ("enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", "DataLoader"),
+        ("LinearWithGradAccumulationAndAsyncCommunication", "Linear"),
+    ):
+        operator = operator.replace(long, short)
+    return operator[:40]
 
 
 def main() -> None:
