@@ -35,6 +35,7 @@ def network() -> Iterator[Callable[..., None]]:
     def change(*words: object) -> None:
         subprocess.run(["bash", NETWORK, *map(str, words)], check=True, capture_output=True)
 
+    change("down", 4)  # what a killed test has left
     change("up", 4)
     yield change
     change("down", 4)
