@@ -27,6 +27,8 @@ def of(file: str, tests: str | tuple[str, ...], *faults: tuple[str, str, str]) -
 LLAVA = "megatron_patch/model/llava.py"
 ATTENTION = "megatron_patch/model/attention.py"
 LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
+OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
+OF_KERNELS = "tests/kernels/test_kernels.py"
 ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
 OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
@@ -183,7 +185,7 @@ MODEL = [
         ELEMENTWISE,
         f"{OF_ELEMENTWISE}::test_norm_is_torchs",
         ("the norm's gradient has another scale", "along.mul_(scale.pow(3))", "along.mul_(scale.pow(2))"),
-        ("the norm's weight learns of unscaled rows", "scale.view(-1))", "torch.ones_like(scale.view(-1)))"),
+        ("the norm's weight learns of unscaled rows", ".t(), scales)", ".t(), torch.ones_like(scales))"),
     ),
     *of(
         ELEMENTWISE,
@@ -253,23 +255,117 @@ MODEL = [
         ATTENTION,
         ONE_PROCESS,
         ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
-        ("short records' scores are scaled otherwise", "scale = width**-0.5 if", "scale = 0.2 if"),
+        ("scores are scaled otherwise on a CPU", "scale = query.shape[-1] ** -0.5 if", "scale = 0.2 if"),
     ),
     *of(
         ATTENTION,
-        "tests/model/test_attention.py::test_short_records_are_multiplied_and_long_ones_are_not",
+        OF_CPU_ATTENTION,
         ("scores are scaled otherwise", "scale=self.softmax_scale,", "scale=0.2,"),
-        ("records of any length are multiplied", "length <= SHORT and", "length and"),
-        ("a scale that was asked for is left out", "is None else self.softmax_scale", "is None else width**-0.5"),
+        ("a scale that was asked for is left out", "is None else self.softmax_scale", "is None else 0.2"),
     ),
     *of(
-        "megatron_patch/model/short_attention.py",
-        "tests/model/test_attention.py::test_short_records_are_multiplied_and_long_ones_are_not",
+        "megatron_patch/model/cpu_attention.py",
+        OF_CPU_ATTENTION,
         ("short records see what follows", "    if causal:", "    if False:"),
         ("short records' gradients are not scaled", "weights.dtype).mul_(ctx.scale)", "weights.dtype)"),
         ("groups serve other heads", "allowed.repeat(heads, 1)", "allowed.repeat_interleave(heads, 0)"),
         ("a group's rows are those of all records", "view(records * groups, -1, width)", "view(groups, -1, width)"),
         ("short records are multiplied in 16 bits", "width, dtype=torch.float32,", "width, dtype=states.dtype,"),
+        ("records of any length are multiplied", "if length <= LONGEST_MULTIPLIED:", "if length:"),
+        ("the compiled attention holds any table", "length <= LONGEST_COMPILED and", "length and"),
+        ("the compiled attention is never used", "length <= LONGEST_COMPILED and", "False and"),
+        (
+            "the compiled attention lets all see all",
+            "kernels.attention(query, key, value, scale, causal)",
+            "kernels.attention(query, key, value, scale, False)",
+        ),
+        ("the compiled gradient lets all see all", "ctx.scale, ctx.causal, logarithms", "ctx.scale, False, logarithms"),
+    ),
+    *of(
+        ELEMENTWISE,
+        f"{OF_ELEMENTWISE}::test_a_step_takes_every_kernel",
+        ("the compiled norm is never used", "kernels.rms_norm(x, weight, eps) or _norm", "_norm"),
+        ("the compiled norm's gradient is never used", "kernels.rms_norm_backward(*asked) or _norm", "_norm"),
+        ("the compiled SwiGLU is never used", "found = kernels.swiglu(gate_and_up)", "found = None"),
+        ("its gradient is never used", "found = kernels.swiglu_backward(gate_and_up, gradient)", "found = None"),
+    ),
+    *of(
+        "megatron_patch/patches/rotary_in_one_pass.py",
+        f"{OF_ELEMENTWISE}::test_a_step_takes_every_kernel",
+        ("the compiled rotation is never used", "if compiled is not None:", "if False:"),
+    ),
+    *of(
+        "megatron_patch/patches/rotary_in_one_pass.py",
+        f"{OF_PATCHES}::test_rotary_positions_are_megatrons",
+        ("a packed row's tokens are records", "else states[:, None]", "else states[None]"),
+    ),
+    *of(
+        "megatron_patch/patches/gradients_in_parts.py",
+        f"{OF_ELEMENTWISE}::test_a_step_takes_every_kernel",
+        ("the compiled addition is never used", "    if kernels.add(total, addend):", "    if False:"),
+    ),
+    *of(
+        "megatron_patch/kernels/__init__.py",
+        OF_KERNELS,
+        ("a tensor in pieces is read as if it were whole", "or not tensor.is_contiguous():", "or False:"),
+        ("another dtype is read as if it were this one", "if tensor.dtype is not dtype or", "if False or"),
+        ("a gradient in pieces is read as whole heads", "state if state.stride(3) == 1 else", "state if True else"),
+        ("a buffer in pieces is added to", "torch.float32 and total.is_contiguous()", "torch.float32"),
+    ),
+    *of(
+        "megatron_patch/kernels/build.py",
+        "tests/kernels/test_build.py",
+        ("another source is the same library", "origin = [*sources, ", "origin = ["),
+        ("another processor is the same library", "str(state.st_mtime_ns), _processor()]", "str(state.st_mtime_ns)]"),
+        ("other flags are the same library", "*FLAGS, *command, str(program)", "*command, str(program)"),
+        ("the library is built at every start", "if not target.exists():", "if True:"),
+        ("others may write the library", "folder.mkdir(mode=0o700,", "folder.mkdir(mode=0o755,"),
+        (
+            "a compiler's failure ends the run",
+            "except subprocess.CalledProcessError as error:",
+            "except KeyError as error:",
+        ),
+        ("every process says it", 'os.environ.get("LOCAL_RANK", "0") != "0"', "False"),
+        ("CXX=none is taken for a compiler's name", 'if os.environ.get("CXX") != "none":', "if True:"),
+        ("CXX is not asked", 'os.environ.get("CXX", "").split()', "[]"),
+        ("no home ends the kernels", "except OSError:  # no home", "except KeyError:  # no home"),
+        (
+            "a library that is half written has its name",
+            "with atomic_file(target) as beside:",
+            "for beside in [target]:",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/elementwise.cpp",
+        OF_KERNELS,
+        ("the norm forgets its epsilon", "std::sqrt(squares / width + eps)", "std::sqrt(squares / width)"),
+        ("a norm's gradient misses the scale's own", "along *= -scale * scale * scale / width;", "along = 0;"),
+        ("a weight's gradient is one thread's", "thread < most; ++thread", "thread < 1; ++thread"),
+        ("SwiGLU's gate has sigmoid's gradient", "(1 + x * (1 - s))", "(1 - s)"),
+        ("up's gradient is without the gate", "write(of_up[i], along * x)", "write(of_up[i], along)"),
+        ("positions turn back", "read(s[i]) * direction", "read(s[i])"),
+        ("every head is the first", "record * strides.record + head * strides.head", "record * strides.record"),
+    ),
+    *of(
+        "megatron_patch/kernels/common.h",
+        OF_KERNELS,
+        ("rounding to 16 bits cuts off", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+        ("ties go up", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16"),
+        ("e^x overflows", "x = std::min(std::max(x, -87.0f), 88.0f);", "x = std::min(x, 88.0f);"),
+        ("e^x misses a term", "p = p * r + 1.0f / 120;", "p = p * r;"),
+    ),
+    *of(
+        "megatron_patch/kernels/attention.cpp",
+        OF_KERNELS,
+        ("all see all", "return causal ? end : places;", "return places;"),
+        ("the largest score is not taken off", "exponential(of_row[i] - largest)", "exponential(of_row[i])"),
+        ("scores' gradients miss the rows' sums", "of_row[i] * (of_score[i] - along)", "of_row[i] * of_score[i]"),
+        (
+            "queries' gradients are not scaled",
+            "store(of_queries.data(), places, width, scale,",
+            "store(of_queries.data(), places, width, 1,",
+        ),
+        ("what is not seen gets a gradient", "std::fill(of_score + seen, of_score + columns, 0.0f);", ";"),
     ),
     *of(
         "megatron_patch/patches/gradients_in_parts.py",

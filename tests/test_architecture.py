@@ -38,9 +38,10 @@ PROMPTS = {"inference.interface", "inference.prompt"}
 ROOMS = {
     "arguments": {"launch"},
     "launch": {"device"},
-    "patches": set(),
+    "kernels": set(),
+    "patches": {"kernels"},
     "device": {"patches"},
-    "model": {"device"},
+    "model": {"device", "kernels"},
     "conversion": {"data"},  # the words of a conversation, for the chat template
     "data": set(),  # what preparation and loading share imports neither
     "data.preparation": {"data"},
@@ -59,6 +60,7 @@ ROOMS = {
 # Foreign packages that a room must do without. Conversion imports in a second, the data room's core needs no model.
 MUST_NOT_IMPORT = {
     "conversion": {"megatron", "transformers"},
+    "kernels": {"megatron", "transformers"},
     "patches": {"transformers"},
     "data": {"megatron", "torch", "transformers"},
     "data.preparation": {"megatron.training", "megatron.core", "torch", "transformers"},

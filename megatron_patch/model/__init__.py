@@ -1,7 +1,7 @@
 """The LLaVA of the paper, composed of megatron-core parts.
 
 attention.py    core attention on torch's scaled_dot_product_attention, for the local layers
-short_attention.py  the same for short records on a CPU, by matrix products
+cpu_attention.py the same on a CPU, for all but long records
 key_value_cache.py  keys and values of a batch whose answers are generated
 layer_specs.py  transformer layers of decoder, tower and projector, with and without Transformer Engine
 llava.py        the model: tower -> projector -> scatter into the text -> decoder -> loss at labelled positions

@@ -17,8 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_patch.model.cpu_attention import cpu_attention
 from megatron_patch.model.key_value_cache import KeyValueCache
-from megatron_patch.model.short_attention import SHORT, multiplied_attention
 
 SHORT_RECORD = 512  # tokens; with four records of 725 tokens both ways of _packed() take the same time, on a CPU
 
@@ -167,10 +167,11 @@ class ScaledDotProductAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """[S, B, heads, d] -> [S, B, heads * d]; `allowed` is True where a query may look."""
-        length, width = query.shape[0], query.shape[-1]
-        if allowed is None and length <= SHORT and query.device.type == "cpu" and not (self.training and self.dropout):
-            scale = width**-0.5 if self.softmax_scale is None else self.softmax_scale
-            return multiplied_attention(query, key, value, scale, is_causal)
+        if allowed is None and query.is_cpu and not (self.training and self.dropout):
+            scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+            context = cpu_attention(query, key, value, scale, is_causal)
+            if context is not None:
+                return context
         if allowed is not None and query.shape[2] != key.shape[2]:
             # torch's fast CUDA kernels take grouped queries or a mask; with both it would hold the [S, S] scores
             key, value = (states.repeat_interleave(query.shape[2] // key.shape[2], 2) for states in (key, value))

@@ -2,12 +2,15 @@
 
 A CPU spends a quarter of a step on these, since each of torch's operators reads and writes whole activations, and
 autograd keeps what lies between them.  Each function here is one node of the graph, keeps its input alone, and computes
-its gradient by hand; the formulas are those of torch's own operators, the rounding differs in the last digit.
+its gradient by hand; the formulas are those of torch's own operators, the rounding differs in the last digit.  Where
+there is a C++ compiler each is one compiled pass (megatron_patch/kernels); torch's operators do the rest.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_patch import kernels
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -23,26 +26,39 @@ class RMSNorm(torch.nn.RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        scale = norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()  # [rows, 1]
-        ctx.save_for_backward(x, weight, scale)
-        return (rows * scale).mul_(weight).view_as(x).to(x.dtype)
+        found, scales = kernels.rms_norm(x, weight, eps) or _norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scales)
+        return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        rows, gradient_rows = (states.reshape(-1, x.shape[-1]).float() for states in (x, gradient))
-        of_weight = of_x = None
-        if ctx.needs_input_grad[1]:
-            of_weight = torch.mv((gradient_rows * rows).t(), scale.view(-1)).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            # d x_i = s g_i w_i - s^3 x_i / H * sum_j g_j w_j x_j, with s the row's scale
-            weighted = gradient_rows * weight
-            along = (weighted * rows).sum(-1, keepdim=True)
-            along.mul_(scale.pow(3)).div_(-rows.shape[-1])
-            of_x = weighted.mul_(scale).addcmul_(rows, along).view_as(x).to(x.dtype)
-        return of_x, of_weight, None
+        asked = *ctx.saved_tensors, gradient, *ctx.needs_input_grad[:2]
+        return *(kernels.rms_norm_backward(*asked) or _norm_backward(*asked)), None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As kernels.rms_norm()."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    scale = norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()  # [rows, 1]
+    return (rows * scale).mul_(weight).view_as(x).to(x.dtype), scale.view(-1)
+
+
+def _norm_backward(
+    x: Tensor, weight: Tensor, scales: Tensor, gradient: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As kernels.rms_norm_backward()."""
+    rows, gradient_rows = (states.reshape(-1, x.shape[-1]).float() for states in (x, gradient))
+    scale, for_x, for_weight = scales[:, None], None, None
+    if of_weight:
+        for_weight = torch.mv((gradient_rows * rows).t(), scales).to(weight.dtype)
+    if of_x:
+        # d x_i = s g_i w_i - s^3 x_i / H * sum_j g_j w_j x_j, with s the row's scale
+        weighted = gradient_rows * weight
+        along = (weighted * rows).sum(-1, keepdim=True)
+        along.mul_(scale.pow(3)).div_(-rows.shape[-1])
+        for_x = weighted.mul_(scale).addcmul_(rows, along).view_as(x).to(x.dtype)
+    return for_x, for_weight
 
 
 class SwiGLU(torch.nn.Module):
@@ -57,15 +73,20 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        found = kernels.swiglu(gate_and_up)
+        if found is None:
+            gate, up = gate_and_up.chunk(2, -1)
+            found = F.silu(gate).mul_(up)
+        return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (gate_and_up,) = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, -1)
-        found = torch.empty_like(gate_and_up)
-        of_gate, of_up = found.chunk(2, -1)
-        torch.mul(F.silu(gate), gradient, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        found = kernels.swiglu_backward(gate_and_up, gradient)
+        if found is None:
+            gate, up = gate_and_up.chunk(2, -1)
+            found = torch.empty_like(gate_and_up)
+            of_gate, of_up = found.chunk(2, -1)
+            torch.mul(F.silu(gate), gradient, out=of_up)
+            torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
         return found

@@ -24,6 +24,8 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
     import torch
     from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
+    from megatron_patch import kernels
+
     class Rotation(torch.autograd.Function):
         """states [S, ..., heads, d], cosine and sine [S, ..., 1, d / 2]: halves of a head turned against each other."""
 
@@ -37,6 +39,10 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
             return turned(gradient, *ctx.saved_tensors, -1), None, None
 
     def turned(states: "Tensor", cosine: "Tensor", sine: "Tensor", direction: int) -> "Tensor":
+        records = states if states.dim() == 4 else states[:, None]  # a packed row is one record
+        compiled = kernels.rotate(records, cosine, sine, direction)
+        if compiled is not None:
+            return compiled.view(states.shape)
         found = torch.empty(states.shape, dtype=states.dtype, device=states.device)
         (first, second), (new_first, new_second) = states.chunk(2, -1), found.chunk(2, -1)
         torch.mul(first, cosine, out=new_first).addcmul_(second, sine, value=-direction)

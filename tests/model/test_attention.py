@@ -1,5 +1,8 @@
 """The attention of layers without Transformer Engine."""
 
+import pytest
+
+from megatron_patch.kernels import build
 from tests.programs import in_warm_process
 
 
@@ -32,7 +35,15 @@ print(torch.equal(found, expected.permute(2, 0, 1, 3).flatten(2)))
     assert in_warm_process(program).split() == ["spread", "True"]
 
 
-def test_short_records_are_multiplied_and_long_ones_are_not() -> None:
+@pytest.mark.parametrize(
+    ("environment", "longest"),
+    [
+        pytest.param({}, 1024, marks=pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")),
+        ({"CXX": "none"}, 128),
+    ],
+    ids=["compiled", "multiplied"],
+)
+def test_torchs_attention_is_for_longer_records(environment: dict[str, str], longest: int) -> None:
     """Values and gradients are the formula's in 64 bits, on both sides of the limit, causal or not, grouped or not."""
     program = """
 from types import SimpleNamespace
@@ -57,8 +68,10 @@ def watched(*states, **rest):
     called.append(states)
     return torchs(*states, **rest)
 F.scaled_dot_product_attention = watched
+import sys
+longest = int(sys.argv[1])
 torch.manual_seed(0)
-for length in (3, 128, 129):
+for length in (3, longest, longest + 1):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for mask, groups, scale in (("causal", 2, None), ("no_mask", 4, 0.5)):
             config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=groups)
@@ -70,7 +83,7 @@ for length in (3, 128, 129):
             states = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
             called.clear()
             found = attention(*states, None)
-            assert found.dtype == dtype and bool(called) == (length > 128), (length, len(called))
+            assert found.dtype == dtype and bool(called) == (length > longest), (length, len(called))
             expected = formula(*states, scale or 8**-0.5, mask == "causal")
             weights = torch.randn(found.shape)
             ours = torch.autograd.grad(found, states, weights.to(dtype))
@@ -79,4 +92,5 @@ for length in (3, 128, 129):
                 torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
     print(length)
 """
-    assert in_warm_process(program).split() == ["3", "128", "129"]
+    lengths = ["3", str(longest), str(longest + 1)]
+    assert in_warm_process(program, longest, **environment).split() == lengths

@@ -1,6 +1,12 @@
 """What stands between the products, against torch's own operators: values and gradients."""
 
+import pytest
+
+from megatron_patch.kernels import build
 from tests.programs import in_warm_process
+
+WITHOUT = {"CXX": "none"}  # no compiler: torch's operators
+BOTH = pytest.mark.parametrize("environment", [{}, WITHOUT], ids=["compiled", "torch"])
 
 NORM = """
 from megatron_patch import device
@@ -43,20 +49,25 @@ for dtype in (torch.float32, torch.bfloat16):
         found = SwiGLU()(x)
     assert [state.data_ptr() for state in kept] == [x.data_ptr()]  # nothing else is held for the backward pass
     gate, up = x.chunk(2, -1)
+    gate, up = (half.float() for half in (gate, up))  # in 16 bits torch rounds silu too, the compiled one does not
     expected = torch.nn.functional.silu(gate) * up
-    assert torch.equal(found, expected)
-    weights = torch.randn_like(expected)
-    assert torch.equal(torch.autograd.grad(found, x, weights)[0], torch.autograd.grad(expected, x, weights)[0])
+    weights = torch.randn_like(expected).to(dtype)
+    gradients = [torch.autograd.grad(value, x, weights.to(value.dtype))[0] for value in (found, expected)]
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-6
+    for one, other in ((found, expected), gradients):
+        torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
 print("equal")
 """
 
 
-def test_norm_is_torchs() -> None:
-    assert in_warm_process(NORM).split() == ["equal"]
+@BOTH
+def test_norm_is_torchs(environment: dict[str, str]) -> None:
+    assert in_warm_process(NORM, **environment).split() == ["equal"]
 
 
-def test_swiglu_is_torchs_and_keeps_its_input_alone() -> None:
-    assert in_warm_process(SWIGLU).split() == ["equal"]
+@BOTH
+def test_swiglu_is_torchs_and_keeps_its_input_alone(environment: dict[str, str]) -> None:
+    assert in_warm_process(SWIGLU, **environment).split() == ["equal"]
 
 
 LAYERS = """
@@ -85,3 +96,54 @@ assert not config.use_te_activation_func  # the caller's config stays as it is
 def test_layers_are_built_of_them() -> None:
     ours = "megatron_patch.model.elementwise"
     assert in_warm_process(LAYERS).splitlines() == [f"{ours} RMSNorm", f"{ours} SwiGLU", f"{ours} RMSNorm"]
+
+
+STEP = """
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch import kernels
+from megatron_patch.model.layer_specs import decoder_block
+done = set()
+def watched(name, kernel):
+    def call(*arguments):
+        found = kernel(*arguments)
+        if found is not None and found is not False:
+            done.add(name)
+        return found
+    return call
+for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate", "attention", "add"):
+    setattr(kernels, name, watched(name, getattr(kernels, name)))
+kernels.attention_backward = watched("attention_backward", kernels.attention_backward)
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+config = TransformerConfig(
+    num_layers=1, hidden_size=16, num_attention_heads=2, normalization="RMSNorm", add_bias_linear=False, bf16=True,
+    params_dtype=torch.bfloat16, transformer_impl="local", gated_linear_unit=True, gradient_accumulation_fusion=True,
+    activation_func=torch.nn.functional.silu, bias_dropout_fusion=False, hidden_dropout=0.0, attention_dropout=0.0,
+)
+model = GPTModel(
+    config, decoder_block(config), vocab_size=32, max_sequence_length=8, position_embedding_type="rope"
+).bfloat16()
+model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+tokens = torch.arange(8)[None]
+model(tokens, tokens, None, labels=tokens).float().sum().backward()
+print(*sorted(done))
+"""
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+def test_a_step_takes_every_kernel() -> None:
+    expected = "add attention attention_backward rms_norm rms_norm_backward rotate swiglu swiglu_backward"
+    assert in_warm_process(STEP).splitlines()[-1:] == [expected]
+
+
+def test_a_step_without_a_compiler_takes_none() -> None:
+    assert in_warm_process(STEP, **WITHOUT).splitlines()[-1:] == [""]

@@ -1,0 +1,155 @@
+"""Compiled kernels of a CPU: what stands between the matrix products of a layer.
+
+torch's operators each read and write whole activations, which takes longer than the arithmetic, and a norm or SwiGLU
+is made of several.  These do the same formulas in 32 bits, in one pass over memory, in the threads that torch uses.
+
+elementwise.cpp  norm, SwiGLU, rotary positions, gradients
+attention.cpp    attention of short records
+common.h         what both share
+build.py         compiled once on each kind of machine
+
+The functions below take tensors on the CPU and return None for what the kernels do not do (another dtype, a tensor that
+does not lie in one piece, no compiler on this machine): the caller then uses torch's operators.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_patch.kernels.build import library
+
+DTYPES = {torch.float32: "_fp32", torch.bfloat16: "_bf16"}  # and the ends of the kernels' names
+
+
+def _kernel(name: str, dtype: torch.dtype, *whole: Tensor) -> Callable[..., None] | None:
+    """The kernel for `dtype`; None where there is none, or a tensor of `whole` is not of it or not in one piece."""
+    for tensor in whole:
+        if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+    suffix = DTYPES.get(dtype)
+    kernels = library() if suffix else None
+    return None if kernels is None else getattr(kernels, name + suffix)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """x [..., H], weight [H] -> the normed x, and each row's scale 1 / sqrt(mean(x^2) + eps), float32 [rows]."""
+    kernel = _kernel("rms_norm", x.dtype, x, weight)
+    if kernel is None:
+        return None
+    width = x.shape[-1]
+    rows = x.numel() // width
+    found, scales = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    kernel(rows, width, x.data_ptr(), weight.data_ptr(), eps, found.data_ptr(), scales.data_ptr())
+    return found, scales
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, scales: Tensor, gradient: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Gradients of x [..., H] and weight [H], each where it is asked for; scales as rms_norm() returns them."""
+    kernel = _kernel("rms_norm_backward", x.dtype, x, weight, gradient)
+    if kernel is None:
+        return None
+    width = x.shape[-1]
+    found = [torch.empty_like(state) if asked else None for state, asked in ((x, of_x), (weight, of_weight))]
+    places = [None if state is None else state.data_ptr() for state in found]
+    states = (state.data_ptr() for state in (x, weight, scales, gradient))
+    kernel(x.numel() // width, width, *states, *places)
+    return found[0], found[1]
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor | None:
+    """[..., 2 F], gate then up -> silu(gate) * up [..., F]."""
+    kernel = _kernel("swiglu", gate_and_up.dtype, gate_and_up)
+    if kernel is None:
+        return None
+    width = gate_and_up.shape[-1] // 2
+    found = gate_and_up.new_empty(*gate_and_up.shape[:-1], width)
+    kernel(gate_and_up.numel() // (2 * width), width, gate_and_up.data_ptr(), found.data_ptr())
+    return found
+
+
+def swiglu_backward(gate_and_up: Tensor, gradient: Tensor) -> Tensor | None:
+    """Gradient of gate_and_up [..., 2 F] from that of swiglu() [..., F]."""
+    kernel = _kernel("swiglu_backward", gradient.dtype, gate_and_up, gradient)
+    if kernel is None:
+        return None
+    width = gradient.shape[-1]
+    found = torch.empty_like(gate_and_up)
+    kernel(gradient.numel() // width, width, *(state.data_ptr() for state in (gate_and_up, gradient, found)))
+    return found
+
+
+def _heads(states: Tensor) -> tuple[int, ...]:
+    """[S, B, heads, d], each head in one piece -> its place and strides."""
+    return states.data_ptr(), *states.stride()[:3]
+
+
+def _with_whole_heads(*states: Tensor) -> list[Tensor]:
+    return [state if state.stride(3) == 1 else state.contiguous() for state in states]
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor | None:
+    """Both halves of each head turned against each other (Su et al. 2021, arXiv:2104.09864, eq. 34).
+
+    Args:
+        states: [S, B, heads, d].
+        cosine, sine: of the angles [S, d / 2], in the dtype of the states.
+        direction: 1 turns forward, -1 back.
+    """
+    kernel = _kernel("rotate", states.dtype, cosine, sine) if states.is_cpu else None
+    if kernel is None:
+        return None
+    (states,) = _with_whole_heads(states)
+    found = torch.empty(states.shape, dtype=states.dtype)
+    kernel(*states.shape, *_heads(states), cosine.data_ptr(), sine.data_ptr(), direction, found.data_ptr())
+    return found
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """softmax(query key^T scale) value, of each record and head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
+
+    Args:
+        query: [S, B, heads, d].
+        key, value: [S, B, groups, d]; each group serves heads / groups heads, one behind the other.
+        scale: of the scores.
+        causal: a token sees itself and those before it, else all.
+
+    Returns:
+        [S, B, heads, d], and the logarithm of the sum of each row's exponentials, float32 [B, heads, S].
+    """
+    kernel = _kernel("attention", query.dtype) if query.is_cpu else None
+    if kernel is None:
+        return None
+    query, key, value = _with_whole_heads(query, key, value)
+    places, records, heads, width = query.shape
+    found = torch.empty(query.shape, dtype=query.dtype)
+    logarithms = torch.empty(records, heads, places)
+    shape = places, records, heads, key.shape[2], width, causal
+    states = (part for tensor in (query, key, value) for part in _heads(tensor))
+    kernel(*shape, *states, scale, found.data_ptr(), logarithms.data_ptr())
+    return found, logarithms
+
+
+def attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, logarithms: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from that of attention()'s first result [S, B, heads, d] and its second."""
+    kernel = _kernel("attention_backward", query.dtype)
+    query, key, value, gradient = _with_whole_heads(query, key, value, gradient)
+    places, records, heads, width = query.shape
+    found = [torch.empty(state.shape, dtype=state.dtype) for state in (query, key, value)]
+    shape = places, records, heads, key.shape[2], width, causal
+    states = (part for tensor in (query, key, value, gradient) for part in _heads(tensor))
+    kernel(*shape, *states, scale, logarithms.data_ptr(), *(state.data_ptr() for state in found))
+    return found[0], found[1], found[2]
+
+
+def add(total: Tensor, addend: Tensor) -> bool:
+    """total += addend of another dtype, both of one shape; whether it was done."""
+    kernel = _kernel("add", addend.dtype, addend) if total.dtype is torch.float32 and total.is_contiguous() else None
+    if kernel is None:
+        return False
+    kernel(total.numel(), total.data_ptr(), addend.data_ptr())
+    return True

@@ -1,0 +1,239 @@
+// Attention of short records on a CPU: each record and group of heads by itself, in buffers that stay in the cache.
+//
+// q [S, B, heads, d], k and v [S, B, groups, d], as float (NAME_fp32) or bfloat16 (NAME_bf16); all is computed in 32
+// bits.  A group of keys and values serves heads / groups heads, one behind the other.  What a token may not see is not
+// computed.  The weights [S, S] are computed again in the backward pass, from the logarithm of each row's sum.
+
+#include <limits>
+
+#include "common.h"
+
+namespace {
+
+// 16 floats: one register with AVX-512, two with AVX2, four with NEON; the compiler splits it.
+typedef float Lane __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr Index LANE = 16;
+constexpr Index TILE = 6;  // rows whose sums stay in registers: 12 of AVX2's 16
+
+inline Index whole_lanes(Index width) { return (width + LANE - 1) / LANE * LANE; }
+
+// c [ROWS, 16] += a b, with a(i, k) = a[i * by_row + k * by_depth] and b [depth, 16] in rows of `b_width`.
+template <int ROWS>
+inline void add_tile(Index depth, const float *a, Index by_row, Index by_depth, const float *b, Index b_width, float *c,
+                     Index c_width) {
+    Lane sums[ROWS];
+    for (int row = 0; row < ROWS; ++row) sums[row] = *reinterpret_cast<const Lane *>(c + row * c_width);
+    for (Index k = 0; k < depth; ++k) {
+        const Lane of_b = *reinterpret_cast<const Lane *>(b + k * b_width);
+        for (int row = 0; row < ROWS; ++row) sums[row] += a[row * by_row + k * by_depth] * of_b;
+    }
+    for (int row = 0; row < ROWS; ++row) *reinterpret_cast<Lane *>(c + row * c_width) = sums[row];
+}
+
+// c [rows, columns] += a b for up to TILE rows; columns are whole lanes.
+inline void add_product(Index rows, Index columns, Index depth, const float *a, Index by_row, Index by_depth,
+                        const float *b, Index b_width, float *c, Index c_width) {
+    for (Index column = 0; column < columns; column += LANE) {
+        const float *of_b = b + column;
+        float *of_c = c + column;
+        switch (rows) {
+            case 6: add_tile<6>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
+            case 5: add_tile<5>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
+            case 4: add_tile<4>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
+            case 3: add_tile<3>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
+            case 2: add_tile<2>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
+            default: add_tile<1>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width);
+        }
+    }
+}
+
+// The states of one record and head: S places, `stride` elements apart.
+template <typename T> struct Head {
+    const T *first;
+    Index stride;
+};
+
+template <typename T> struct States {
+    const T *data;
+    Strides strides;
+    Head<T> head(Index record, Index head) const {
+        return {data + record * strides.record + head * strides.head, strides.place};
+    }
+};
+
+// -> [S, d] times `factor`, in rows of whole lanes; what lies behind d stays as it is: zero, as buffers begin
+template <typename T> void load(Head<T> head, Index places, Index width, float factor, float *rows) {
+    const Index lanes = whole_lanes(width);
+    for (Index place = 0; place < places; ++place) {
+        float *out = rows + place * lanes;
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) out[i] = read(head.first[place * head.stride + i]) * factor;
+    }
+}
+
+// [S, d] in rows of whole lanes -> [d, S] likewise
+void turn(const float *rows, Index places, Index width, float *turned) {
+    const Index lanes = whole_lanes(width), columns = whole_lanes(places);
+    for (Index i = 0; i < width; ++i) {
+        float *out = turned + i * columns;
+        for (Index place = 0; place < places; ++place) out[place] = rows[place * lanes + i];
+    }
+}
+
+template <typename T> void store(const float *rows, Index places, Index width, float factor, T *first, Index stride) {
+    const Index lanes = whole_lanes(width);
+    for (Index place = 0; place < places; ++place) {
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) write(first[place * stride + i], rows[place * lanes + i] * factor);
+    }
+}
+
+struct Shape {
+    Index places, records, heads, groups, width;
+    bool causal;
+    Index lanes() const { return whole_lanes(width); }
+    Index columns() const { return whole_lanes(places); }
+    // how many keys the rows up to `end` see
+    Index seen(Index end) const { return causal ? end : places; }
+};
+
+// Rows [start, end) of a head's scores, from queries that carry the scale already.
+void scores(const Shape &shape, Index start, Index end, const float *queries, const float *keys_turned, float *rows) {
+    const Index lanes = shape.lanes(), columns = shape.columns();
+    std::fill(rows + start * columns, rows + end * columns, 0.0f);
+    add_product(end - start, whole_lanes(shape.seen(end)), shape.width, queries + start * lanes, lanes, 1, keys_turned,
+                columns, rows + start * columns, columns);
+}
+
+template <typename T>
+void attend(const Shape &shape, States<T> q, States<T> k, States<T> v, float scale, T *found, float *logarithms) {
+    const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
+    const Index each = shape.heads / shape.groups;
+#pragma omp parallel
+    {
+        std::vector<float> keys(places * lanes), keys_turned(width * columns), values(places * lanes);
+        std::vector<float> queries(places * lanes), weights(places * columns), sums(places * lanes);
+#pragma omp for collapse(2) schedule(static)
+        for (Index record = 0; record < shape.records; ++record)
+            for (Index group = 0; group < shape.groups; ++group) {
+                load(k.head(record, group), places, width, 1, keys.data());
+                turn(keys.data(), places, width, keys_turned.data());
+                load(v.head(record, group), places, width, 1, values.data());
+                for (Index head = group * each; head < (group + 1) * each; ++head) {
+                    load(q.head(record, head), places, width, scale, queries.data());
+                    std::fill(sums.begin(), sums.end(), 0.0f);
+                    float *logarithm = logarithms + (record * shape.heads + head) * places;
+                    for (Index start = 0; start < places; start += TILE) {
+                        const Index end = std::min(start + TILE, places);
+                        scores(shape, start, end, queries.data(), keys_turned.data(), weights.data());
+                        for (Index row = start; row < end; ++row) {
+                            float *of_row = weights.data() + row * columns;
+                            const Index seen = shape.seen(row + 1);
+                            float largest = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : largest)
+                            for (Index i = 0; i < seen; ++i) largest = std::max(largest, of_row[i]);
+#pragma omp simd reduction(+ : total)
+                            for (Index i = 0; i < seen; ++i) total += of_row[i] = exponential(of_row[i] - largest);
+                            const float share = 1 / total;
+#pragma omp simd
+                            for (Index i = 0; i < seen; ++i) of_row[i] *= share;
+                            std::fill(of_row + seen, of_row + columns, 0.0f);
+                            logarithm[row] = largest + std::log(total);
+                        }
+                        add_product(end - start, lanes, shape.seen(end), weights.data() + start * columns, columns, 1,
+                                    values.data(), lanes, sums.data() + start * lanes, lanes);
+                    }
+                    store(sums.data(), places, width, 1, found + (record * shape.heads + head) * width,
+                          shape.records * shape.heads * width);
+                }
+            }
+    }
+}
+
+template <typename T>
+void attend_backward(const Shape &shape, States<T> q, States<T> k, States<T> v, float scale, const float *logarithms,
+                     States<T> gradient, T *of_q, T *of_k, T *of_v) {
+    const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
+    const Index each = shape.heads / shape.groups;
+#pragma omp parallel
+    {
+        std::vector<float> keys(places * lanes), keys_turned(width * columns), values(places * lanes);
+        std::vector<float> values_turned(width * columns), queries(places * lanes), gradients(places * lanes);
+        std::vector<float> weights(places * columns), of_weights(places * columns);
+        std::vector<float> of_queries(places * lanes), of_keys(places * lanes), of_values(places * lanes);
+#pragma omp for collapse(2) schedule(static)
+        for (Index record = 0; record < shape.records; ++record)
+            for (Index group = 0; group < shape.groups; ++group) {
+                load(k.head(record, group), places, width, 1, keys.data());
+                turn(keys.data(), places, width, keys_turned.data());
+                load(v.head(record, group), places, width, 1, values.data());
+                turn(values.data(), places, width, values_turned.data());
+                std::fill(of_keys.begin(), of_keys.end(), 0.0f);
+                std::fill(of_values.begin(), of_values.end(), 0.0f);
+                for (Index head = group * each; head < (group + 1) * each; ++head) {
+                    load(q.head(record, head), places, width, scale, queries.data());
+                    load(gradient.head(record, head), places, width, 1, gradients.data());
+                    std::fill(of_queries.begin(), of_queries.end(), 0.0f);
+                    const float *logarithm = logarithms + (record * shape.heads + head) * places;
+                    for (Index start = 0; start < places; start += TILE) {
+                        const Index end = std::min(start + TILE, places);
+                        scores(shape, start, end, queries.data(), keys_turned.data(), weights.data());
+                        scores(shape, start, end, gradients.data(), values_turned.data(), of_weights.data());
+                        for (Index row = start; row < end; ++row) {
+                            float *of_row = weights.data() + row * columns;
+                            float *of_score = of_weights.data() + row * columns;
+                            const Index seen = shape.seen(row + 1);
+                            float along = 0;
+#pragma omp simd reduction(+ : along)
+                            for (Index i = 0; i < seen; ++i) {
+                                of_row[i] = exponential(of_row[i] - logarithm[row]);
+                                along += of_row[i] * of_score[i];
+                            }
+#pragma omp simd
+                            for (Index i = 0; i < seen; ++i) of_score[i] = of_row[i] * (of_score[i] - along);
+                            std::fill(of_row + seen, of_row + columns, 0.0f);
+                            std::fill(of_score + seen, of_score + columns, 0.0f);
+                        }
+                        add_product(end - start, lanes, shape.seen(end), of_weights.data() + start * columns, columns,
+                                    1, keys.data(), lanes, of_queries.data() + start * lanes, lanes);
+                    }
+                    for (Index start = 0; start < places; start += TILE) {  // of keys, which later rows see
+                        const Index count = std::min(TILE, places - start), from = shape.causal ? start : 0;
+                        const Index at = from * columns + start;
+                        add_product(count, lanes, places - from, weights.data() + at, 1, columns,
+                                    gradients.data() + from * lanes, lanes, of_values.data() + start * lanes, lanes);
+                        add_product(count, lanes, places - from, of_weights.data() + at, 1, columns,
+                                    queries.data() + from * lanes, lanes, of_keys.data() + start * lanes, lanes);
+                    }
+                    store(of_queries.data(), places, width, scale, of_q + (record * shape.heads + head) * width,
+                          shape.records * shape.heads * width);
+                }
+                const Index at = (record * shape.groups + group) * width;
+                const Index stride = shape.records * shape.groups * width;
+                store(of_keys.data(), places, width, 1, of_k + at, stride);
+                store(of_values.data(), places, width, 1, of_v + at, stride);
+            }
+    }
+}
+
+}  // namespace
+
+#define BOTH(T, SUFFIX)                                                                                                \
+    extern "C" void attention##SUFFIX(Index places, Index records, Index heads, Index groups, Index width,             \
+                                      Index causal, const T *q, Index q0, Index q1, Index q2, const T *k, Index k0,    \
+                                      Index k1, Index k2, const T *v, Index v0, Index v1, Index v2, float scale,       \
+                                      T *found, float *logarithms) {                                                   \
+        attend<T>({places, records, heads, groups, width, causal != 0}, {q, {q0, q1, q2}}, {k, {k0, k1, k2}},          \
+                  {v, {v0, v1, v2}}, scale, found, logarithms);                                                        \
+    }                                                                                                                  \
+    extern "C" void attention_backward##SUFFIX(                                                                        \
+        Index places, Index records, Index heads, Index groups, Index width, Index causal, const T *q, Index q0,       \
+        Index q1, Index q2, const T *k, Index k0, Index k1, Index k2, const T *v, Index v0, Index v1, Index v2,        \
+        const T *gradient, Index g0, Index g1, Index g2, float scale, const float *logarithms, T *of_q, T *of_k,       \
+        T *of_v) {                                                                                                     \
+        attend_backward<T>({places, records, heads, groups, width, causal != 0}, {q, {q0, q1, q2}}, {k, {k0, k1, k2}}, \
+                           {v, {v0, v1, v2}}, scale, logarithms, {gradient, {g0, g1, g2}}, of_q, of_k, of_v);          \
+    }
+
+BOTH(float, _fp32)
+BOTH(bfloat16, _bf16)

@@ -1,0 +1,157 @@
+// What stands between the matrix products of a decoder layer, each in one pass over memory; see __init__.py.
+//
+// Every function exists twice, as NAME_fp32 and NAME_bf16.
+
+#include "common.h"
+
+namespace {
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// ---------------------------------------------------------------- RMSNorm
+
+template <typename T>
+void rms_norm(Index rows, Index width, const T *x, const T *weight, float eps, T *y, float *scales) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (Index row = 0; row < rows; ++row) {
+        const T *in = x + row * width;
+        T *out = y + row * width;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (Index i = 0; i < width; ++i) squares += read(in[i]) * read(in[i]);
+        const float scale = 1.0f / std::sqrt(squares / width + eps);
+        scales[row] = scale;
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) write(out[i], read(in[i]) * scale * read(weight[i]));
+    }
+}
+
+// dx_i = s g_i w_i - s^3 x_i / H * sum_j g_j w_j x_j; dw_i = sum over rows of s g_i x_i.  dx or dw may be null.
+template <typename T>
+void rms_norm_backward(Index rows, Index width, const T *x, const T *weight, const float *scales, const T *gradient,
+                       T *dx, T *dw) {
+    const int most = dw ? omp_get_max_threads() : 1;
+    std::vector<float> sums(dw ? most * width : 0);  // each thread's, added in the threads' order
+#pragma omp parallel if (rows * width > PARALLEL)
+    {
+        float *sum = dw ? sums.data() + omp_get_thread_num() * width : nullptr;
+#pragma omp for schedule(static)
+        for (Index row = 0; row < rows; ++row) {
+            const T *in = x + row * width;
+            const T *g = gradient + row * width;
+            const float scale = scales[row];
+            if (dx) {
+                T *out = dx + row * width;
+                float along = 0;
+#pragma omp simd reduction(+ : along)
+                for (Index i = 0; i < width; ++i) along += read(g[i]) * read(weight[i]) * read(in[i]);
+                along *= -scale * scale * scale / width;
+#pragma omp simd
+                for (Index i = 0; i < width; ++i)
+                    write(out[i], read(g[i]) * read(weight[i]) * scale + read(in[i]) * along);
+            }
+            if (sum) {
+#pragma omp simd
+                for (Index i = 0; i < width; ++i) sum[i] += read(g[i]) * read(in[i]) * scale;
+            }
+        }
+    }
+    if (!dw) return;
+    for (int thread = 1; thread < most; ++thread)
+        for (Index i = 0; i < width; ++i) sums[i] += sums[thread * width + i];
+    for (Index i = 0; i < width; ++i) write(dw[i], sums[i]);
+}
+
+// ---------------------------------------------------------------- SwiGLU
+
+template <typename T>
+void swiglu(Index rows, Index width, const T *gate_and_up, T *y) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (Index row = 0; row < rows; ++row) {
+        const T *gate = gate_and_up + 2 * row * width;
+        const T *up = gate + width;
+        T *out = y + row * width;
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) write(out[i], read(gate[i]) * sigmoid(read(gate[i])) * read(up[i]));
+    }
+}
+
+// of up: g silu(gate); of gate: g up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
+template <typename T>
+void swiglu_backward(Index rows, Index width, const T *gate_and_up, const T *gradient, T *found) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (Index row = 0; row < rows; ++row) {
+        const T *gate = gate_and_up + 2 * row * width;
+        const T *up = gate + width;
+        const T *g = gradient + row * width;
+        T *of_gate = found + 2 * row * width;
+        T *of_up = of_gate + width;
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) {
+            const float x = read(gate[i]), s = sigmoid(x), along = read(g[i]) * s;
+            write(of_gate[i], along * read(up[i]) * (1 + x * (1 - s)));
+            write(of_up[i], along * x);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- heads: [S, B, heads, d], strides in elements
+
+// Rotary positions: both halves of a head turned against each other by the angle of the token's place.
+template <typename T>
+void rotate(Index places, Index records, Index heads, Index width, const T *states, Strides strides, const T *cosine,
+            const T *sine, float direction, T *found) {
+    const Index half = width / 2;
+#pragma omp parallel for collapse(2) schedule(static) if (places * records * heads * width > PARALLEL)
+    for (Index place = 0; place < places; ++place)
+        for (Index record = 0; record < records; ++record) {
+            const T *c = cosine + place * half;
+            const T *s = sine + place * half;
+            for (Index head = 0; head < heads; ++head) {
+                const T *in = states + place * strides.place + record * strides.record + head * strides.head;
+                T *out = found + ((place * records + record) * heads + head) * width;
+#pragma omp simd
+                for (Index i = 0; i < half; ++i) {
+                    const float first = read(in[i]), second = read(in[i + half]);
+                    const float along = read(c[i]), across = read(s[i]) * direction;
+                    write(out[i], first * along - second * across);
+                    write(out[i + half], second * along + first * across);
+                }
+            }
+        }
+}
+
+// ---------------------------------------------------------------- gradients
+
+template <typename T> void add(Index count, float *total, const T *addend) {
+#pragma omp parallel for simd schedule(static) if (count > PARALLEL)
+    for (Index i = 0; i < count; ++i) total[i] += read(addend[i]);
+}
+
+}  // namespace
+
+#define BOTH(T, SUFFIX)                                                                                               \
+    extern "C" void rms_norm##SUFFIX(Index rows, Index width, const T *x, const T *weight, float eps, T *y,            \
+                                     float *scales) {                                                                 \
+        rms_norm(rows, width, x, weight, eps, y, scales);                                                             \
+    }                                                                                                                 \
+    extern "C" void rms_norm_backward##SUFFIX(Index rows, Index width, const T *x, const T *weight,                    \
+                                              const float *scales, const T *gradient, T *dx, T *dw) {                 \
+        rms_norm_backward(rows, width, x, weight, scales, gradient, dx, dw);                                          \
+    }                                                                                                                 \
+    extern "C" void swiglu##SUFFIX(Index rows, Index width, const T *gate_and_up, T *y) {                             \
+        swiglu(rows, width, gate_and_up, y);                                                                          \
+    }                                                                                                                 \
+    extern "C" void swiglu_backward##SUFFIX(Index rows, Index width, const T *gate_and_up, const T *gradient,          \
+                                            T *found) {                                                               \
+        swiglu_backward(rows, width, gate_and_up, gradient, found);                                                   \
+    }                                                                                                                 \
+    extern "C" void rotate##SUFFIX(Index places, Index records, Index heads, Index width, const T *states,             \
+                                   Index by_place, Index by_record, Index by_head, const T *cosine, const T *sine,     \
+                                   float direction, T *found) {                                                       \
+        rotate(places, records, heads, width, states, {by_place, by_record, by_head}, cosine, sine, direction, found); \
+    }                                                                                                                 \
+    extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }
+
+BOTH(float, _fp32)
+BOTH(bfloat16, _bf16)

@@ -1,0 +1,166 @@
+"""The compiled kernels against the formulas in 64 bits: values and gradients, both dtypes, in one and two threads."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_patch import kernels
+from megatron_patch.kernels import build
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+
+# Relative to the largest value: sums of some hundred terms in 24 bits; one rounding to 8 bits.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request) -> None:
+    """With 40 x 576 elements both threads have work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def states(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def check(formula: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor, found: list[Tensor]) -> None:
+    """found: the kernels' value, then the gradients of the inputs under the weights."""
+    inputs = [state.double().requires_grad_() for state in inputs]
+    value = formula(*inputs)
+    expected = [value, *torch.autograd.grad(value, inputs, weights.double())]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == weights.dtype and one.shape == other.shape
+        difference = (one.double() - other).abs().max() / other.abs().max()
+        assert difference < TOLERANCE[weights.dtype], difference
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(5, 8, 576), (3, 2, 17), (1, 1, 3)], ids=str)
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, gradient = states(*shape, dtype=dtype), states(shape[-1], dtype=dtype), states(*shape, dtype=dtype)
+    found, scales = kernels.rms_norm(x, weight, 1e-3)
+    gradients = kernels.rms_norm_backward(x, weight, scales, gradient, True, True)
+    formula = functools.partial(torch.nn.functional.rms_norm, normalized_shape=shape[-1:], eps=1e-3)
+    check(lambda x, weight: formula(x, weight=weight), [x, weight], gradient, [found, *gradients])
+    alone = kernels.rms_norm_backward(x, weight, scales, gradient, True, False)
+    assert torch.equal(alone[0], gradients[0]) and alone[1] is None
+    assert kernels.rms_norm_backward(x, weight, scales, gradient, False, True)[0] is None
+
+
+@DTYPES
+def test_swiglu(dtype: torch.dtype) -> None:
+    x, gradient = states(40, 1, 2 * 501, dtype=dtype) * 5, states(40, 1, 501, dtype=dtype)
+    x[0, 0, :6] = torch.tensor([-100.0, 100, -88, 88, -1000, 0])  # silu there is 0 or the gate itself
+    found = kernels.swiglu(x)
+    assert found[0, 0, :1].abs().item() < 1e-30
+    formula = lambda x: torch.nn.functional.silu(x[..., :501]) * x[..., 501:]  # noqa: E731
+    check(formula, [x], gradient, [found, kernels.swiglu_backward(x, gradient)])
+
+
+@DTYPES
+def test_rotation_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
+    mixed = states(24, 3, 7, 70, dtype=dtype)
+    queries, gradient = mixed[:, :, 1:6, :64], states(24, 3, 5, 64, dtype=dtype)
+    angles = torch.rand(24, 32) * 6
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def formula(heads: Tensor) -> Tensor:
+        (first, second), c, s = heads.chunk(2, -1), cosine[:, None, None], sine[:, None, None]
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    found = kernels.rotate(queries, cosine, sine, 1)
+    check(formula, [queries], gradient, [found, kernels.rotate(gradient, cosine, sine, -1)])
+    assert kernels.rotate(queries, cosine.double(), sine, 1) is None
+
+
+@DTYPES
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize(
+    ("length", "records", "heads", "groups", "width"),
+    [(56, 2, 6, 2, 64), (13, 2, 4, 4, 20), (1, 1, 2, 1, 8), (7, 1, 3, 1, 16), (150, 1, 2, 1, 48)],
+)
+def test_attention(
+    length: int, records: int, heads: int, groups: int, width: int, causal: bool, dtype: torch.dtype
+) -> None:
+    """Heads beside each other as a layer's projection leaves them, and a gradient whose last dimension is not last."""
+    mixed = states(length, records, heads + 2 * groups, width, dtype=dtype)
+    query, key, value = mixed.split([heads, groups, groups], 2)
+    gradient = states(length, records, width, heads, dtype=dtype).transpose(2, 3)
+
+    def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (state.permute(1, 2, 0, 3) for state in (query, key, value))
+        key, value = (state.repeat_interleave(heads // groups, 1) for state in (key, value))
+        scores = query @ key.transpose(2, 3) * 0.3
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        return (scores.softmax(-1) @ value).permute(2, 0, 1, 3)
+
+    found, logarithms = kernels.attention(query, key, value, 0.3, causal)
+    gradients = kernels.attention_backward(query, key, value, 0.3, causal, logarithms, gradient)
+    if length == 1:  # one weight of 1, whatever the query
+        assert torch.equal(found, value.repeat_interleave(heads, 2)) and gradients[0].abs().max() < 1e-2
+        return
+    check(formula, [query, key, value], gradient, [found, *gradients])
+
+
+def test_attention_of_scores_far_apart_stays_finite() -> None:
+    query = torch.full((9, 1, 1, 16), 50.0)
+    key = torch.linspace(-60, 60, 9)[:, None, None, None].expand(9, 1, 1, 16).contiguous()
+    found, logarithms = kernels.attention(query, key, key, 1.0, False)
+    assert torch.allclose(found, torch.full_like(found, 60.0))
+    gradients = kernels.attention_backward(query, key, key, 1.0, False, logarithms, torch.ones_like(found))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("count", [5, 40_000])
+def test_addition_to_32_bits(count: int) -> None:
+    total, addend = torch.randn(count), torch.randn(count).bfloat16()
+    expected = total + addend.float()
+    assert kernels.add(total, addend)
+    assert torch.equal(total, expected)
+    assert not kernels.add(total, addend.half()) and not kernels.add(total.bfloat16(), addend)
+    every_other = total[::2]
+    assert not kernels.add(every_other, addend[: len(every_other)]) and not kernels.add(
+        total[: len(every_other)], addend[::2]
+    )
+
+
+def test_rounding_to_16_bits_is_torchs() -> None:
+    """Products of 88 = silu(88) with every mantissa, ties among them, infinities, what rounds up to one, and NaN."""
+    others = torch.tensor([float("inf"), -float("inf"), 3.3e38, float("nan"), 1e-40, -0.0])
+    up = torch.cat([torch.arange(-256, 256) / 128, others])[None].bfloat16()
+    found = kernels.swiglu(torch.cat([torch.full_like(up, 88.0), up], -1))
+    expected = (88 * up.float()).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    """A run stops at a loss that is not finite, so no kernel may make a number of it."""
+    broken = torch.ones(20, 1, 2, 16, dtype=dtype)
+    broken[3, 0, 1, 5] = float("nan")
+    flat, whole, ones = broken.view(20, 32), torch.ones(20, 1, 2, 16, dtype=dtype), torch.ones(16, dtype=dtype)
+    assert kernels.swiglu(flat).isnan().sum() == kernels.swiglu(-flat).isnan().sum() == 1
+    assert kernels.swiglu_backward(flat, ones.expand(20, 16).contiguous()).isnan().any()
+    assert kernels.rms_norm(broken, ones, 1e-5)[0].isnan().sum() == 16
+    for states, lost in (([broken, whole, whole], 16), ([whole, broken, whole], 17 * 16), ([whole, whole, broken], 17)):
+        found, logarithms = kernels.attention(*states, 1.0, True)
+        assert found.isnan().sum() >= lost
+        assert kernels.attention_backward(*states, 1.0, True, logarithms, whole)[1].isnan().any()
+
+
+def test_what_the_kernels_do_not_do_is_left_to_torch() -> None:
+    x, weight = torch.randn(4, 6), torch.ones(6)
+    assert kernels.rms_norm(x.half(), weight.half(), 1e-5) is None
+    assert kernels.rms_norm(x.bfloat16(), weight, 1e-5) is None
+    assert kernels.rms_norm(x.t(), torch.ones(4), 1e-5) is None
+    assert kernels.rms_norm(x.to("meta"), weight.to("meta"), 1e-5) is None
+    assert kernels.swiglu(x.double()) is None
+    assert kernels.attention(*[torch.randn(3, 1, 2, 4, dtype=torch.float64)] * 3, 1.0, True) is None
