@@ -28,6 +28,7 @@ LLAVA = "megatron_patch/model/llava.py"
 ATTENTION = "megatron_patch/model/attention.py"
 LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
 OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
+OF_LINEAR = "tests/model/test_linear.py"
 OF_KERNELS = "tests/kernels/test_kernels.py"
 ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
 OF_SPIKES = "tests/training/test_loss_spikes.py"
@@ -310,6 +311,11 @@ MODEL = [
         ("a tensor in pieces is read as if it were whole", "or not tensor.is_contiguous():", "or False:"),
         ("another dtype is read as if it were this one", "if tensor.dtype is not dtype or", "if False or"),
         ("a gradient in pieces is read as whole heads", "state if state.stride(3) == 1 else", "state if True else"),
+        (
+            "all records have the first one's positions",
+            "or cosine.numel() * 2 != states.shape[0] * states.shape[3]",
+            "",
+        ),
         ("a buffer in pieces is added to", "torch.float32 and total.is_contiguous()", "torch.float32"),
     ),
     *of(
@@ -3182,7 +3188,7 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
-        "megatron_patch/inference/megatron_engine.py",
+        "megatron_patch/model/linear.py",
         CACHED_KEYS,
         (
             "a linear layer of one rank adds the bias that is its caller's to add",
@@ -3196,7 +3202,7 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
-        "megatron_patch/inference/megatron_engine.py",
+        "megatron_patch/model/linear.py",
         "tests/inference/test_megatron_engine.py::test_every_family[one process]",
         (
             "a linear layer of one rank multiplies by its own weight where it is given the embedding's",
@@ -3205,13 +3211,25 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
-        "megatron_patch/inference/megatron_engine.py",
+        "megatron_patch/model/linear.py",
         "tests/inference/test_megatron_engine.py::test_more_processes[TP2]",
         (
             "the layers of two tensor-parallel ranks multiply and do not add up",
-            "if mpu.get_tensor_model_parallel_world_size() == 1:",
-            "if True:",
+            "if mpu.get_tensor_model_parallel_world_size() > 1:",
+            "if False:",
         ),
+    ),
+    *of(
+        "megatron_patch/model/linear.py",
+        OF_LINEAR,
+        ("gradients of trained weights miss their buffer", "if trained or (frozen and", "if trained or (True and"),
+        ("activations that are to be offloaded stay", "frozen and not module.config.cpu_offloading", "frozen"),
+        ("frozen linear layers are Megatron's", "if trained or (frozen and", "if trained or (False and"),
+    ),
+    *of(
+        LLAVA,
+        OF_LINEAR,
+        ("frozen parts keep Megatron's linear layers", "multiply_alone(module, trained=False)", "pass"),
     ),
     *of(
         "Apptainer.def",

@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ device.install()  # before Megatron is imported
 patches.apply_all(device.backend().NAME)
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -30,6 +28,7 @@ from megatron_patch.inference.interface import Prompt  # noqa: E402
 from megatron_patch.inference.prompt import PromptEncoder  # noqa: E402
 from megatron_patch.llava_folder import LlavaFolder  # noqa: E402
 from megatron_patch.model.key_value_cache import KeyValueCache  # noqa: E402
+from megatron_patch.model.linear import multiply_alone  # noqa: E402
 from megatron_patch.model.llava import LlavaModel  # noqa: E402
 from megatron_patch.training.load_model import build_model, load_weights  # noqa: E402
 
@@ -119,8 +118,7 @@ class ModelPart:
 
     def __init__(self, model: LlavaModel) -> None:
         self._model, self._here = model, device.current_device()
-        if mpu.get_tensor_model_parallel_world_size() == 1:
-            _multiply_alone(model)
+        multiply_alone(model, trained=True)
         self._cache: KeyValueCache | None = None
         self._first, self._last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
 
@@ -157,25 +155,6 @@ class ModelPart:
         logits = torch.empty(rows, self._model.geometry.language.vocabulary, device=self._here)
         torch.distributed.recv(logits, mpu.get_pipeline_model_parallel_last_rank())
         return logits
-
-
-def _multiply_alone(model: LlavaModel) -> None:
-    """Have linear layers of one tensor-parallel rank multiply and nothing else.
-
-    Megatron's look for process groups, autocast and gradients in every call: for a single token, of a small model on a
-    CPU, that takes as long as a third of the products.
-    """
-    for module in model.modules():
-        if type(module) in (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear):
-            module.forward = partial(_product, module)
-
-
-def _product(
-    layer: torch.nn.Module, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """x [..., I] -> [..., O] and the bias that is the caller's to add, as Megatron's layers return it."""
-    added, left = (None, layer.bias) if layer.skip_bias_add else (layer.bias, None)
-    return F.linear(x, layer.weight if weight is None else weight, added), left
 
 
 class Processes:

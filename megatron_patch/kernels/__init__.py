@@ -95,11 +95,12 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tens
 
     Args:
         states: [S, B, heads, d].
-        cosine, sine: of the angles [S, d / 2], in the dtype of the states.
+        cosine, sine: of the angles, S x d / 2 in any shape, in the dtype of the states; records of positions of their
+            own (S x B x d / 2) are not for the kernel.
         direction: 1 turns forward, -1 back.
     """
     kernel = _kernel("rotate", states.dtype, cosine, sine) if states.is_cpu else None
-    if kernel is None:
+    if kernel is None or cosine.numel() * 2 != states.shape[0] * states.shape[3]:
         return None
     (states,) = _with_whole_heads(states)
     found = torch.empty(states.shape, dtype=states.dtype)

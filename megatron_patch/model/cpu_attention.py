@@ -34,6 +34,7 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causa
 class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+        value = value.contiguous()  # a part of what holds the queries and keys as well, which nobody else keeps
         found, logarithms = kernels.attention(query, key, value, scale, causal)
         ctx.save_for_backward(query, key, value, logarithms)
         ctx.scale, ctx.causal = scale, causal

@@ -41,6 +41,7 @@ from megatron_patch.model.layer_specs import (
     projector_layers,
     tower_block,
 )
+from megatron_patch.model.linear import multiply_alone
 from megatron_patch.model.loss import head_losses
 from megatron_patch.step_flop import Frozen
 from megatron_patch.tile_plan import TILES_AT_ONCE
@@ -339,6 +340,7 @@ class LlavaModel(MegatronModule):
         ):
             if module is not None and freeze:
                 module.requires_grad_(False)
+                multiply_alone(module, trained=False)
 
     def _attach_adapters(self, lora: LoraConfig, seed: int) -> None:
         adapters = Adapters(lora, self.geometry, self.pg_collection.tp)

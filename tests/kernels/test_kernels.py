@@ -78,6 +78,8 @@ def test_rotation_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
     found = kernels.rotate(queries, cosine, sine, 1)
     check(formula, [queries], gradient, [found, kernels.rotate(gradient, cosine, sine, -1)])
     assert kernels.rotate(queries, cosine.double(), sine, 1) is None
+    of_each_record = cosine[:, None].repeat(1, 3, 1)
+    assert kernels.rotate(queries, of_each_record, of_each_record, 1) is None
 
 
 @DTYPES

@@ -1,0 +1,68 @@
+"""Linear layers of one tensor-parallel rank: which of them multiply alone, and that it changes no number."""
+
+from tests.programs import in_warm_process
+
+LAYERS = """
+from types import SimpleNamespace
+from megatron_patch import device
+device.install()
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch.model.llava import Frozen, LlavaModel
+from megatron_patch.model.linear import multiply_alone
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+def layers(skip_bias_add=False, **changes):
+    config = TransformerConfig(num_layers=1, hidden_size=6, num_attention_heads=2, **changes)
+    common = dict(config=config, init_method=torch.nn.init.normal_, bias=True, skip_bias_add=skip_bias_add)
+    return torch.nn.ModuleList([
+        tensor_parallel.ColumnParallelLinear(6, 4, **common),
+        tensor_parallel.RowParallelLinear(6, 4, input_is_parallel=True, **common),
+    ])
+
+def alone(module):
+    return ["forward" in vars(layer) for layer in module]
+
+"""
+SAME = """
+for skip_bias_add in (False, True):
+    for layer in layers(skip_bias_add).requires_grad_(False):
+        layer.bias.data.normal_()
+        x = torch.randn(5, 2, 6, requires_grad=True)
+        weights = torch.randn(5, 2, 4)
+        results = []
+        for _ in range(2):
+            y, bias = layer(x)
+            results.append((y, *torch.autograd.grad(y, x, weights)))
+            assert (bias is layer.bias) if skip_bias_add else (bias is None)
+            multiply_alone(layer, trained=False)
+        assert "forward" in vars(layer)
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+print("equal")
+"""
+CHOSEN = """
+trained, mixed, offloading = layers(), layers(), layers(cpu_offloading=True, cpu_offloading_num_layers=0)
+mixed[0].requires_grad_(False)
+offloading.requires_grad_(False)
+for module in (trained, mixed, offloading):
+    multiply_alone(module, trained=False)
+    print(*alone(module))
+multiply_alone(trained, trained=True)
+print(*alone(trained))
+parts = dict(language_model=layers(), image_newline=None, vision_model=layers(), vision_projection=layers())
+LlavaModel._freeze(SimpleNamespace(**parts, frozen=Frozen(language_model=True)))
+print(*(all(alone(part)) for part in parts.values() if part))
+"""
+
+
+def test_frozen_layers_give_megatrons_values_and_gradients() -> None:
+    assert in_warm_process(LAYERS + SAME).split() == ["equal"]
+
+
+def test_trained_layers_stay_megatrons_where_gradients_are_wanted() -> None:
+    found = in_warm_process(LAYERS + CHOSEN).splitlines()
+    assert found == ["False False", "True False", "False False", "True True", "True False False"]
