@@ -157,8 +157,12 @@ MODEL = [
     *of(
         LOSS,
         OF_LOSS,
-        ("padding of the vocabulary takes probability", 'logits[:, real:] = float("-inf")', "pass"),
-        ("padding takes probability where logits are computed again", "exponentials[:, ctx.real :] = 0", "pass"),
+        ("padding of the vocabulary takes probability", "found[:, real:] = 0", "pass"),
+        (
+            "padding takes probability where logits are computed again",
+            "weight.t(), ctx.real,",
+            "weight.t(), weight.shape[0],",
+        ),
         (
             "the label's own logit moves nothing",
             "of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))",
@@ -306,6 +310,16 @@ MODEL = [
         ("the compiled addition is never used", "    if kernels.add(total, addend):", "    if False:"),
     ),
     *of(
+        LOSS,
+        f"{OF_ELEMENTWISE}::test_a_step_takes_every_kernel",
+        (
+            "the compiled exponentials are never used",
+            "sums = kernels.exponentials(logits, real, largest)",
+            "sums = None",
+        ),
+        ("the compiled maximum is never used", "found = kernels.row_largest(logits, real)", "found = None"),
+    ),
+    *of(
         "megatron_patch/kernels/__init__.py",
         OF_KERNELS,
         ("a tensor in pieces is read as if it were whole", "or not tensor.is_contiguous():", "or False:"),
@@ -350,6 +364,12 @@ MODEL = [
         ("SwiGLU's gate has sigmoid's gradient", "(1 + x * (1 - s))", "(1 - s)"),
         ("up's gradient is without the gate", "write(of_up[i], along * x)", "write(of_up[i], along)"),
         ("positions turn back", "read(s[i]) * direction", "read(s[i])"),
+        ("padding is a token", "std::fill(in + real, in + width, T{});", ";"),
+        (
+            "the largest is looked for in the padding",
+            "i < real; ++i) found = std::max",
+            "i < width; ++i) found = std::max",
+        ),
         ("every head is the first", "record * strides.record + head * strides.head", "record * strides.record"),
     ),
     *of(

@@ -3,7 +3,7 @@
 torch's operators each read and write whole activations, which takes longer than the arithmetic, and a norm or SwiGLU
 is made of several.  These do the same formulas in 32 bits, in one pass over memory, in the threads that torch uses.
 
-elementwise.cpp  norm, SwiGLU, rotary positions, gradients
+elementwise.cpp  norm, SwiGLU, rotary positions, exponentials of logits, gradients
 attention.cpp    attention of short records
 common.h         what both share
 build.py         compiled once on each kind of machine
@@ -145,6 +145,32 @@ def attention_backward(
     states = (part for tensor in (query, key, value, gradient) for part in _heads(tensor))
     kernel(*shape, *states, scale, logarithms.data_ptr(), *(state.data_ptr() for state in found))
     return found[0], found[1], found[2]
+
+
+def row_largest(logits: Tensor, real: int) -> Tensor | None:
+    """The largest of the first `real` of each row [rows, V], float32 [rows]; -inf where there are none."""
+    kernel = _kernel("row_largest", logits.dtype, logits)
+    if kernel is None:
+        return None
+    found = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    kernel(*logits.shape, real, logits.data_ptr(), found.data_ptr())
+    return found
+
+
+def exponentials(logits: Tensor, real: int, largest: Tensor) -> Tensor | None:
+    """In place e^(logit - largest) of the first `real` of each row [rows, V], 0 behind them.
+
+    largest: float32 [rows], at least row_largest().
+
+    Returns:
+        Each row's sum, in 32 bits before it is rounded, float32 [rows].
+    """
+    kernel = _kernel("exponentials", logits.dtype, logits)
+    if kernel is None:
+        return None
+    sums = torch.empty_like(largest)
+    kernel(*logits.shape, real, logits.data_ptr(), largest.data_ptr(), sums.data_ptr())
+    return sums
 
 
 def add(total: Tensor, addend: Tensor) -> bool:

@@ -4,8 +4,6 @@
 // bits.  A group of keys and values serves heads / groups heads, one behind the other.  What a token may not see is not
 // computed.  The weights [S, S] are computed again in the backward pass, from the logarithm of each row's sum.
 
-#include <limits>
-
 #include "common.h"
 
 namespace {

@@ -35,6 +35,8 @@ _SIGNATURES = {
     "swiglu": [_INDEX, _INDEX, _POINTER, _POINTER],
     "swiglu_backward": [_INDEX, _INDEX, _POINTER, _POINTER, _POINTER],
     "rotate": [*[_INDEX] * 4, *_HEADS, _POINTER, _POINTER, _REAL, _POINTER],
+    "row_largest": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER],
+    "exponentials": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER],
     "add": [_INDEX, _POINTER, _POINTER],
     "attention": [*_ATTENTION, _REAL, _POINTER, _POINTER],
     "attention_backward": [*_ATTENTION, *_HEADS, _REAL, *[_POINTER] * 4],

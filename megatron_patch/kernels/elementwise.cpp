@@ -121,6 +121,38 @@ void rotate(Index places, Index records, Index heads, Index width, const T *stat
         }
 }
 
+// ---------------------------------------------------------------- logits [rows, width], of which `real` are tokens
+
+template <typename T>
+void row_largest(Index rows, Index width, Index real, const T *logits, float *largest) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (Index row = 0; row < rows; ++row) {
+        const T *in = logits + row * width;
+        float found = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : found)
+        for (Index i = 0; i < real; ++i) found = std::max(found, read(in[i]));
+        largest[row] = found;
+    }
+}
+
+// e^(logit - largest) in place, 0 where no token is, and each row's sum of what was not rounded yet
+template <typename T>
+void exponentials(Index rows, Index width, Index real, T *logits, const float *largest, float *sums) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (Index row = 0; row < rows; ++row) {
+        T *in = logits + row * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Index i = 0; i < real; ++i) {
+            const float found = exponential(read(in[i]) - largest[row]);
+            sum += found;
+            write(in[i], found);
+        }
+        std::fill(in + real, in + width, T{});
+        sums[row] = sum;
+    }
+}
+
 // ---------------------------------------------------------------- gradients
 
 template <typename T> void add(Index count, float *total, const T *addend) {
@@ -150,6 +182,13 @@ template <typename T> void add(Index count, float *total, const T *addend) {
                                    Index by_place, Index by_record, Index by_head, const T *cosine, const T *sine,     \
                                    float direction, T *found) {                                                       \
         rotate(places, records, heads, width, states, {by_place, by_record, by_head}, cosine, sine, direction, found); \
+    }                                                                                                                 \
+    extern "C" void row_largest##SUFFIX(Index rows, Index width, Index real, const T *logits, float *largest) {        \
+        row_largest(rows, width, real, logits, largest);                                                              \
+    }                                                                                                                 \
+    extern "C" void exponentials##SUFFIX(Index rows, Index width, Index real, T *logits, const float *largest,         \
+                                         float *sums) {                                                               \
+        exponentials(rows, width, real, logits, largest, sums);                                                       \
     }                                                                                                                 \
     extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }
 

@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from megatron_patch import kernels
+
 # More logits than this are computed again in the backward pass, a part of the rows at a time, in place of being kept.
 MOST_BYTES = 1 << 28
 PRODUCT_ROWS = 1 << 11  # of the head's gradient that are held at once, where its dtype is not that of the buffer
@@ -44,14 +46,13 @@ class _HeadLosses(torch.autograd.Function):
         exponentials = None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = (hidden[part] @ weight.t()).float()
-            logits[:, real:] = float("-inf")
-            top = logits.amax(-1)
+            logits = hidden[part] @ weight.t()
+            top = _row_largest(logits, real)
             if group.size() > 1:
                 all_reduce(top, ReduceOp.MAX, group=group)
-            predicted = (logits.gather(1, columns[part, None])[:, 0] - top) * own[part]
-            exponentials = logits.sub_(top[:, None]).exp_()
-            sums = torch.stack([exponentials.sum(-1), predicted])
+            predicted = (logits.gather(1, columns[part, None])[:, 0].float() - top) * own[part]
+            exponentials, sum_of_row = _exponentials(logits, real, top)
+            sums = torch.stack([sum_of_row, predicted])
             if group.size() > 1:
                 all_reduce(sums, group=group)
             losses[part], largest[part], total[part] = sums[0].log() - sums[1], top, sums[0]
@@ -69,8 +70,7 @@ class _HeadLosses(torch.autograd.Function):
             part = slice(start, start + ctx.rows)
             exponentials = kept
             if exponentials is None:
-                exponentials = (hidden[part] @ weight.t()).float().sub_(largest[part, None]).exp_()
-                exponentials[:, ctx.real :] = 0
+                exponentials, _ = _exponentials(hidden[part] @ weight.t(), ctx.real, largest[part])
             exponentials = exponentials.to(weight.dtype)
             # softmax = exponentials * factor; the loss falls with the target's logit
             factor = (gradient[part] / total[part])[:, None]
@@ -84,6 +84,24 @@ class _HeadLosses(torch.autograd.Function):
         if of_weight is not None and of_weight is getattr(weight, "main_grad", None):
             of_weight = None
         return of_hidden, of_weight, None, None, None
+
+
+def _row_largest(logits: Tensor, real: int) -> Tensor:
+    """As kernels.row_largest()."""
+    found = kernels.row_largest(logits, real)
+    if found is not None:
+        return found
+    return logits[:, :real].amax(-1).float() if real else logits.new_full(logits.shape[:1], -torch.inf).float()
+
+
+def _exponentials(logits: Tensor, real: int, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(logit - largest), in the logits' place where that can be, and each row's sum, float32."""
+    sums = kernels.exponentials(logits, real, largest)
+    if sums is not None:
+        return logits, sums
+    found = logits.float().sub_(largest[:, None]).exp_()
+    found[:, real:] = 0
+    return found, found.sum(-1)
 
 
 def _gradient_buffer(weight: Tensor) -> Tensor:

@@ -121,6 +121,23 @@ def test_attention_of_scores_far_apart_stays_finite() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@DTYPES
+@pytest.mark.parametrize(("rows", "width", "real"), [(40, 600, 571), (3, 7, 7), (2, 5, 0)])
+def test_exponentials_of_logits(rows: int, width: int, real: int, dtype: torch.dtype) -> None:
+    """Also of a rank whose part of the vocabulary is padding alone."""
+    logits = states(rows, width, dtype=dtype) * 30
+    of_tokens = logits[:, :real].float()
+    largest = kernels.row_largest(logits, real)
+    assert torch.equal(largest, of_tokens.amax(-1) if real else torch.full((rows,), float("-inf")))
+    largest = torch.full((rows,), 200.0) if real == 0 else largest + 1  # another rank's may be larger
+    expected = (of_tokens.double() - largest[:, None]).exp()
+    sums = kernels.exponentials(logits, real, largest)
+    torch.testing.assert_close(sums.double(), expected.sum(-1), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(logits[:, :real].double(), expected, rtol=TOLERANCE[dtype], atol=1e-30)
+    assert not logits[:, real:].any()
+    assert kernels.row_largest(logits[:, 1:], 1) is None and kernels.exponentials(logits[:, 1:], 1, largest) is None
+
+
 @pytest.mark.parametrize("count", [5, 40_000])
 def test_addition_to_32_bits(count: int) -> None:
     total, addend = torch.randn(count), torch.randn(count).bfloat16()

@@ -1,5 +1,7 @@
 """Head and cross-entropy in one against torch's, in one part and in several, with a padded vocabulary."""
 
+import pytest
+
 from tests.programs import in_warm_process
 
 PROGRAM = """
@@ -43,5 +45,6 @@ for loss.MOST_BYTES in (1 << 28, 4 * 40 * 8):  # one part, parts of eight rows
 """
 
 
-def test_losses_and_gradients_are_torchs() -> None:
-    assert in_warm_process(PROGRAM).split() == ["equal"] * 8
+@pytest.mark.parametrize("environment", [{}, {"CXX": "none"}], ids=["compiled", "torch"])
+def test_losses_and_gradients_are_torchs(environment: dict[str, str]) -> None:
+    assert in_warm_process(PROGRAM, **environment).split() == ["equal"] * 8
