@@ -100,7 +100,7 @@ def _built(command: list[str]) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:  # no home: built anew by each process
-        folder = Path(tempfile.mkdtemp(prefix="llava_megatron_"))
+        folder = Path(_own_folder().name)
     target = folder / name
     if not target.exists():
         with atomic_file(target) as beside:
@@ -113,6 +113,12 @@ def _built(command: list[str]) -> Path:
                 stdin=subprocess.DEVNULL,
             )
     return target
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory:
+    """One that goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="llava_megatron_")
 
 
 def _processor() -> str:
