@@ -6,14 +6,11 @@ its gradient by hand; the formulas are those of torch's own operators, the round
 there is a C++ compiler each is one compiled pass (megatron_patch/kernels); torch's operators do the rest.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_patch import kernels
-from megatron_patch.model.linear import computed_again
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -23,14 +20,13 @@ class RMSNorm(torch.nn.RMSNorm):
         """x [..., H] -> the same shape; on a GPU by torch's own kernel."""
         if x.device.type != "cpu":
             return super().forward(x)
-        again = partial(_normed, x.detach(), self.weight.detach(), self.eps)
-        return computed_again(_RMSNorm.apply(x, self.weight, self.eps), again)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        found, scales = _normed_and_scales(x, weight, eps)
+        found, scales = kernels.rms_norm(x, weight, eps) or _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scales)
         return found
 
@@ -38,14 +34,6 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         asked = *ctx.saved_tensors, gradient, *ctx.needs_input_grad[:2]
         return *(kernels.rms_norm_backward(*asked) or _norm_backward(*asked)), None
-
-
-def _normed_and_scales(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return kernels.rms_norm(x, weight, eps) or _norm(x, weight, eps)
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _normed_and_scales(x, weight, eps)[0]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,14 +66,18 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2 F], gate then up -> [..., F]."""
-        return computed_again(_SwiGLU.apply(gate_and_up), partial(_gated, gate_and_up.detach()))
+        return _SwiGLU.apply(gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        return _gated(gate_and_up)
+        found = kernels.swiglu(gate_and_up)
+        if found is None:
+            gate, up = gate_and_up.chunk(2, -1)
+            found = F.silu(gate).mul_(up)
+        return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -98,11 +90,3 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(F.silu(gate), gradient, out=of_up)
             torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
         return found
-
-
-def _gated(gate_and_up: Tensor) -> Tensor:
-    found = kernels.swiglu(gate_and_up)
-    if found is None:
-        gate, up = gate_and_up.chunk(2, -1)
-        found = F.silu(gate).mul_(up)
-    return found

@@ -23,7 +23,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_patch.model.attention import ScaledDotProductAttention
 from megatron_patch.model.elementwise import RMSNorm, SwiGLU
-from megatron_patch.model.linear import LocalColumnLinear, LocalRowLinear
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE
 
 
@@ -86,7 +85,7 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
         )
     else:
         column, row, core, norm, head_norm, mlp, keys = (
-            *(LocalColumnLinear, LocalRowLinear, ScaledDotProductAttention),
+            *(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention),
             *(LocalNorm, LocalNorm, LocalMLP, NORM_KEYS_AS_TRANSFORMER_ENGINE),
         )
     if not config.qk_layernorm:

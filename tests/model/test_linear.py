@@ -28,11 +28,11 @@ def alone(module):
 
 """
 SAME = """
-for skip_bias_add in (False, True):
-    for layer in layers(skip_bias_add).requires_grad_(False):
+for skip_bias_add, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16)):
+    for layer in layers(skip_bias_add).requires_grad_(False).to(dtype):
         layer.bias.data.normal_()
-        x = torch.randn(5, 2, 6, requires_grad=True)
-        weights = torch.randn(5, 2, 4)
+        x = torch.randn(5, 2, 6, dtype=dtype, requires_grad=True)
+        weights = torch.randn(5, 2, 4, dtype=dtype)
         results = []
         for _ in range(2):
             y, bias = layer(x)
@@ -41,7 +41,7 @@ for skip_bias_add in (False, True):
             multiply_alone(layer, trained=False)
         assert "forward" in vars(layer)
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+            assert torch.equal(one, other)
 print("equal")
 """
 CHOSEN = """
