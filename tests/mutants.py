@@ -3244,19 +3244,7 @@ ANY_RESOLUTION = [
         OF_LINEAR,
         ("gradients of trained weights miss their buffer", "if trained or (frozen and", "if trained or (True and"),
         ("activations that are to be offloaded stay", "frozen and not module.config.cpu_offloading", "frozen"),
-        ("what a norm made is kept", "return again", "return state"),
-        ("Megatron's marks go to an alias of the weight", "(lambda: self.weight) if", "state if"),
         ("frozen linear layers are Megatron's", "if trained or (frozen and", "if trained or (False and"),
-    ),
-    *of(
-        ELEMENTWISE,
-        OF_LINEAR,
-        (
-            "a norm's output is kept",
-            "return computed_again(_RMSNorm.apply(x, self.weight, self.eps), again)",
-            "return _RMSNorm.apply(x, self.weight, self.eps)",
-        ),
-        ("SwiGLU's output is kept", "partial(_gated, gate_and_up.detach())", "lambda: None"),
     ),
     *of(
         LLAVA,
