@@ -364,7 +364,8 @@ def test_what_cuda_says(tmp_path, monkeypatch) -> None:
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
 ROWS = """LLM family|vision tower|kind of LLaVA|conversation template|source format of data|benchmark|launcher argument
-cluster|engine that answers|accelerator|Megatron upgrade|Transformer Engine to test with|checkpoint layout"""
+cluster|engine that answers|accelerator|compiled kernel of a CPU|Megatron upgrade|Transformer Engine to test with
+checkpoint layout"""
 
 
 def test_contributing_names_a_file_for_each_change() -> None:
