@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_COMPILER = {"CXX": "none"}  # torch's operators in place of the compiled kernels
+WITH_AND_WITHOUT_COMPILER = pytest.mark.parametrize("environment", [{}, WITHOUT_COMPILER], ids=["compiled", "torch"])
 
 
 def in_new_process(program: str, *words: object, **environment: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_patch.kernels import build
-from tests.programs import in_warm_process
+from tests.programs import WITHOUT_COMPILER, in_warm_process
 
 
 def test_grouped_queries_under_a_mask_are_spread_exactly() -> None:
@@ -39,7 +39,7 @@ print(torch.equal(found, expected.permute(2, 0, 1, 3).flatten(2)))
     ("environment", "longest"),
     [
         pytest.param({}, 1024, marks=pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")),
-        ({"CXX": "none"}, 128),
+        (WITHOUT_COMPILER, 128),
     ],
     ids=["compiled", "multiplied"],
 )

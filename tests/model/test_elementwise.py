@@ -3,10 +3,7 @@
 import pytest
 
 from megatron_patch.kernels import build
-from tests.programs import in_warm_process
-
-WITHOUT = {"CXX": "none"}  # no compiler: torch's operators
-BOTH = pytest.mark.parametrize("environment", [{}, WITHOUT], ids=["compiled", "torch"])
+from tests.programs import WITH_AND_WITHOUT_COMPILER, WITHOUT_COMPILER, in_warm_process
 
 NORM = """
 from megatron_patch import device
@@ -60,12 +57,12 @@ print("equal")
 """
 
 
-@BOTH
+@WITH_AND_WITHOUT_COMPILER
 def test_norm_is_torchs(environment: dict[str, str]) -> None:
     assert in_warm_process(NORM, **environment).split() == ["equal"]
 
 
-@BOTH
+@WITH_AND_WITHOUT_COMPILER
 def test_swiglu_is_torchs_and_keeps_its_input_alone(environment: dict[str, str]) -> None:
     assert in_warm_process(SWIGLU, **environment).split() == ["equal"]
 
@@ -156,4 +153,4 @@ def test_a_step_takes_every_kernel() -> None:
 
 
 def test_a_step_without_a_compiler_takes_none() -> None:
-    assert in_warm_process(STEP, **WITHOUT).splitlines()[-1:] == [""]
+    assert in_warm_process(STEP, **WITHOUT_COMPILER).splitlines()[-1:] == [""]

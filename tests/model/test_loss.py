@@ -1,8 +1,6 @@
 """Head and cross-entropy in one against torch's, in one part and in several, with a padded vocabulary."""
 
-import pytest
-
-from tests.programs import in_warm_process
+from tests.programs import WITH_AND_WITHOUT_COMPILER, in_warm_process
 
 PROGRAM = """
 from megatron_patch import device
@@ -45,6 +43,6 @@ for loss.MOST_BYTES in (1 << 28, 4 * 40 * 8):  # one part, parts of eight rows
 """
 
 
-@pytest.mark.parametrize("environment", [{}, {"CXX": "none"}], ids=["compiled", "torch"])
+@WITH_AND_WITHOUT_COMPILER
 def test_losses_and_gradients_are_torchs(environment: dict[str, str]) -> None:
     assert in_warm_process(PROGRAM, **environment).split() == ["equal"] * 8

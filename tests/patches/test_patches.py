@@ -8,7 +8,7 @@ import torch
 from megatron_patch import patches
 from megatron_patch.errors import UserError
 from megatron_patch.patches.adam_of_another_kind import turn_into_fused, turn_into_torchs
-from tests.programs import in_warm_process
+from tests.programs import WITH_AND_WITHOUT_COMPILER, in_warm_process
 
 
 def test_all_patches_apply() -> None:
@@ -312,7 +312,7 @@ print(*{round(value, 5) for parameter in parameters for value in parameter.grad.
     assert in_warm_process(program).split() == ["0.5"]
 
 
-@pytest.mark.parametrize("environment", [{}, {"CXX": "none"}], ids=["compiled", "torch"])
+@WITH_AND_WITHOUT_COMPILER
 def test_a_gradient_in_16_bits_is_added_in_parts(environment: dict[str, str]) -> None:
     """To the buffer of 32 bits, over two micro-batches; what a fused product has added already is not added again."""
     program = """
