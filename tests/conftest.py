@@ -13,8 +13,16 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 STARTS = "starts"
-# Their files take minutes: begun last, they would leave one process with work and the others without.
-LONG = ("training", "transformer_engine", "older_formats", "conversion", "launchers", "patches")
+# They take minutes, the first an hour: begun last, they would leave one process with work and the others without.
+LONG = (
+    "training/test_smollm2_lora.py",
+    "training",
+    "transformer_engine",
+    "older_formats",
+    "conversion",
+    "launchers",
+    "patches",
+)
 _of_workers: Counter[str] = Counter()
 
 
@@ -23,12 +31,11 @@ COLLECTED = pytest.StashKey[list[str]]()  # names of all tests, those too that -
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The rooms of LONG first; within a room the order stays."""
+    """The rooms and files of LONG first; within a room the order stays."""
     config.stash[COLLECTED] = [item.nodeid for item in items]
 
     def place(item: pytest.Item) -> int:
-        room = item.nodeid.split("/")[1]
-        return LONG.index(room) if room in LONG else len(LONG)
+        return next((rank for rank, name in enumerate(LONG) if item.nodeid.startswith(f"tests/{name}")), len(LONG))
 
     items.sort(key=place)
 
