@@ -30,6 +30,7 @@ LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
 OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
 OF_LINEAR = "tests/model/test_linear.py"
 OF_KERNELS = "tests/kernels/test_kernels.py"
+OF_SELF_ATTENTION = "tests/model/test_self_attention.py"
 ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
 OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
@@ -215,7 +216,7 @@ MODEL = [
             "addcmul_(second, sine, value=-direction)",
             "addcmul_(second, sine, value=direction)",
         ),
-        ("tables are those of another row", "zip(asked, now, strict=True)", "zip(asked[3:], now[3:], strict=True)"),
+        ("a packed row's positions go on", "if cu_seqlens is not None:", "if False:"),
     ),
     *of(
         "megatron_patch/patches/scale_in_place.py",
@@ -260,7 +261,7 @@ MODEL = [
         ATTENTION,
         ONE_PROCESS,
         ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
-        ("scores are scaled otherwise on a CPU", "scale = query.shape[-1] ** -0.5 if", "scale = 0.2 if"),
+        ("scores are scaled otherwise on a CPU", "return width**-0.5 if", "return 0.2 if"),
     ),
     *of(
         ATTENTION,
@@ -284,7 +285,56 @@ MODEL = [
             "kernels.attention(query, key, value, scale, causal)",
             "kernels.attention(query, key, value, scale, False)",
         ),
-        ("the compiled gradient lets all see all", "ctx.scale, ctx.causal, logarithms", "ctx.scale, False, logarithms"),
+        ("the compiled gradient lets all see all", "ctx.scale, ctx.causal, None, log", "ctx.scale, False, None, log"),
+    ),
+    *of(
+        "megatron_patch/model/cpu_attention.py",
+        OF_SELF_ATTENTION,
+        ("queries are not turned", "(None, None) if angles is None else kernels", "(None, None) if True else kernels"),
+        (
+            "a token sees those behind it",
+            "kernels.attention(*_parts(mixed), scale, causal,",
+            "kernels.attention(*_parts(mixed), scale, False,",
+        ),
+        (
+            "its gradient too",
+            "*_parts(mixed), ctx.scale, ctx.causal, _given",
+            "*_parts(mixed), ctx.scale, False, _given",
+        ),
+        ("values are keys", "mixed[..., :-2, :], mixed[..., -2, :]", "mixed[..., :-2, :], mixed[..., -1, :]"),
+    ),
+    *of(
+        ATTENTION,
+        OF_SELF_ATTENTION,
+        ("a tower's tokens see the past alone", "return self.attn_mask_type == AttnMaskType.causal", "return True"),
+        ("what other ranks hold is left out", "self.context_group is None and self.cache", "self.cache"),
+        ("what was answered is left out", "None and self.cache is None and", "None and"),
+        ("dropout is left out", "self.cache is None and not (self.training and self.dropout)", "self.cache is None"),
+    ),
+    *of(
+        "megatron_patch/model/self_attention.py",
+        OF_SELF_ATTENTION,
+        ("a mask is left out", "plain = attention_mask is None and all(", "plain = all("),
+        ("packed records are one", "and all(value is None for value in asked.values())", ""),
+        ("the compiled kernel attends any length and dtype", "and takes_compiled(length, hidden_states.dtype)", ""),
+        ("what the attention itself does is not asked", "and self.core_attention.attends_whole_records()", ""),
+        ("angles are not looked at", "and (angles is None or self._turns_halves(angles, length))", ""),
+        ("a rank takes all of its group", "and config.num_query_groups >= self.world_size", ""),
+        ("heads are not normed", "config.qk_layernorm or config.attention", "config.attention"),
+        ("an output gate is left out", "or config.attention_output_gate or", "or"),
+        ("layers without positions have some", " or config.no_rope_freq)", ")"),
+        ("nothing is offloaded", "config.fine_grained_activation_offloading or self", "self"),
+        ("scores are kept all the same", " or self.checkpoint_core_attention)", ")"),
+        (
+            "angles are of any shape",
+            "and angles.shape == (length, 1, 1, self.hidden_size_per_attention_head)",
+            "",
+        ),
+        ("a fused kernel's angles are ours", "config.apply_rope_fusion or config.rot", "config.rot"),
+        ("neighbours are turned as halves", " or config.rotary_interleaved)", ")"),
+        ("sections are left out", "and config.mrope_section is None", ""),
+        ("a stretched model's factor is left out", "and self._yarn_concentration_factor == 1.0", ""),
+        ("the kernel is never used", "if not (plain and", "if True or not (plain and"),
     ),
     *of(
         ELEMENTWISE,
@@ -328,13 +378,15 @@ MODEL = [
         OF_KERNELS,
         ("a tensor in pieces is read as if it were whole", "or not tensor.is_contiguous():", "or False:"),
         ("another dtype is read as if it were this one", "if tensor.dtype is not dtype or", "if False or"),
-        ("a gradient in pieces is read as whole heads", "state if state.stride(3) == 1 else", "state if True else"),
+        ("a gradient in pieces is read as whole heads", "state if state.stride(-1) == 1 else", "state if True else"),
         (
             "all records have the first one's positions",
             "or cosine.numel() * 2 != states.shape[0] * states.shape[3]",
             "",
         ),
         ("a buffer in pieces is added to", "torch.float32 and total.is_contiguous()", "torch.float32"),
+        ("tables of an answer cannot be trained with", "with torch.inference_mode(False):", "if True:"),
+        ("tables of another dtype are read", '"attention", query.dtype, *(rotation or ())', '"attention", query.dtype'),
     ),
     *of(
         "megatron_patch/kernels/build.py",
@@ -396,6 +448,13 @@ MODEL = [
             "store(of_queries.data(), places, width, 1,",
         ),
         ("what is not seen gets a gradient", "std::fill(of_score + seen, of_score + columns, 0.0f);", ";"),
+        ("all places are turned as the first", "read(cosine[place * half + i])", "read(cosine[i])"),
+        ("gradients are turned on", "read(sine[place * half + i]) * direction", "read(sine[place * half + i])"),
+        ("queries' gradients stay turned", "rotation.turn(of_queries.data(), places, width, -1);", ";"),
+        ("keys' gradients stay turned", "rotation.turn(of_keys.data(), places, width, -1);", ";"),
+        ("all groups are the first", "group * by_group + ", ""),
+        ("a group's heads are its first", " + head * by_head, by_place", ", by_place"),
+        ("heads without positions are turned", "if (!cosine) return;", ""),
     ),
     *of(
         "megatron_patch/patches/gradients_in_parts.py",
@@ -1500,8 +1559,8 @@ RUNS = [
         f"{OF_ENGINE}::test_a_frozen_weight_has_no_gradient_computed",
         (
             "Transformer Engine's layers normalise twice",
-            "*(IdentityOp, TENorm, MLP, {}),",
-            "*(TENorm, TENorm, MLP, {}),",
+            "*(IdentityOp, TENorm, SelfAttention, MLP, {}),",
+            "*(TENorm, TENorm, SelfAttention, MLP, {}),",
         ),
     ),
     *of(

@@ -12,7 +12,8 @@ The functions below take tensors on the CPU and return None for what the kernels
 does not lie in one piece, no compiler on this machine): the caller then uses torch's operators.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,7 +88,15 @@ def _heads(states: Tensor) -> tuple[int, ...]:
 
 
 def _with_whole_heads(*states: Tensor) -> list[Tensor]:
-    return [state if state.stride(3) == 1 else state.contiguous() for state in states]
+    return [state if state.stride(-1) == 1 else state.contiguous() for state in states]
+
+
+@functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask alike
+def rotation_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """angles [S, ..., d] of rotary positions, both halves of a head alike -> cosine and sine [S, ..., d / 2]."""
+    half = angles[..., : angles.shape[-1] // 2]
+    with torch.inference_mode(False):  # else what was looked up for an answer could not be kept for a backward pass
+        return half.cos().to(dtype), half.sin().to(dtype)
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor | None:
@@ -108,43 +117,71 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tens
     return found
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+def _groups(states: Tensor) -> tuple[int, ...]:
+    """[S, B, groups, heads of a group, d], or without the heads -> its place and strides."""
+    strides = states.stride()[:-1]
+    return states.data_ptr(), *strides, *[0] * (4 - len(strides))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """softmax(query key^T scale) value, of each record and head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
     Args:
-        query: [S, B, heads, d].
-        key, value: [S, B, groups, d]; each group serves heads / groups heads, one behind the other.
+        query: [S, B, groups, heads of a group, d].
+        key, value: [S, B, groups, d]; each group serves its heads.
         scale: of the scores.
         causal: a token sees itself and those before it, else all.
+        rotation: cosine and sine [S, d / 2] of the angles by which queries and keys are turned first, as rotate()
+            does, in the dtype of the states; None: they stay as they are.
 
     Returns:
-        [S, B, heads, d], and the logarithm of the sum of each row's exponentials, float32 [B, heads, S].
+        [S, B, groups, heads of a group, d], and the logarithm of the sum of each row's exponentials, float32
+        [B, groups, heads of a group, S].
     """
-    kernel = _kernel("attention", query.dtype) if query.is_cpu else None
+    kernel = _kernel("attention", query.dtype, *(rotation or ())) if query.is_cpu else None
     if kernel is None:
         return None
     query, key, value = _with_whole_heads(query, key, value)
-    places, records, heads, width = query.shape
     found = torch.empty(query.shape, dtype=query.dtype)
-    logarithms = torch.empty(records, heads, places)
-    shape = places, records, heads, key.shape[2], width, causal
-    states = (part for tensor in (query, key, value) for part in _heads(tensor))
-    kernel(*shape, *states, scale, found.data_ptr(), logarithms.data_ptr())
+    logarithms = torch.empty(*query.shape[1:4], query.shape[0])
+    kernel(*query.shape, causal, *_inputs(query, key, value, rotation), scale, *_groups(found), logarithms.data_ptr())
     return found, logarithms
 
 
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None
+) -> tuple[int | None, ...]:
+    """As the kernels of attention take them."""
+    tables = (None, None) if rotation is None else (table.data_ptr() for table in rotation)
+    return *_groups(query), *_groups(key), *_groups(value), *tables
+
+
 def attention_backward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, logarithms: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from that of attention()'s first result [S, B, heads, d] and its second."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    rotation: tuple[Tensor, Tensor] | None,
+    logarithms: Tensor,
+    gradient: Tensor,
+    found: Sequence[Tensor],
+) -> None:
+    """Writes the gradients of query, key and value into `found`, tensors of their shapes whose heads lie in one piece.
+
+    gradient: of attention()'s first result [S, B, groups, heads of a group, d]; logarithms: its second.
+    """
     kernel = _kernel("attention_backward", query.dtype)
     query, key, value, gradient = _with_whole_heads(query, key, value, gradient)
-    places, records, heads, width = query.shape
-    found = [torch.empty(state.shape, dtype=state.dtype) for state in (query, key, value)]
-    shape = places, records, heads, key.shape[2], width, causal
-    states = (part for tensor in (query, key, value, gradient) for part in _heads(tensor))
-    kernel(*shape, *states, scale, logarithms.data_ptr(), *(state.data_ptr() for state in found))
-    return found[0], found[1], found[2]
+    written = (part for state in (gradient, *found) for part in _groups(state))
+    kernel(*query.shape, causal, *_inputs(query, key, value, rotation), scale, logarithms.data_ptr(), *written)
 
 
 def row_largest(logits: Tensor, real: int) -> Tensor | None:

@@ -1,8 +1,8 @@
 // Attention of short records on a CPU: each record and group of heads by itself, in buffers that stay in the cache.
 //
-// q [S, B, heads, d], k and v [S, B, groups, d], as float (NAME_fp32) or bfloat16 (NAME_bf16); all is computed in 32
-// bits.  A group of keys and values serves heads / groups heads, one behind the other.  What a token may not see is not
-// computed.  The weights [S, S] are computed again in the backward pass, from the logarithm of each row's sum.
+// q [S, B, groups, heads of a group, d], k and v [S, B, groups, d], as float (NAME_fp32) or bfloat16 (NAME_bf16); all is
+// computed in 32 bits.  What a token may not see is not computed.  The weights [S, S] and the turned queries and keys
+// are computed again in the backward pass, the weights from the logarithm of each row's sum.
 
 #include "common.h"
 
@@ -47,20 +47,41 @@ inline void add_product(Index rows, Index columns, Index depth, const float *a, 
 
 // The states of one record and head: S places, `stride` elements apart.
 template <typename T> struct Head {
-    const T *first;
+    T *first;
     Index stride;
 };
 
+// [S, B, groups, heads of a group, d], strides in elements; d in one piece.
 template <typename T> struct States {
-    const T *data;
-    Strides strides;
-    Head<T> head(Index record, Index head) const {
-        return {data + record * strides.record + head * strides.head, strides.place};
+    T *data;
+    Index by_place, by_record, by_group, by_head;
+    Head<T> head(Index record, Index group, Index head = 0) const {
+        return {data + record * by_record + group * by_group + head * by_head, by_place};
+    }
+};
+
+// Rotary positions [S, d / 2] (Su et al. 2021, arXiv:2104.09864, eq. 34), or none.
+template <typename T> struct Rotation {
+    const T *cosine, *sine;
+    // both halves of each row against each other; direction 1 turns forward, -1 back
+    void turn(float *rows, Index places, Index width, float direction) const {
+        if (!cosine) return;
+        const Index half = width / 2, lanes = whole_lanes(width);
+        for (Index place = 0; place < places; ++place) {
+            float *row = rows + place * lanes;
+#pragma omp simd
+            for (Index i = 0; i < half; ++i) {
+                const float first = row[i], second = row[i + half];
+                const float along = read(cosine[place * half + i]), across = read(sine[place * half + i]) * direction;
+                row[i] = first * along - second * across;
+                row[i + half] = second * along + first * across;
+            }
+        }
     }
 };
 
 // -> [S, d] times `factor`, in rows of whole lanes; what lies behind d stays as it is: zero, as buffers begin
-template <typename T> void load(Head<T> head, Index places, Index width, float factor, float *rows) {
+template <typename T> void load(Head<const T> head, Index places, Index width, float factor, float *rows) {
     const Index lanes = whole_lanes(width);
     for (Index place = 0; place < places; ++place) {
         float *out = rows + place * lanes;
@@ -70,24 +91,24 @@ template <typename T> void load(Head<T> head, Index places, Index width, float f
 }
 
 // [S, d] in rows of whole lanes -> [d, S] likewise
-void turn(const float *rows, Index places, Index width, float *turned) {
+void transpose(const float *rows, Index places, Index width, float *transposed) {
     const Index lanes = whole_lanes(width), columns = whole_lanes(places);
     for (Index i = 0; i < width; ++i) {
-        float *out = turned + i * columns;
+        float *out = transposed + i * columns;
         for (Index place = 0; place < places; ++place) out[place] = rows[place * lanes + i];
     }
 }
 
-template <typename T> void store(const float *rows, Index places, Index width, float factor, T *first, Index stride) {
+template <typename T> void store(const float *rows, Index places, Index width, float factor, Head<T> head) {
     const Index lanes = whole_lanes(width);
     for (Index place = 0; place < places; ++place) {
 #pragma omp simd
-        for (Index i = 0; i < width; ++i) write(first[place * stride + i], rows[place * lanes + i] * factor);
+        for (Index i = 0; i < width; ++i) write(head.first[place * head.stride + i], rows[place * lanes + i] * factor);
     }
 }
 
 struct Shape {
-    Index places, records, heads, groups, width;
+    Index places, records, groups, each, width;  // each: heads of a group
     bool causal;
     Index lanes() const { return whole_lanes(width); }
     Index columns() const { return whole_lanes(places); }
@@ -96,34 +117,36 @@ struct Shape {
 };
 
 // Rows [start, end) of a head's scores, from queries that carry the scale already.
-void scores(const Shape &shape, Index start, Index end, const float *queries, const float *keys_turned, float *rows) {
+void scores(const Shape &shape, Index start, Index end, const float *queries, const float *keys_transposed, float *rows) {
     const Index lanes = shape.lanes(), columns = shape.columns();
     std::fill(rows + start * columns, rows + end * columns, 0.0f);
-    add_product(end - start, whole_lanes(shape.seen(end)), shape.width, queries + start * lanes, lanes, 1, keys_turned,
+    add_product(end - start, whole_lanes(shape.seen(end)), shape.width, queries + start * lanes, lanes, 1, keys_transposed,
                 columns, rows + start * columns, columns);
 }
 
 template <typename T>
-void attend(const Shape &shape, States<T> q, States<T> k, States<T> v, float scale, T *found, float *logarithms) {
+void attend(const Shape &shape, States<const T> q, States<const T> k, States<const T> v, Rotation<T> rotation,
+            float scale, States<T> found, float *logarithms) {
     const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
-    const Index each = shape.heads / shape.groups;
 #pragma omp parallel
     {
-        std::vector<float> keys(places * lanes), keys_turned(width * columns), values(places * lanes);
+        std::vector<float> keys(places * lanes), keys_transposed(width * columns), values(places * lanes);
         std::vector<float> queries(places * lanes), weights(places * columns), sums(places * lanes);
 #pragma omp for collapse(2) schedule(static)
         for (Index record = 0; record < shape.records; ++record)
             for (Index group = 0; group < shape.groups; ++group) {
                 load(k.head(record, group), places, width, 1, keys.data());
-                turn(keys.data(), places, width, keys_turned.data());
+                rotation.turn(keys.data(), places, width, 1);
+                transpose(keys.data(), places, width, keys_transposed.data());
                 load(v.head(record, group), places, width, 1, values.data());
-                for (Index head = group * each; head < (group + 1) * each; ++head) {
-                    load(q.head(record, head), places, width, scale, queries.data());
+                for (Index head = 0; head < shape.each; ++head) {
+                    load(q.head(record, group, head), places, width, scale, queries.data());
+                    rotation.turn(queries.data(), places, width, 1);
                     std::fill(sums.begin(), sums.end(), 0.0f);
-                    float *logarithm = logarithms + (record * shape.heads + head) * places;
+                    float *logarithm = logarithms + ((record * shape.groups + group) * shape.each + head) * places;
                     for (Index start = 0; start < places; start += TILE) {
                         const Index end = std::min(start + TILE, places);
-                        scores(shape, start, end, queries.data(), keys_turned.data(), weights.data());
+                        scores(shape, start, end, queries.data(), keys_transposed.data(), weights.data());
                         for (Index row = start; row < end; ++row) {
                             float *of_row = weights.data() + row * columns;
                             const Index seen = shape.seen(row + 1);
@@ -141,42 +164,43 @@ void attend(const Shape &shape, States<T> q, States<T> k, States<T> v, float sca
                         add_product(end - start, lanes, shape.seen(end), weights.data() + start * columns, columns, 1,
                                     values.data(), lanes, sums.data() + start * lanes, lanes);
                     }
-                    store(sums.data(), places, width, 1, found + (record * shape.heads + head) * width,
-                          shape.records * shape.heads * width);
+                    store(sums.data(), places, width, 1, found.head(record, group, head));
                 }
             }
     }
 }
 
 template <typename T>
-void attend_backward(const Shape &shape, States<T> q, States<T> k, States<T> v, float scale, const float *logarithms,
-                     States<T> gradient, T *of_q, T *of_k, T *of_v) {
+void attend_backward(const Shape &shape, States<const T> q, States<const T> k, States<const T> v, Rotation<T> rotation,
+                     float scale, const float *logarithms, States<const T> gradient, States<T> of_q, States<T> of_k,
+                     States<T> of_v) {
     const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
-    const Index each = shape.heads / shape.groups;
 #pragma omp parallel
     {
-        std::vector<float> keys(places * lanes), keys_turned(width * columns), values(places * lanes);
-        std::vector<float> values_turned(width * columns), queries(places * lanes), gradients(places * lanes);
+        std::vector<float> keys(places * lanes), keys_transposed(width * columns), values(places * lanes);
+        std::vector<float> values_transposed(width * columns), queries(places * lanes), gradients(places * lanes);
         std::vector<float> weights(places * columns), of_weights(places * columns);
         std::vector<float> of_queries(places * lanes), of_keys(places * lanes), of_values(places * lanes);
 #pragma omp for collapse(2) schedule(static)
         for (Index record = 0; record < shape.records; ++record)
             for (Index group = 0; group < shape.groups; ++group) {
                 load(k.head(record, group), places, width, 1, keys.data());
-                turn(keys.data(), places, width, keys_turned.data());
+                rotation.turn(keys.data(), places, width, 1);
+                transpose(keys.data(), places, width, keys_transposed.data());
                 load(v.head(record, group), places, width, 1, values.data());
-                turn(values.data(), places, width, values_turned.data());
+                transpose(values.data(), places, width, values_transposed.data());
                 std::fill(of_keys.begin(), of_keys.end(), 0.0f);
                 std::fill(of_values.begin(), of_values.end(), 0.0f);
-                for (Index head = group * each; head < (group + 1) * each; ++head) {
-                    load(q.head(record, head), places, width, scale, queries.data());
-                    load(gradient.head(record, head), places, width, 1, gradients.data());
+                for (Index head = 0; head < shape.each; ++head) {
+                    load(q.head(record, group, head), places, width, scale, queries.data());
+                    rotation.turn(queries.data(), places, width, 1);
+                    load(gradient.head(record, group, head), places, width, 1, gradients.data());
                     std::fill(of_queries.begin(), of_queries.end(), 0.0f);
-                    const float *logarithm = logarithms + (record * shape.heads + head) * places;
+                    const float *logarithm = logarithms + ((record * shape.groups + group) * shape.each + head) * places;
                     for (Index start = 0; start < places; start += TILE) {
                         const Index end = std::min(start + TILE, places);
-                        scores(shape, start, end, queries.data(), keys_turned.data(), weights.data());
-                        scores(shape, start, end, gradients.data(), values_turned.data(), of_weights.data());
+                        scores(shape, start, end, queries.data(), keys_transposed.data(), weights.data());
+                        scores(shape, start, end, gradients.data(), values_transposed.data(), of_weights.data());
                         for (Index row = start; row < end; ++row) {
                             float *of_row = weights.data() + row * columns;
                             float *of_score = of_weights.data() + row * columns;
@@ -203,34 +227,38 @@ void attend_backward(const Shape &shape, States<T> q, States<T> k, States<T> v, 
                         add_product(count, lanes, places - from, of_weights.data() + at, 1, columns,
                                     queries.data() + from * lanes, lanes, of_keys.data() + start * lanes, lanes);
                     }
-                    store(of_queries.data(), places, width, scale, of_q + (record * shape.heads + head) * width,
-                          shape.records * shape.heads * width);
+                    rotation.turn(of_queries.data(), places, width, -1);
+                    store(of_queries.data(), places, width, scale, of_q.head(record, group, head));
                 }
-                const Index at = (record * shape.groups + group) * width;
-                const Index stride = shape.records * shape.groups * width;
-                store(of_keys.data(), places, width, 1, of_k + at, stride);
-                store(of_values.data(), places, width, 1, of_v + at, stride);
+                rotation.turn(of_keys.data(), places, width, -1);
+                store(of_keys.data(), places, width, 1, of_k.head(record, group));
+                store(of_values.data(), places, width, 1, of_v.head(record, group));
             }
     }
 }
 
 }  // namespace
 
-#define BOTH(T, SUFFIX)                                                                                                \
-    extern "C" void attention##SUFFIX(Index places, Index records, Index heads, Index groups, Index width,             \
-                                      Index causal, const T *q, Index q0, Index q1, Index q2, const T *k, Index k0,    \
-                                      Index k1, Index k2, const T *v, Index v0, Index v1, Index v2, float scale,       \
-                                      T *found, float *logarithms) {                                                   \
-        attend<T>({places, records, heads, groups, width, causal != 0}, {q, {q0, q1, q2}}, {k, {k0, k1, k2}},          \
-                  {v, {v0, v1, v2}}, scale, found, logarithms);                                                        \
+// Each tensor of states: where it lies, and its strides by place, record, group and head, in elements.
+#define OF_STATES(T, NAME) T *NAME, Index NAME##_place, Index NAME##_record, Index NAME##_group, Index NAME##_head
+#define STATES(NAME) {NAME, NAME##_place, NAME##_record, NAME##_group, NAME##_head}
+
+#define BOTH(T, SUFFIX)                                                                                               \
+    extern "C" void attention##SUFFIX(Index places, Index records, Index groups, Index each, Index width, Index causal, \
+                                      OF_STATES(const T, q), OF_STATES(const T, k), OF_STATES(const T, v),             \
+                                      const T *cosine, const T *sine, float scale, OF_STATES(T, found),                \
+                                      float *logarithms) {                                                             \
+        attend<T>({places, records, groups, each, width, causal != 0}, STATES(q), STATES(k), STATES(v),                \
+                  {cosine, sine}, scale, STATES(found), logarithms);                                                   \
     }                                                                                                                  \
     extern "C" void attention_backward##SUFFIX(                                                                        \
-        Index places, Index records, Index heads, Index groups, Index width, Index causal, const T *q, Index q0,       \
-        Index q1, Index q2, const T *k, Index k0, Index k1, Index k2, const T *v, Index v0, Index v1, Index v2,        \
-        const T *gradient, Index g0, Index g1, Index g2, float scale, const float *logarithms, T *of_q, T *of_k,       \
-        T *of_v) {                                                                                                     \
-        attend_backward<T>({places, records, heads, groups, width, causal != 0}, {q, {q0, q1, q2}}, {k, {k0, k1, k2}}, \
-                           {v, {v0, v1, v2}}, scale, logarithms, {gradient, {g0, g1, g2}}, of_q, of_k, of_v);          \
+        Index places, Index records, Index groups, Index each, Index width, Index causal, OF_STATES(const T, q),       \
+        OF_STATES(const T, k), OF_STATES(const T, v), const T *cosine, const T *sine, float scale,                     \
+        const float *logarithms, OF_STATES(const T, gradient), OF_STATES(T, of_q), OF_STATES(T, of_k),                 \
+        OF_STATES(T, of_v)) {                                                                                          \
+        attend_backward<T>({places, records, groups, each, width, causal != 0}, STATES(q), STATES(k), STATES(v),       \
+                           {cosine, sine}, scale, logarithms, STATES(gradient), STATES(of_q), STATES(of_k),            \
+                           STATES(of_v));                                                                              \
     }
 
 BOTH(float, _fp32)

@@ -28,7 +28,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 _POINTER, _INDEX, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _HEADS = [_POINTER, *[_INDEX] * 3]  # a tensor [S, B, heads, d]: its place, and strides in elements
-_ATTENTION = [*[_INDEX] * 6, *_HEADS * 3]
+_GROUPS = [_POINTER, *[_INDEX] * 4]  # a tensor [S, B, groups, heads, d] likewise
+_ATTENTION = [*[_INDEX] * 6, *_GROUPS * 3, _POINTER, _POINTER, _REAL]
 _SIGNATURES = {
     "rms_norm": [_INDEX, _INDEX, _POINTER, _POINTER, _REAL, _POINTER, _POINTER],
     "rms_norm_backward": [_INDEX, _INDEX, *[_POINTER] * 6],
@@ -38,8 +39,8 @@ _SIGNATURES = {
     "row_largest": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER],
     "exponentials": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER],
     "add": [_INDEX, _POINTER, _POINTER],
-    "attention": [*_ATTENTION, _REAL, _POINTER, _POINTER],
-    "attention_backward": [*_ATTENTION, *_HEADS, _REAL, *[_POINTER] * 4],
+    "attention": [*_ATTENTION, *_GROUPS, _POINTER],
+    "attention_backward": [*_ATTENTION, _POINTER, *_GROUPS * 4],
 }
 
 

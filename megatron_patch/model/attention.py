@@ -113,6 +113,19 @@ class ScaledDotProductAttention(MegatronModule):
         allowed = None if attention_mask is None or mask_type == AttnMaskType.no_mask else ~attention_mask
         return self._attend(query, key, value, allowed=allowed)
 
+    @property
+    def is_causal(self) -> bool:
+        """A token sees itself and those before it, where nothing else is asked for."""
+        return self.attn_mask_type == AttnMaskType.causal
+
+    def scale(self, width: int) -> float:
+        """By which the scores of heads of `width` channels are multiplied."""
+        return width**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    def attends_whole_records(self) -> bool:
+        """Without dropout now, without the keys of other ranks or of an answer's earlier tokens."""
+        return self.context_group is None and self.cache is None and not (self.training and self.dropout)
+
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Block-diagonal attention: causal attention over each record of a packed row.
 
@@ -168,8 +181,7 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """[S, B, heads, d] -> [S, B, heads * d]; `allowed` is True where a query may look."""
         if allowed is None and query.is_cpu and not (self.training and self.dropout):
-            scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-            context = cpu_attention(query, key, value, scale, is_causal)
+            context = cpu_attention(query, key, value, self.scale(query.shape[-1]), is_causal)
             if context is not None:
                 return context
         if allowed is not None and query.shape[2] != key.shape[2]:

@@ -5,6 +5,7 @@ pass in bf16 multiplies in small pieces: at 56 tokens it takes ten times as long
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,14 +25,72 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causa
     kernels.attention() says.
     """
     length = query.shape[0]
-    if length <= LONGEST_COMPILED and kernels.library() is not None and query.dtype in kernels.DTYPES:
-        return _CompiledAttention.apply(query, key, value, scale, causal).flatten(2)
+    if takes_compiled(length, query.dtype):
+        grouped = query.unflatten(2, (key.shape[2], -1))
+        return _CompiledAttention.apply(grouped, key, value, scale, causal).flatten(2)
     if length <= LONGEST_MULTIPLIED:
         return _MultipliedAttention.apply(query, key, value, scale, causal)
     return None
 
 
+def takes_compiled(length: int, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernel attends records of `length` tokens."""
+    return length <= LONGEST_COMPILED and dtype in kernels.DTYPES and kernels.library() is not None
+
+
+def attention_of_mixed(
+    mixed: Tensor, groups: int, width: int, scale: float, causal: bool, angles: Tensor | None
+) -> Tensor:
+    """attention() straight from the projection to queries, keys and values, and its gradient straight back to it.
+
+    Only where takes_compiled().
+
+    Args:
+        mixed: [S, B, groups * (heads of a group + 2) * width], of each group its queries, its key and its value.
+        groups, width: of keys and values; of a head.
+        scale, causal: as kernels.attention() says.
+        angles: [S, 1, 1, width] of rotary positions, both halves alike; None: queries and keys are not turned.
+
+    Returns:
+        [S, B, heads * width].
+    """
+    rotation = (None, None) if angles is None else kernels.rotation_tables(angles, mixed.dtype)
+    mixed = mixed.view(*mixed.shape[:2], groups, -1, width)
+    return _MixedAttention.apply(mixed, scale, causal, *rotation).flatten(2)
+
+
+class _MixedAttention(torch.autograd.Function):
+    """mixed [S, B, groups, heads of a group + 2, d]."""
+
+    @staticmethod
+    def forward(ctx, mixed: Tensor, scale: float, causal: bool, *rotation: Tensor | None) -> Tensor:
+        found, logarithms = kernels.attention(*_parts(mixed), scale, causal, _given(rotation))
+        ctx.save_for_backward(mixed, logarithms, *rotation)
+        ctx.scale, ctx.causal = scale, causal
+        return found
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        mixed, logarithms, *rotation = ctx.saved_tensors
+        found = torch.empty_like(mixed)
+        kernels.attention_backward(
+            *_parts(mixed), ctx.scale, ctx.causal, _given(rotation), logarithms, gradient, _parts(found)
+        )
+        return found, None, None, None, None
+
+
+def _parts(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of _MixedAttention."""
+    return mixed[..., :-2, :], mixed[..., -2, :], mixed[..., -1, :]
+
+
+def _given(rotation: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+    return None if rotation[0] is None else tuple(rotation)
+
+
 class _CompiledAttention(torch.autograd.Function):
+    """query [S, B, groups, heads of a group, d], key and value [S, B, groups, d]."""
+
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
         value = value.contiguous()  # a part of what holds the queries and keys as well, which nobody else keeps
@@ -43,7 +102,9 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *states, logarithms = ctx.saved_tensors
-        return *kernels.attention_backward(*states, ctx.scale, ctx.causal, logarithms, gradient), None, None
+        found = [torch.empty(state.shape, dtype=state.dtype) for state in states]
+        kernels.attention_backward(*states, ctx.scale, ctx.causal, None, logarithms, gradient, found)
+        return *found, None, None
 
 
 class _MultipliedAttention(torch.autograd.Function):

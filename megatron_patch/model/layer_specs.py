@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_patch.model.attention import ScaledDotProductAttention
 from megatron_patch.model.elementwise import RMSNorm, SwiGLU
+from megatron_patch.model.self_attention import LocalSelfAttention
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE
 
 
@@ -79,14 +80,14 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
             TERowParallelLinear,
         )
 
-        column, row, core, norm, head_norm, mlp, keys = (
+        column, row, core, norm, head_norm, attention, mlp, keys = (
             *(TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention),
-            *(IdentityOp, TENorm, MLP, {}),
+            *(IdentityOp, TENorm, SelfAttention, MLP, {}),
         )
     else:
-        column, row, core, norm, head_norm, mlp, keys = (
+        column, row, core, norm, head_norm, attention, mlp, keys = (
             *(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention),
-            *(LocalNorm, LocalNorm, LocalMLP, NORM_KEYS_AS_TRANSFORMER_ENGINE),
+            *(LocalNorm, LocalNorm, LocalSelfAttention, LocalMLP, NORM_KEYS_AS_TRANSFORMER_ENGINE),
         )
     if not config.qk_layernorm:
         head_norm = None
@@ -95,7 +96,7 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=attention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,

@@ -5,6 +5,7 @@ copies whole queries and keys, and does so record by record in a packed row.  He
 micro-batch, and a turn writes its result once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +50,13 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
         torch.mul(second, cosine, out=new_second).addcmul_(first, sine, value=direction)
         return found
 
-    asked: list[Any] = [None] * 4  # angles, cu_seqlens, ranks, dtype: all layers of a micro-batch ask alike
-    tables: list[Any] = []
-
-    def look_up(states: "Tensor", angles: "Tensor", cu_seqlens: "Tensor | None", group: Any) -> list["Tensor"]:
-        now = [angles, cu_seqlens, group, states.dtype]
-        if any(one is not other for one, other in zip(asked, now, strict=True)):
-            own = angles
-            if cu_seqlens is not None:  # positions start anew in each record
-                size, rank = group.size(), group.rank()
-                lengths = ((cu_seqlens[1:] - cu_seqlens[:-1]) // size).tolist()
-                parts = [_get_thd_freqs_on_this_cp_rank(rank, size, part, angles) for part in states.split(lengths)]
-                own = torch.cat(parts)[:, 0]
-            half = own[..., : own.shape[-1] // 2]  # both halves of a head have the same angles
-            tables[:] = half.cos().to(states.dtype), half.sin().to(states.dtype)
-            asked[:] = now
-        return tables
+    @functools.lru_cache(maxsize=1)  # all layers of a micro-batch ask alike
+    def of_packed(angles: "Tensor", cu_seqlens: "Tensor", size: int, rank: int) -> "Tensor":
+        """Angles of each token of a packed row, whose positions start anew in each record."""
+        lengths = ((cu_seqlens[1:] - cu_seqlens[:-1]) // size).tolist()
+        states = angles.new_empty(sum(lengths), 0)
+        parts = [_get_thd_freqs_on_this_cp_rank(rank, size, part, angles) for part in states.split(lengths)]
+        return torch.cat(parts)[:, 0]
 
     def apply_in_one_pass(
         t: "Tensor",
@@ -79,6 +71,8 @@ def _in_one_pass(apply_rotary_pos_emb: Callable[..., Any]) -> Callable[..., Any]
         of_others = config.apply_rope_fusion or config.rotary_interleaved or mla_rotary_interleaved
         if of_others or mscale != 1.0 or config.mrope_section is not None or freqs.shape[-1] != t.shape[-1]:
             return apply_rotary_pos_emb(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)
-        return Rotation.apply(t, *look_up(t, freqs, cu_seqlens, cp_group))
+        if cu_seqlens is not None:
+            freqs = of_packed(freqs, cu_seqlens, cp_group.size(), cp_group.rank())
+        return Rotation.apply(t, *kernels.rotation_tables(freqs, t.dtype))
 
     return apply_in_one_pass

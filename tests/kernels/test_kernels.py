@@ -64,60 +64,88 @@ def test_swiglu(dtype: torch.dtype) -> None:
     check(formula, [x], gradient, [found, kernels.swiglu_backward(x, gradient)])
 
 
+def turn(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Halves of a head against each other; the tables as they are broadcast to [..., d / 2]."""
+    first, second = states.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
+def tables(length: int, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(length, half) * 6
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 @DTYPES
 def test_rotation_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
     mixed = states(24, 3, 7, 70, dtype=dtype)
     queries, gradient = mixed[:, :, 1:6, :64], states(24, 3, 5, 64, dtype=dtype)
-    angles = torch.rand(24, 32) * 6
-    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def formula(heads: Tensor) -> Tensor:
-        (first, second), c, s = heads.chunk(2, -1), cosine[:, None, None], sine[:, None, None]
-        return torch.cat([first * c - second * s, second * c + first * s], -1)
-
+    cosine, sine = tables(24, 32, dtype)
     found = kernels.rotate(queries, cosine, sine, 1)
-    check(formula, [queries], gradient, [found, kernels.rotate(gradient, cosine, sine, -1)])
+    back = kernels.rotate(gradient, cosine, sine, -1)
+    check(lambda heads: turn(heads, cosine[:, None, None], sine[:, None, None]), [queries], gradient, [found, back])
     assert kernels.rotate(queries, cosine.double(), sine, 1) is None
     of_each_record = cosine[:, None].repeat(1, 3, 1)
     assert kernels.rotate(queries, of_each_record, of_each_record, 1) is None
 
 
+def query_key_value(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mixed [S, B, groups, heads of a group + 2, d]."""
+    return mixed[..., :-2, :], mixed[..., -2, :], mixed[..., -1, :]
+
+
+def test_tables_of_an_answer_serve_training_too() -> None:
+    """A model answers in inference mode and then trains on, with the angles that it has kept."""
+    angles = torch.rand(5, 1, 1, 8).repeat(1, 1, 1, 2)
+    with torch.inference_mode():
+        kernels.rotation_tables(angles, torch.float32)
+    cosine, sine = kernels.rotation_tables(angles, torch.float32)
+    assert not cosine.is_inference() and not sine.is_inference()
+    torch.testing.assert_close((cosine, sine), (angles[..., :8].cos(), angles[..., :8].sin()))
+
+
 @DTYPES
+@pytest.mark.parametrize("turned", [True, False], ids=["turned", "as they are"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize(
-    ("length", "records", "heads", "groups", "width"),
-    [(56, 2, 6, 2, 64), (13, 2, 4, 4, 20), (1, 1, 2, 1, 8), (7, 1, 3, 1, 16), (150, 1, 2, 1, 48)],
+    ("length", "records", "groups", "each", "width"),
+    [(56, 2, 2, 3, 64), (13, 2, 4, 1, 20), (1, 1, 1, 2, 8), (7, 1, 1, 3, 16), (150, 1, 1, 2, 48)],
 )
 def test_attention(
-    length: int, records: int, heads: int, groups: int, width: int, causal: bool, dtype: torch.dtype
+    length: int, records: int, groups: int, each: int, width: int, causal: bool, turned: bool, dtype: torch.dtype
 ) -> None:
     """Heads beside each other as a layer's projection leaves them, and a gradient whose last dimension is not last."""
-    mixed = states(length, records, heads + 2 * groups, width, dtype=dtype)
-    query, key, value = mixed.split([heads, groups, groups], 2)
-    gradient = states(length, records, width, heads, dtype=dtype).transpose(2, 3)
+    mixed = states(length, records, groups, each + 2, width, dtype=dtype)
+    parts = query_key_value(mixed)
+    gradient = states(length, records, groups, width, each, dtype=dtype).transpose(3, 4)
+    rotation = tables(length, width // 2, dtype) if turned else None
 
     def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (state.permute(1, 2, 0, 3) for state in (query, key, value))
-        key, value = (state.repeat_interleave(heads // groups, 1) for state in (key, value))
-        scores = query @ key.transpose(2, 3) * 0.3
+        query, key, value = (state.movedim(0, -2) for state in (query, key[..., None, :], value[..., None, :]))
+        if turned:
+            query, key = (turn(state, *rotation) for state in (query, key))
+        scores = query @ key.transpose(-1, -2) * 0.3
         if causal:
             scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-        return (scores.softmax(-1) @ value).permute(2, 0, 1, 3)
+        return (scores.softmax(-1) @ value).movedim(-2, 0)
 
-    found, logarithms = kernels.attention(query, key, value, 0.3, causal)
-    gradients = kernels.attention_backward(query, key, value, 0.3, causal, logarithms, gradient)
+    found, logarithms = kernels.attention(*parts, 0.3, causal, rotation)
+    assert logarithms.shape == (records, groups, each, length)
+    of_mixed = torch.full_like(mixed, float("nan"))
+    of_parts = query_key_value(of_mixed)
+    kernels.attention_backward(*parts, 0.3, causal, rotation, logarithms, gradient, of_parts)
     if length == 1:  # one weight of 1, whatever the query
-        assert torch.equal(found, value.repeat_interleave(heads, 2)) and gradients[0].abs().max() < 1e-2
+        assert torch.equal(found, parts[2][..., None, :].expand_as(found)) and of_parts[0].abs().max() < 1e-2
         return
-    check(formula, [query, key, value], gradient, [found, *gradients])
+    check(formula, list(parts), gradient, [found, *of_parts])
 
 
 def test_attention_of_scores_far_apart_stays_finite() -> None:
-    query = torch.full((9, 1, 1, 16), 50.0)
+    query = torch.full((9, 1, 1, 1, 16), 50.0)
     key = torch.linspace(-60, 60, 9)[:, None, None, None].expand(9, 1, 1, 16).contiguous()
     found, logarithms = kernels.attention(query, key, key, 1.0, False)
     assert torch.allclose(found, torch.full_like(found, 60.0))
-    gradients = kernels.attention_backward(query, key, key, 1.0, False, logarithms, torch.ones_like(found))
+    gradients = [torch.empty_like(state) for state in (query, key, key)]
+    kernels.attention_backward(query, key, key, 1.0, False, None, logarithms, torch.ones_like(found), gradients)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -170,9 +198,12 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     assert kernels.swiglu_backward(flat, ones.expand(20, 16).contiguous()).isnan().any()
     assert kernels.rms_norm(broken, ones, 1e-5)[0].isnan().sum() == 16
     for states, lost in (([broken, whole, whole], 16), ([whole, broken, whole], 17 * 16), ([whole, whole, broken], 17)):
+        states[0] = states[0][..., None, :]
         found, logarithms = kernels.attention(*states, 1.0, True)
         assert found.isnan().sum() >= lost
-        assert kernels.attention_backward(*states, 1.0, True, logarithms, whole)[1].isnan().any()
+        gradients = [torch.zeros_like(state) for state in states]
+        kernels.attention_backward(*states, 1.0, True, None, logarithms, torch.ones_like(found), gradients)
+        assert gradients[1].isnan().any()
 
 
 def test_what_the_kernels_do_not_do_is_left_to_torch() -> None:
@@ -182,4 +213,7 @@ def test_what_the_kernels_do_not_do_is_left_to_torch() -> None:
     assert kernels.rms_norm(x.t(), torch.ones(4), 1e-5) is None
     assert kernels.rms_norm(x.to("meta"), weight.to("meta"), 1e-5) is None
     assert kernels.swiglu(x.double()) is None
-    assert kernels.attention(*[torch.randn(3, 1, 2, 4, dtype=torch.float64)] * 3, 1.0, True) is None
+    query, key = torch.randn(3, 1, 2, 1, 4), torch.randn(3, 1, 2, 4)
+    assert kernels.attention(query.double(), key.double(), key.double(), 1.0, True) is None
+    other_dtype = torch.ones(2, 3, 2, dtype=torch.float64)
+    assert kernels.attention(query, key, key, 1.0, True, tuple(other_dtype)) is None
