@@ -352,10 +352,6 @@ MODEL = [
             "compiled = kernels.rotate(records, cosine, sine, direction)",
             "compiled = None",
         ),
-    ),
-    *of(
-        "megatron_patch/patches/rotary_in_one_pass.py",
-        f"{OF_PATCHES}::test_rotary_positions_are_megatrons",
         ("a packed row's tokens are records", "else states[:, None]", "else states[None]"),
     ),
     *of(
@@ -454,7 +450,6 @@ MODEL = [
         ("keys' gradients stay turned", "rotation.turn(of_keys.data(), places, width, -1);", ";"),
         ("all groups are the first", "group * by_group + ", ""),
         ("a group's heads are its first", " + head * by_head, by_place", ", by_place"),
-        ("heads without positions are turned", "if (!cosine) return;", ""),
     ),
     *of(
         "megatron_patch/patches/gradients_in_parts.py",
