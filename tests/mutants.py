@@ -385,6 +385,12 @@ MODEL = [
         ("tables of another dtype are read", '"attention", query.dtype, *(rotation or ())', '"attention", query.dtype'),
     ),
     *of(
+        "megatron_patch/cpp_compiler.py",
+        "tests/kernels/test_build.py",
+        ("CXX=none is taken for a compiler's name", 'return None if chosen == "none" else', "return"),
+        ("CXX is not asked", 'os.environ.get("CXX", "").split()', "[]"),
+    ),
+    *of(
         "megatron_patch/kernels/build.py",
         "tests/kernels/test_build.py",
         ("another source is the same library", "origin = [*sources, ", "origin = ["),
@@ -398,8 +404,6 @@ MODEL = [
             "except KeyError as error:",
         ),
         ("every process says it", 'os.environ.get("LOCAL_RANK", "0") != "0"', "False"),
-        ("CXX=none is taken for a compiler's name", 'if os.environ.get("CXX") != "none":', "if True:"),
-        ("CXX is not asked", 'os.environ.get("CXX", "").split()', "[]"),
         ("no home ends the kernels", "except OSError:  # no home", "except KeyError:  # no home"),
         (
             "a library that is half written has its name",
@@ -1842,6 +1846,12 @@ RUNS = [
         ("a broken package is not installed", 'elif "No module named" in error and', "elif error and"),
         ("what is broken ends with 0", "sys.exit(0 if works else 1)", "sys.exit(0)"),
         ("what the CPU hides is looked at", "hidden = device.kind", "_ = device.kind"),
+    ),
+    *of(
+        "megatron_patch/launch/doctor.py",
+        OF_PLAN + "::test_the_doctor_of_a_machine_without_the_environment",
+        ("what compiles is not told", 'Finding("compiler", OK, " ".join(command))', 'Finding("compiler", OK, "")'),
+        ("a compiler that is left out is missing", "if reason := why_none():", 'if reason := why_none() or "none":'),
     ),
     *of(
         "megatron_patch/training/rehearsal.py",

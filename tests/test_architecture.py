@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FREE = {
     *("errors", "geometry", "language_models", "vision_towers", "model_sizes", "tokenizer_files", "checkpoint_files"),
     "object_storage",
-    *("sight", "ray_cluster"),
+    *("sight", "ray_cluster", "cpp_compiler"),
     *(
         "atomic_files",
         "file_window",

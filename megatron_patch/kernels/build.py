@@ -16,11 +16,11 @@ import warnings
 from pathlib import Path
 
 from megatron_patch.atomic_files import atomic_file
+from megatron_patch.cpp_compiler import cpp_compiler, why_none
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("elementwise.cpp", "attention.cpp")]
 HEADER = FOLDER / "common.h"
-COMPILERS = "c++", "g++", "clang++"
 # No -ffast-math: it would round and flush otherwise in the whole process, torch's operators included.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 PATIENCE_S = 120
@@ -44,21 +44,13 @@ _SIGNATURES = {
 }
 
 
-def compiler() -> list[str] | None:
-    """The command that compiles C++ here: CXX, or the first of COMPILERS there is; None without one."""
-    chosen = os.environ.get("CXX", "").split()
-    if chosen:
-        return chosen if shutil.which(chosen[0]) else None
-    return next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, built if they are not there yet; None where they cannot be, which is said once."""
-    command = compiler()
+    command = cpp_compiler()
     if command is None:
-        if os.environ.get("CXX") != "none":
-            _say(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
+        if reason := why_none():
+            _say(reason)
         return None
     try:
         loaded = ctypes.CDLL(str(_built(command)))

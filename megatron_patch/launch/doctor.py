@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_patch import device
+from megatron_patch.cpp_compiler import cpp_compiler, why_none
 from megatron_patch.launch.machine import INTERFACES, cores
 from megatron_patch.launch.rows import default_python
 from megatron_patch.launch.rules import REPOSITORY
@@ -158,8 +159,7 @@ def _machine() -> Iterator[Finding]:
     instructions = kind.bf16_instructions()
     told = ", ".join(instructions) if instructions else "none: PR=bf16 is slower than fp32 on this CPU"
     yield Finding("bf16 instructions", OK if instructions else NOTE, told)
-    compiler = shutil.which("g++") or shutil.which("c++")
-    yield Finding("compiler", OK if compiler else NOTE, compiler or "none", "" if compiler else "apt install g++")
+    yield _compiler()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     enough = files == resource.RLIM_INFINITY or files >= LEAST_FILES
     yield Finding("open files", OK if enough else NOTE, str(files), "" if enough else f"ulimit -n {LEAST_FILES * 64}")
@@ -170,6 +170,14 @@ def _machine() -> Iterator[Finding]:
         yield Finding("shared memory", OK if wide else BROKEN, f"{shared:.1f} GB", remedy)
     free = shutil.disk_usage(os.getcwd()).free / 1e9
     yield Finding("disk here", OK if free >= LEAST_DISK_GB else NOTE, f"{free:.0f} GB free")
+
+
+def _compiler() -> Finding:
+    if command := cpp_compiler():
+        return Finding("compiler", OK, " ".join(command))
+    if reason := why_none():
+        return Finding("compiler", NOTE, f"{reason}: steps on a CPU are slower", "apt install g++, or name one by CXX")
+    return Finding("compiler", NOTE, "left out by CXX=none: steps on a CPU are slower", "unset CXX")
 
 
 def _network() -> Iterator[Finding]:

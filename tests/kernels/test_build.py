@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from megatron_patch import kernels
+from megatron_patch.cpp_compiler import cpp_compiler
 from megatron_patch.kernels import build
 from tests.programs import in_new_process
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def counting_compiler(folder: Path) -> tuple[Path, Path]:
     """The machine's compiler behind a script, and the file to which it adds a line at each call."""
     calls, script = folder / "calls", folder / "our-c++"
-    script.write_text(f'#!/bin/sh\necho called >> {calls}\nexec {shutil.which(build.compiler()[0])} "$@"\n')
+    script.write_text(f'#!/bin/sh\necho called >> {calls}\nexec {shutil.which(cpp_compiler()[0])} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script, calls
 

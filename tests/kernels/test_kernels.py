@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_patch import kernels
-from megatron_patch.kernels import build
+from megatron_patch.cpp_compiler import cpp_compiler
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 
 # Relative to the largest value: sums of some hundred terms in 24 bits; one rounding to 8 bits.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

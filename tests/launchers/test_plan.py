@@ -321,10 +321,24 @@ def test_the_doctor_shows_real_errors_of_what_does_not_import(tmp_path: Path):
     assert findings["torch"]["state"] == findings["megatron.core"]["state"] == "ok"
 
 
-def test_the_doctor_of_a_machine_without_the_environment(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("compiler", "told", "remedy"),
+    [
+        ("none", "left out by CXX=none: steps on a CPU are slower", "unset CXX"),
+        (
+            "/no/such",
+            "there is no C++ compiler (/no/such): steps on a CPU are slower",
+            "apt install g++, or name one by CXX",
+        ),
+        ("true --its words", "true --its words", ""),
+    ],
+)
+def test_the_doctor_of_a_machine_without_the_environment(tmp_path: Path, compiler: str, told: str, remedy: str):
     empty = tmp_path / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
-    code, found = doctor(PYTHON=str(empty / "bin/python"))
-    torch = next(one for one in found["findings"] if one["what"] == "torch")
+    code, found = doctor(PYTHON=str(empty / "bin/python"), CXX=compiler)
+    findings = {one["what"]: one for one in found["findings"]}
+    torch = findings["torch"]
     assert code == 1 and torch["found"] == "ModuleNotFoundError: No module named 'torch'"
     assert torch["remedy"] == "bash examples/setup_environment.sh"
+    assert (findings["compiler"]["found"], findings["compiler"]["remedy"]) == (told, remedy)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.kernels import build
+from megatron_patch.cpp_compiler import cpp_compiler
 from tests.programs import WITHOUT_COMPILER, in_warm_process
 
 
@@ -38,7 +38,7 @@ print(torch.equal(found, expected.permute(2, 0, 1, 3).flatten(2)))
 @pytest.mark.parametrize(
     ("environment", "longest"),
     [
-        pytest.param({}, 1024, marks=pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")),
+        pytest.param({}, 1024, marks=pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")),
         (WITHOUT_COMPILER, 128),
     ],
     ids=["compiled", "multiplied"],

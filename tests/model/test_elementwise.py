@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.kernels import build
+from megatron_patch.cpp_compiler import cpp_compiler
 from tests.programs import WITH_AND_WITHOUT_COMPILER, WITHOUT_COMPILER, in_warm_process
 
 NORM = """
@@ -142,7 +142,7 @@ print(*sorted(done))
 """
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 def test_a_step_takes_every_kernel() -> None:
     of_layer = {
         "attention",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.kernels import build
+from megatron_patch.cpp_compiler import cpp_compiler
 from tests.programs import WITHOUT_COMPILER, in_warm_process
 
 LAYERS = """
@@ -119,7 +119,7 @@ shared.world_size = 4
 print("groups_of_several_ranks", int(shared._in_few_passes(x, angles(22))))
 """
 IN_FEW_PASSES = {"plain", "longest", "no_dropout_now"}
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 
 
 @needs_compiler
