@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,10 +137,12 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+def slurm() -> Iterator[dict[str, str]]:
     """A cluster of this machine; the environment in which SLURM's commands find it."""
-    folder = tmp_path / "slurm"
-    folder.mkdir(mode=0o755)
+    # A job's socket is named after folder, node, job and step; below tmp_path that passes the 107 bytes of its address.
+    own = tempfile.TemporaryDirectory(prefix="slurm-")
+    folder = Path(own.name)
+    folder.chmod(0o755)
     (folder / "localhost").mkdir()
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
@@ -170,6 +173,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     for process in reversed(started):
         process.terminate()
         process.wait(timeout=30)
+    own.cleanup()
 
 
 def job(slurm: dict[str, str], workspace: Workspace, output: Path) -> tuple[str, Path]:
