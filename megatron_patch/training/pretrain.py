@@ -137,6 +137,7 @@ def train_llava() -> None:
     processes.wait_for_check()  # what takes long is imported by now, and nothing is created yet
     gc.freeze()  # nor will imports ever be garbage
     gc.enable()
+    torch.serialization.set_crc32_options(False)  # no reader of a checkpoint looks at it, and it is a sixth of a save
     args = parse_and_validate_args(add_arguments)
     benchmark = settings.benchmark and BenchmarkScores(settings.benchmark, args.output_path)
     frozen = frozen_parts(args)

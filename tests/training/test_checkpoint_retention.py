@@ -1,10 +1,12 @@
 """Which checkpoints stay, and that what a kill or a full disk leaves is never taken for one."""
 
+import io
 import json
 import random
 import shutil
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.training.launching import Workspace, command, run
 from tests.training.stored_checkpoint import assert_same_run
 
 KILLS = 10
+END_OF_ARCHIVE = b"PK\x05\x06"  # 22 bytes, the last of a zip file without a comment, as torch writes them
 
 
 def make(folder: Path, iteration: int, whole: bool = True) -> None:
@@ -86,6 +89,9 @@ def test_last_and_best_of_a_run_and_export_of_the_best(workspace: Workspace, tmp
         hf_checkpoint=workspace.dataset.parents[1] / "hf",
     )
     assert (tmp_path / "exported/model.safetensors").is_file()
+    saved = (folder / "iter_0000012/__0_0.distcp").read_bytes()
+    first = saved[: saved.index(END_OF_ARCHIVE) + 22]
+    assert zipfile.ZipFile(io.BytesIO(first)).testzip() is not None, "time was spent on checksums that nobody reads"
 
 
 SMALL_DISK = """
