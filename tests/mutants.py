@@ -290,7 +290,7 @@ MODEL = [
     *of(
         "megatron_patch/model/cpu_attention.py",
         OF_SELF_ATTENTION,
-        ("queries are not turned", "(None, None) if angles is None else kernels", "(None, None) if True else kernels"),
+        ("queries are not turned", "rotation = None if angles is None else", "rotation = None if True else"),
         (
             "a token sees those behind it",
             "kernels.attention(*_parts(mixed), scale, causal,",
@@ -298,8 +298,8 @@ MODEL = [
         ),
         (
             "its gradient too",
-            "*_parts(mixed), ctx.scale, ctx.causal, _given",
-            "*_parts(mixed), ctx.scale, False, _given",
+            "attention_backward(*_parts(mixed), *ctx.asked,",
+            "attention_backward(*_parts(mixed), ctx.asked[0], False, ctx.asked[2],",
         ),
         ("values are keys", "mixed[..., :-2, :], mixed[..., -2, :]", "mixed[..., :-2, :], mixed[..., -1, :]"),
     ),

@@ -5,7 +5,6 @@ pass in bf16 multiplies in small pieces: at 56 tokens it takes ten times as long
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,38 +53,32 @@ def attention_of_mixed(
     Returns:
         [S, B, heads * width].
     """
-    rotation = (None, None) if angles is None else kernels.rotation_tables(angles, mixed.dtype)
+    rotation = None if angles is None else kernels.rotation_tables(angles, mixed.dtype)
     mixed = mixed.view(*mixed.shape[:2], groups, -1, width)
-    return _MixedAttention.apply(mixed, scale, causal, *rotation).flatten(2)
+    return _MixedAttention.apply(mixed, scale, causal, rotation).flatten(2)
 
 
 class _MixedAttention(torch.autograd.Function):
     """mixed [S, B, groups, heads of a group + 2, d]."""
 
     @staticmethod
-    def forward(ctx, mixed: Tensor, scale: float, causal: bool, *rotation: Tensor | None) -> Tensor:
-        found, logarithms = kernels.attention(*_parts(mixed), scale, causal, _given(rotation))
-        ctx.save_for_backward(mixed, logarithms, *rotation)
-        ctx.scale, ctx.causal = scale, causal
+    def forward(ctx, mixed: Tensor, scale: float, causal: bool, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        found, logarithms = kernels.attention(*_parts(mixed), scale, causal, rotation)
+        ctx.save_for_backward(mixed, logarithms)
+        ctx.asked = scale, causal, rotation  # its tables are those of all layers, and no part of the graph
         return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        mixed, logarithms, *rotation = ctx.saved_tensors
+        mixed, logarithms = ctx.saved_tensors
         found = torch.empty_like(mixed)
-        kernels.attention_backward(
-            *_parts(mixed), ctx.scale, ctx.causal, _given(rotation), logarithms, gradient, _parts(found)
-        )
-        return found, None, None, None, None
+        kernels.attention_backward(*_parts(mixed), *ctx.asked, logarithms, gradient, _parts(found))
+        return found, None, None, None
 
 
 def _parts(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of _MixedAttention."""
     return mixed[..., :-2, :], mixed[..., -2, :], mixed[..., -1, :]
-
-
-def _given(rotation: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-    return None if rotation[0] is None else tuple(rotation)
 
 
 class _CompiledAttention(torch.autograd.Function):
