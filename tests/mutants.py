@@ -32,6 +32,7 @@ OF_LINEAR = "tests/model/test_linear.py"
 OF_KERNELS = "tests/kernels/test_kernels.py"
 OF_SELF_ATTENTION = "tests/model/test_self_attention.py"
 ELEMENTWISE, OF_ELEMENTWISE = "megatron_patch/model/elementwise.py", "tests/model/test_elementwise.py"
+OF_RECOMPUTATION = "tests/model/test_recomputation.py"
 OF_SPIKES = "tests/training/test_loss_spikes.py"
 CONFIG = "megatron_patch/training/config.py"
 SETTINGS = "megatron_patch/llava_folder.py"
@@ -201,6 +202,52 @@ MODEL = [
             "silu_backward.grad_input(gradient * up",
             "silu_backward.grad_input(gradient",
         ),
+    ),
+    *of(
+        ELEMENTWISE,
+        f"{OF_RECOMPUTATION}::test_neither_norms_nor_swiglu_are_held_and_no_bit_changes[compiled]",
+        ("norms' outputs are held", "return recomputable(self._normed, x)", "return self._normed(x)"),
+        (
+            "SwiGLU's outputs are held",
+            "return recomputable(_SwiGLU.apply, gate_and_up)",
+            "return _SwiGLU.apply(gate_and_up)",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/layer_specs.py",
+        f"{OF_RECOMPUTATION}::test_neither_norms_nor_swiglu_are_held_and_no_bit_changes[compiled]",
+        (
+            "linear layers hold what can be computed again",
+            "*(Column, Row, ScaledDotProductAttention)",
+            "*(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention)",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/linear.py",
+        f"{OF_RECOMPUTATION}::test_what_is_to_be_offloaded_is_handed_over",
+        (
+            "what is to be offloaded is computed again",
+            "nullcontext() if self.config.cpu_offloading else not_keeping(x)",
+            "not_keeping(x)",
+        ),
+        (
+            "nothing is computed again",
+            "nullcontext() if self.config.cpu_offloading else not_keeping(x)",
+            "nullcontext()",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/adapters.py",
+        f"{OF_RECOMPUTATION}::test_adapters_hold_no_input_either",
+        ("adapters hold their input", "with not_keeping(states):", "if True:"),
+    ),
+    *of(
+        "megatron_patch/model/recomputation.py",
+        f"{OF_RECOMPUTATION}::test_the_state_alone_is_replaced",
+        ("another tensor is taken for the state", "saved.data_ptr() != place or", "False or"),
+        ("a part is taken for the state", "or saved.numel() != count or", "or"),
+        ("a transposed state is computed again as it was", "or not saved.is_contiguous():", "or False:"),
+        ("states that none will ask for keep their input", "if found.requires_grad:", "if True:"),
     ),
     *of(
         "megatron_patch/model/layer_specs.py",
@@ -2342,6 +2389,14 @@ LAUNCHERS = [
         "megatron_patch/tokenizer_files.py",
         "tests/training/test_cold_start.py::test_a_launcher_starts_cold_and_its_losses_are_those_of_a_warm_start",
         ("the check imports the compiler", "config=config or _bare_config(Path(folder))", "config=config"),
+    ),
+    *of(
+        "megatron_patch/patches/async_save_copies.py",
+        f"{OF_PATCHES}::test_the_writer_of_an_asynchronous_save_gets_copies",
+        ("the writer's copies are copied once more", "torch.UntypedStorage._new_shared(", "torch.UntypedStorage("),
+        ("the trainer's tensors are sent as well", "(rank, None, queue)", "(rank, buckets, queue)"),
+        ("the writer gets memory that nobody filled", "copy.copy_(tensor)", "pass"),
+        ("copies lie over each other", "end += math.ceil(", "end = math.ceil("),
     ),
     *of(
         "megatron_patch/patches/synchronous_save_queue.py",

@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_patch import device
 from megatron_patch.geometry import LlavaGeometry
 from megatron_patch.lora import PARTS, Linear, LoraConfig, linears_of
+from megatron_patch.model.recomputation import not_keeping
 
 
 class LinearAdapter(torch.nn.Module):
@@ -106,7 +107,9 @@ class LinearAdapter(torch.nn.Module):
 
         Under tensor parallelism `in` or `out` are this rank's part, and of the sequence it is the layer's.
         """
-        narrow = self._across_ranks(self._narrow(states)) * self.lora.scaling
+        with not_keeping(states):
+            narrow = self._narrow(states)
+        narrow = self._across_ranks(narrow) * self.lora.scaling
         wide = {
             target: F.linear(part, weight)
             for (target, weight), part in zip(self.lora_B.items(), narrow.split(self.lora.rank, dim=-1), strict=True)

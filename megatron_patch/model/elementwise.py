@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_patch import kernels
+from megatron_patch.model.recomputation import recomputable
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -18,6 +19,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> the same shape; on a GPU by torch's own kernel."""
+        return recomputable(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
@@ -66,7 +70,7 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2 F], gate then up -> [..., F]."""
-        return _SwiGLU.apply(gate_and_up)
+        return recomputable(_SwiGLU.apply, gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):

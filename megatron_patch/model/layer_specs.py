@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_patch.model.attention import ScaledDotProductAttention
 from megatron_patch.model.elementwise import RMSNorm, SwiGLU
+from megatron_patch.model.linear import Column, Row
 from megatron_patch.model.self_attention import LocalSelfAttention
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE
 
@@ -86,7 +87,7 @@ def transformer_layer(config: TransformerConfig, mask: AttnMaskType) -> ModuleSp
         )
     else:
         column, row, core, norm, head_norm, attention, mlp, keys = (
-            *(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention),
+            *(Column, Row, ScaledDotProductAttention),
             *(LocalNorm, LocalNorm, LocalSelfAttention, LocalMLP, NORM_KEYS_AS_TRANSFORMER_ENGINE),
         )
     if not config.qk_layernorm:

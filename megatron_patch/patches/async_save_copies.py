@@ -1,30 +1,73 @@
 """megatron-core 0.19.2, core/dist_checkpointing/strategies/filesystem_async.py:243: `.to("cpu")` is all that it copies.
 
 The process that writes an asynchronous save gets the trainer's own tensors when these are on a CPU: the queue moves
-them to shared memory, training goes on in it, and the checkpoint mixes iterations.  The writer gets copies instead.
+them to shared memory, training goes on in it, and the checkpoint mixes iterations.  The writer gets copies instead, in
+one piece of shared memory: training waits for one pass over the bytes, and a descriptor serves all tensors.
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_patch.patches import touch_points
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils"
+ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
 
 
 def with_copies(schedule: Callable[..., None]) -> Callable[..., None]:
-    """Wrap PersistentAsyncCaller.schedule_async_call(request): its buckets hold copies when it is called."""
+    """Wrap PersistentAsyncCaller.schedule_async_call(request): the writer's buckets hold copies of the tensors."""
 
     @functools.wraps(schedule)
     def schedule_copies(self: Any, request: Any) -> None:
         if request.preload_fn is not None:
-            buckets = request.preload_fn.args[0]  # the very list that stands in async_fn_args
-            for number, (file, key, (contents, tensors)) in enumerate(buckets):
-                buckets[number] = (file, key, (contents, [(item, tensor.clone()) for item, tensor in tensors]))
+            rank, buckets, queue = request.async_fn_args
+            # the writer puts what preload_fn returns in the place of the buckets
+            request = request._replace(async_fn_args=(rank, None, queue), preload_fn=_copied(buckets))
         schedule(self, request)
 
     return schedule_copies
+
+
+def _copied(buckets: list) -> Callable[[], list]:
+    """Buckets (file, key, (contents, [(item, tensor)])) -> a function for another process that gives the same anew."""
+    import torch
+
+    places, end = [], 0
+    for file, key, (contents, tensors) in buckets:
+        found = []
+        for item, tensor in tensors:
+            found.append((item, (end, tensor.dtype, tensor.shape)))
+            end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        places.append((file, key, (contents, found)))
+    # torch has no public function for it; a DataLoader's workers collate batches into it, too
+    shared = torch.UntypedStorage._new_shared(max(end, 1), device="cpu")
+    restore = functools.partial(_restored, torch.empty(0, dtype=torch.uint8).set_(shared), places)
+    for (*_, (_, copies)), (*_, (_, tensors)) in zip(restore(), buckets, strict=True):
+        for (_, copy), (_, tensor) in zip(copies, tensors, strict=True):
+            copy.copy_(tensor)
+    return restore
+
+
+def _restored(shared: "Tensor", places: list) -> list:
+    return [
+        (file, key, (contents, [(item, _tensor(shared, *place)) for item, place in found]))
+        for file, key, (contents, found) in places
+    ]
+
+
+def _tensor(shared: "Tensor", begin: int, dtype: Any, shape: tuple[int, ...]) -> "Tensor":
+    """Of a storage of its own, for torch.save() writes the whole storage of what it is given."""
+    import torch
+
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(shared.numpy(), dtype=dtype, count=count, offset=begin).view(shape)
 
 
 def apply() -> None:

@@ -153,19 +153,27 @@ from megatron_patch import patches
 patches.apply_all("cpu")
 from megatron.core.dist_checkpointing.strategies import async_utils
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-weight, put = torch.zeros(3), []
-buckets = [("file", "key", ([], [("weight", weight)]))]
+tensors, put = [torch.zeros(3), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.zeros(0, 4)], []
+buckets = [("file", "key", (["contents"], list(enumerate(tensors[:2])))), ("other", "its", ([], [(2, tensors[2])]))]
 stage = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
-request = async_utils.AsyncRequest(print, (0, buckets, None), [], preload_fn=stage)
+request = async_utils.AsyncRequest(print, (0, buckets, "results"), [], preload_fn=stage)
 caller = async_utils.PersistentAsyncCaller()
 caller.process = "stands in for the writer's"
 caller._persistent_preload_q = caller._persistent_queue = type("Queue", (), {"put": put.append, "join": lambda: None})
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 caller.schedule_async_call(request)
-weight += 1
+expected = [tensor.clone() for tensor in tensors]
+for tensor in tensors:
+    tensor += 1
 (sent,) = [item for item in put if item is not request.call_idx]
-(_, _, (_, ((_, written),))), = sent.preload_fn()
-assert sent.async_fn_args[1] is buckets and torch.equal(written, torch.zeros(3)), written
+assert sent.async_fn_args == (0, None, "results")  # what it held would be sent as well
+assert sent.preload_fn.args[0].is_shared()
+(*names, (contents, pairs)), (*others, (nothing, more)) = sent.preload_fn()
+assert (*names, contents, *others, nothing) == ("file", "key", ["contents"], "other", "its", [])
+assert [item for item, _ in pairs + more] == [0, 1, 2]
+for (_, written), tensor in zip(pairs + more, expected, strict=True):
+    assert written.dtype == tensor.dtype and torch.equal(written, tensor)
+    assert written.untyped_storage().nbytes() == tensor.nbytes  # all of it is what torch.save() writes
 print("copied")
 caller.process = None
 """

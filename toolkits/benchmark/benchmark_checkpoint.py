@@ -3,11 +3,15 @@
     python toolkits/benchmark/benchmark_checkpoint.py [--shape 135M] [--rounds 5] [--processes 1] [--work DIR]
     python toolkits/benchmark/benchmark_checkpoint.py --shape 7B-4-layers --lora-rank 16
 
-A run of the launcher trains an iteration, saves and ends; the next one loads that, trains and saves again: so ROUNDS
+A run of the launcher trains some iterations, saves and ends; the next one loads that, trains and saves again: so ROUNDS
 saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds are those of Megatron's own timers, of
 the slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the
-load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows.  With
---lora-rank the base is copied too: what every save would write at least if it held all weights.
+load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows: a copy of as
+many bytes from memory to memory is measured beside it.  With --lora-rank the base is copied too: what every save would
+write at least if it held all weights.
+
+Hosts of virtual machines take back memory that has been free for some seconds, and hand it out at 1 GB/s.  A save in
+the midst of a training finds none at hand, so every copy begins after a pause and finds none either.
 """
 
 import argparse
@@ -28,12 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import toolkits.environment  # noqa: F401
 
 # isort: split
+import torch
 from benchmark_training import LAUNCHERS, ROOT
 from tqdm import tqdm
 from workload import SHAPES, Shape, write_model, write_records
 
 from megatron_patch.conversion import convert_to_megatron
 
+ITERATIONS = 3  # of a run: by then the process that writes asynchronous saves has started
+PAUSE_S = 5
 TIMER = re.compile(r"(load|save)-checkpoint \.*: \([\d.]+, ([\d.]+)\)")
 STAGE = 2
 
@@ -61,6 +68,7 @@ def train(shape: Shape, work: Path, iterations: int, processes: int, options: di
 def copy_and_sync(source: Path, target: Path) -> float:
     """Seconds until a copy lies on the disk."""
     os.sync()
+    time.sleep(PAUSE_S)
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     os.sync()
@@ -69,41 +77,54 @@ def copy_and_sync(source: Path, target: Path) -> float:
     return seconds
 
 
-def gigabytes(folder: Path) -> float:
-    """Of all files below."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+def copy_in_memory(size: int) -> float:
+    """Seconds until `size` bytes stand in memory once more."""
+    source = torch.ones(size, dtype=torch.uint8)
+    time.sleep(PAUSE_S)
+    began = time.perf_counter()
+    source.clone()
+    return time.perf_counter() - began
 
 
-def row(name: str, size_gb: float, seconds: Sequence[float], copies: Sequence[float]) -> str:
+def size_of(folder: Path) -> int:
+    """Bytes of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def row(name: str, size: int, seconds: Sequence[float], copies: Sequence[float], of_what: str) -> str:
     """Of the table."""
-    rates = [size_gb / found for found in seconds]
     ratio = statistics.median(copy / found for copy, found in zip(copies, seconds, strict=True))
-    rate = statistics.median(rates)
-    return f"{name:10s} {statistics.median(seconds):7.2f} s {rate:6.2f} GB/s  {ratio:5.2f}x the speed of cp + sync"
+    median = statistics.median(seconds)
+    return f"{name:14s} {median:7.2f} s {size / 1e9 / median:6.2f} GB/s  {ratio:5.2f}x the speed of {of_what}"
 
 
 def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict[str, str]) -> None:
     """Print the table."""
     write_model(work / "model", shape)
-    write_records(work / "data", shape, 4 * shape.micro_batch * processes * (rounds + 1))
+    write_records(work / "data", shape, ITERATIONS * shape.micro_batch * processes * (rounds + 1))
     convert_to_megatron(work / "model", None, work / "checkpoint", precision="fp32", model_size=shape.size)
-    train(shape, work, 1, processes, options)
+    train(shape, work, ITERATIONS, processes, options)
     base = work / "checkpoint/release"
-    found: dict[str, list[float]] = {"load": [], "save": [], "copy": [], "base": []}
+    names = ["copy", *(["memory"] if options["ASYNC_SAVE"] == "true" else []), "save", "load"]
+    found: dict[str, list[float]] = {name: [] for name in (*names, "base")}
     for number in tqdm(range(rounds), leave=False):
-        timers = train(shape, work, number + 2, processes, options)
+        timers = train(shape, work, ITERATIONS * (number + 2), processes, options)
         (saved,) = (work / "run/checkpoint").glob("iter_*")
+        size = size_of(saved)
         timers["copy"] = copy_and_sync(saved, work / "copied")
         timers["base"] = copy_and_sync(base, work / "copied") if "LORA_RANK" in options else 0.0
-        for name, seconds in timers.items():
-            found[name].append(seconds)
-    size_gb = gigabytes(saved)
-    print(f"{size_gb:.2f} GB, {processes} process{'es' if processes > 1 else ''}, medians of {rounds} rounds")
-    for name, label in (("copy", "cp + sync"), ("save", "save"), ("load", "load")):
-        print(row(label, size_gb, found[name], found["copy"]))
+        timers["memory"] = copy_in_memory(size) if "memory" in names else 0.0
+        for name in found:
+            found[name].append(timers[name])
+    print(f"{size / 1e9:.2f} GB, {processes} process{'es' if processes > 1 else ''}, medians of {rounds} rounds")
+    labels = {"copy": "cp + sync", "memory": "copy in memory"}
+    for name in names:
+        print(row(labels.get(name, name), size, found[name], found["copy"], "cp + sync"))
+    if "memory" in names:
+        print(row("save", size, found["save"], found["memory"], "a copy in memory"))
     if "LORA_RANK" in options:
-        of_base = f"{gigabytes(base):.2f} GB, cp + sync {statistics.median(found['base']):.2f} s"
-        print(f"the base, weights alone: {of_base}; the checkpoint is {size_gb / gigabytes(base):.1%} of it")
+        of_base = f"{size_of(base) / 1e9:.2f} GB, cp + sync {statistics.median(found['base']):.2f} s"
+        print(f"the base, weights alone: {of_base}; the checkpoint is {size / size_of(base):.1%} of it")
 
 
 def main() -> None:
