@@ -466,7 +466,6 @@ MODEL = [
         ("a weight's gradient is one thread's", "thread < most; ++thread", "thread < 1; ++thread"),
         ("SwiGLU's gate has sigmoid's gradient", "(1 + x * (1 - s))", "(1 - s)"),
         ("up's gradient is without the gate", "write(of_up[i], along * x)", "write(of_up[i], along)"),
-        ("positions turn back", "read(s[i]) * direction", "read(s[i])"),
         ("padding is a token", "std::fill(in + real, in + width, T{});", ";"),
         (
             "the largest is looked for in the padding",
@@ -482,6 +481,8 @@ MODEL = [
         ("ties go up", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16"),
         ("e^x overflows", "x = std::min(std::max(x, -87.0f), 88.0f);", "x = std::min(x, 88.0f);"),
         ("e^x misses a term", "p = p * r + 1.0f / 120;", "p = p * r;"),
+        ("gradients are turned on", "read(sine[i]) * direction", "read(sine[i])"),
+        ("halves turn the same way", "first * along - second * across", "first * along + second * across"),
     ),
     *of(
         "megatron_patch/kernels/attention.cpp",
@@ -495,8 +496,7 @@ MODEL = [
             "store(of_queries.data(), places, width, 1,",
         ),
         ("what is not seen gets a gradient", "std::fill(of_score + seen, of_score + columns, 0.0f);", ";"),
-        ("all places are turned as the first", "read(cosine[place * half + i])", "read(cosine[i])"),
-        ("gradients are turned on", "read(sine[place * half + i]) * direction", "read(sine[place * half + i])"),
+        ("all places are turned as the first", "row, cosine + place * half,", "row, cosine,"),
         ("queries' gradients stay turned", "rotation.turn(of_queries.data(), places, width, -1);", ";"),
         ("keys' gradients stay turned", "rotation.turn(of_keys.data(), places, width, -1);", ";"),
         ("all groups are the first", "group * by_group + ", ""),

@@ -60,22 +60,16 @@ template <typename T> struct States {
     }
 };
 
-// Rotary positions [S, d / 2] (Su et al. 2021, arXiv:2104.09864, eq. 34), or none.
+// Tables of rotary positions [S, d / 2], or none.
 template <typename T> struct Rotation {
     const T *cosine, *sine;
-    // both halves of each row against each other; direction 1 turns forward, -1 back
+    // rows [S, d] in whole lanes, in place
     void turn(float *rows, Index places, Index width, float direction) const {
         if (!cosine) return;
         const Index half = width / 2, lanes = whole_lanes(width);
         for (Index place = 0; place < places; ++place) {
             float *row = rows + place * lanes;
-#pragma omp simd
-            for (Index i = 0; i < half; ++i) {
-                const float first = row[i], second = row[i + half];
-                const float along = read(cosine[place * half + i]), across = read(sine[place * half + i]) * direction;
-                row[i] = first * along - second * across;
-                row[i + half] = second * along + first * across;
-            }
+            turn_halves(half, row, cosine + place * half, sine + place * half, direction, row);
         }
     }
 };

@@ -66,4 +66,17 @@ inline float exponential(float x) {
     return p * power;
 }
 
+// The halves of a head turned against each other by the angles [half] of its place, from `in` to `out`, which may be
+// one (Su et al. 2021, arXiv:2104.09864, eq. 34); direction 1 turns forward, -1 back.
+template <typename State, typename T>
+inline void turn_halves(Index half, const State *in, const T *cosine, const T *sine, float direction, State *out) {
+#pragma omp simd
+    for (Index i = 0; i < half; ++i) {
+        const float first = read(in[i]), second = read(in[i + half]);
+        const float along = read(cosine[i]), across = read(sine[i]) * direction;
+        write(out[i], first * along - second * across);
+        write(out[i + half], second * along + first * across);
+    }
+}
+
 }  // namespace

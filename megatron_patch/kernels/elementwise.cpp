@@ -97,7 +97,7 @@ void swiglu_backward(Index rows, Index width, const T *gate_and_up, const T *gra
 
 // ---------------------------------------------------------------- heads: [S, B, heads, d], strides in elements
 
-// Rotary positions: both halves of a head turned against each other by the angle of the token's place.
+// Rotary positions.
 template <typename T>
 void rotate(Index places, Index records, Index heads, Index width, const T *states, Strides strides, const T *cosine,
             const T *sine, float direction, T *found) {
@@ -110,13 +110,7 @@ void rotate(Index places, Index records, Index heads, Index width, const T *stat
             for (Index head = 0; head < heads; ++head) {
                 const T *in = states + place * strides.place + record * strides.record + head * strides.head;
                 T *out = found + ((place * records + record) * heads + head) * width;
-#pragma omp simd
-                for (Index i = 0; i < half; ++i) {
-                    const float first = read(in[i]), second = read(in[i + half]);
-                    const float along = read(c[i]), across = read(s[i]) * direction;
-                    write(out[i], first * along - second * across);
-                    write(out[i + half], second * along + first * across);
-                }
+                turn_halves(half, in, c, s, direction, out);
             }
         }
 }
