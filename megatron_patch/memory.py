@@ -104,9 +104,10 @@ def rank_memory(
 
     Per token and decoder layer the backward pass keeps, in elements: the inputs of both norms (2 H), queries and
     attention's result (2 Q), keys and values (2 K), both halves of the gated MLP (2 F); where the layer's weights are
-    trained also the inputs of its matrices (2 H + F).  As in Korthikanti et al., arXiv 2205.05198, section 4.1, for a
-    gated MLP and attention that keeps no scores.  Recomputing attention leaves out what only it needs; recomputing
-    layers leaves H per layer, and one layer while it is recomputed.
+    trained Transformer Engine's layers also keep the inputs of their matrices (2 H + F), which local layers compute
+    again.  As in Korthikanti et al., arXiv 2205.05198, section 4.1, for a gated MLP and attention that keeps no scores.
+    Recomputing attention leaves out what only it needs; recomputing layers leaves H per layer, and one layer while it
+    is recomputed.
     """
     language, tower = geometry.language, geometry.tower
     first, last = stage == 0, stage == sizes.pipeline - 1
@@ -132,7 +133,7 @@ def rank_memory(
     query, key = language.heads * language.head_dim, language.groups * language.head_dim
     width, ffn = language.hidden, language.ffn_hidden
     of_layer = 2 * width + 2 * query + 2 * key + 2 * ffn
-    if frozen.learns("language_model"):
+    if device == "gpu" and frozen.learns("language_model"):
         of_layer += 2 * width + ffn  # adapters look at the same inputs
     if sizes.recompute == "sel":
         of_layer -= query

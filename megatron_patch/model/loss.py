@@ -121,4 +121,6 @@ def _add_product(total: Tensor, exponentials: Tensor, hidden: Tensor) -> None:
         total.addmm_(exponentials.t(), hidden)
         return
     for part, columns in zip(total.split(PRODUCT_ROWS), exponentials.split(PRODUCT_ROWS, 1), strict=True):
-        part.add_(columns.t() @ hidden)
+        product = columns.t() @ hidden
+        if not kernels.add(part, product):
+            part.add_(product)

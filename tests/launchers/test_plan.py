@@ -157,6 +157,14 @@ def test_a_frozen_tower_of_any_resolution_sees_32_tiles_at_once():
     assert images(64, Frozen()) == 2 * images(32, Frozen()) and tower.running_layers == 23
 
 
+def test_local_layers_keep_no_inputs_of_their_matrices():
+    geometry, sizes = llava("llama-7b"), Sizes(tokens=100, precision="fp32")
+    inputs_of_layer = 100 * 4 * (2 * 4096 + 11008)
+    for frozen, less in ((Frozen(), 32 * inputs_of_layer), (Frozen(language_model=True), 0)):
+        of_gpu, of_cpu = (rank_memory(geometry, frozen, sizes, device=device).activations for device in ("gpu", "cpu"))
+        assert of_gpu - of_cpu == less
+
+
 # NeVA's best-practice notes: decoder layers of LLaMA-7B -> MiB of a GPU at TP2, micro-batch 4, global batch 32.
 PUBLISHED_MIB = {16: 34687, 20: 42359, 24: 49945, 30: 61433}
 

@@ -146,14 +146,15 @@ print("same")
 def test_the_writer_of_an_asynchronous_save_gets_copies() -> None:
     """What Megatron's own writer hands to its process does not change when training goes on."""
     program = """
-import functools, torch
+import functools, pickle, torch
+from multiprocessing.reduction import ForkingPickler
 from megatron_patch import device
 device.install()
 from megatron_patch import patches
 patches.apply_all("cpu")
 from megatron.core.dist_checkpointing.strategies import async_utils
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-tensors, put = [torch.zeros(3), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.zeros(0, 4)], []
+tensors, put = [torch.zeros(2000), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.zeros(0, 4)], []
 buckets = [("file", "key", (["contents"], list(enumerate(tensors[:2])))), ("other", "its", ([], [(2, tensors[2])]))]
 stage = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
 request = async_utils.AsyncRequest(print, (0, buckets, "results"), [], preload_fn=stage)
@@ -167,10 +168,11 @@ for tensor in tensors:
     tensor += 1
 (sent,) = [item for item in put if item is not request.call_idx]
 assert sent.async_fn_args == (0, None, "results")  # what it held would be sent as well
-assert sent.preload_fn.args[0].is_shared()
-(*names, (contents, pairs)), (*others, (nothing, more)) = sent.preload_fn()
+pickled = ForkingPickler.dumps(sent.preload_fn)  # as the queue does it
+del sent, put[:]
+(*names, (contents, pairs)), (*others, (nothing, more)) = pickle.loads(pickled)()
 assert (*names, contents, *others, nothing) == ("file", "key", ["contents"], "other", "its", [])
-assert [item for item, _ in pairs + more] == [0, 1, 2]
+assert [item for item, _ in pairs + more] == [0, 1, 2] and len(pickled) < 2000  # no tensor's bytes
 for (_, written), tensor in zip(pairs + more, expected, strict=True):
     assert written.dtype == tensor.dtype and torch.equal(written, tensor)
     assert written.untyped_storage().nbytes() == tensor.nbytes  # all of it is what torch.save() writes
