@@ -45,6 +45,8 @@ SIDES = Path(__file__).with_name("sides")
 ENTRY = "pretrain_llava.py"
 LAUNCHERS = {1: "run_mcore_llava.sh", 2: "run_sft_mcore_llava.sh"}
 FROZEN = {1: ("freeze-language-model", "freeze-vision-tower"), 2: ("freeze-vision-tower",)}
+# precision of the plain loop -> of ours, which keeps weights in 32 bits beside those it computes with
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, of the first step: two orders of summation; 8 bits
 WARM_UP = 3  # steps before the first block, of each side
 PRODUCT_S = 0.3  # seconds of matrix products between two blocks
@@ -56,7 +58,7 @@ class Result:
 
     shape: str
     stage: int
-    precision: str
+    precision: str  # of the plain loop
     samples_per_second: dict[str, float]
     tokens_per_second: dict[str, float]
     useful_tflop_per_second: dict[str, float]
@@ -150,8 +152,8 @@ def check_losses(precision: str, ours: Block, plain: Block) -> None:
 def compare(
     name: str, stage: int, precision: str, folder: Path, rounds: int, steps: int, options: dict[str, str]
 ) -> Result:
-    """Both sides in turns."""
-    shape = SHAPES[name]
+    """Both sides in turns.  precision: of the plain loop."""
+    shape, of_ours = SHAPES[name], PRECISIONS[precision]
     model = folder / "model"
     if not model.exists():
         write_model(model, shape)
@@ -159,22 +161,22 @@ def compare(
         write_records(folder / "data", shape, records)
     start = model
     if shape.weights:
-        start = folder / f"checkpoint-{precision}"
+        start = folder / f"checkpoint-{of_ours}"
         if not start.exists():
-            convert_to_megatron(model, None, start, precision=precision, model_size=shape.size)
+            convert_to_megatron(model, None, start, precision=of_ours, model_size=shape.size)
     work = folder / f"{stage}-{precision}"
     work.mkdir()
-    command, environment = our_command(shape, stage, precision, start, folder / "data/wds", work / "output", options)
+    command, environment = our_command(shape, stage, of_ours, start, folder / "data/wds", work / "output", options)
     plain_words = plain_command(shape, stage, precision, model, command, work / "run.json")
     threads = next((word for word in command if word.startswith("OMP_NUM_THREADS=")), "OMP_NUM_THREADS=1")
     sides = {"ours": Side("our trainer", command, environment, work / "ours")}
     try:
         plain_environment = os.environ | {"OMP_NUM_THREADS": threads.partition("=")[2]}
         sides["plain"] = Side("plain loop", plain_words, plain_environment, work / "plain")
-        products = Products(shape, precision)
+        products = Products(shape, of_ours)
         first = {side: trainer.run(WARM_UP) for side, trainer in sides.items()}
         if shape.weights:
-            check_losses(precision, first["ours"], first["plain"])
+            check_losses(of_ours, first["ours"], first["plain"])
         blocks: dict[str, list[Block]] = {side: [] for side in sides}
         ceiling = []
         done = first["plain"].more["work"]
@@ -316,7 +318,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["quickstart", "135M"])
     parser.add_argument("--stage", nargs="+", type=int, choices=(1, 2), default=[1, 2])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        help="bf16: the plain loop holds weights, gradients and optimizer in 16 bits; bf16-mixed: in 32, and computes "
+        "under autocast, as transformers' Trainer does with bf16=True; ours is PR=bf16 beside both",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each side")
     parser.add_argument("--steps", type=int, default=5, help="of a block")
     parser.add_argument(

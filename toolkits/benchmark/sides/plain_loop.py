@@ -5,7 +5,7 @@
 
 Started by the benchmark, with a gate before each step (gate.py).  RUN.json holds the arguments of our trainer, from
 which this loop takes its records alone: the batches are the same.  All images are of one size, of which a LLaVA-NeXT
-wants to know.
+wants to know.  bf16-mixed: weights in 32 bits, products under autocast, as transformers' Trainer with bf16=True.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from megatron_patch.data.loading import build_train_loader
 from megatron_patch.geometry import IGNORE_LABEL
 from megatron_patch.training.config import read_config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
 
 
 def build(folder: str, dtype: torch.dtype, frozen: list[str]) -> transformers.PreTrainedModel:
@@ -83,12 +83,13 @@ def main() -> None:
             pixels = ((batch["pixels"].to(where).float() - mean) / std).to(model.dtype)
             # ours stand at the token before the one to predict, transformers' at the token itself
             labels = torch.nn.functional.pad(batch["labels"], (1, 0), value=IGNORE_LABEL)[:, :-1].to(where)
-            loss = model(
-                input_ids=batch["tokens"].to(where),
-                labels=labels,
-                num_items_in_batch=count,
-                **images_of(batch, pixels, (height, width)),
-            ).loss
+            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = model(
+                    input_ids=batch["tokens"].to(where),
+                    labels=labels,
+                    num_items_in_batch=count,
+                    **images_of(batch, pixels, (height, width)),
+                ).loss
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
