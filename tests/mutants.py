@@ -2399,6 +2399,12 @@ LAUNCHERS = [
         ("copies lie over each other", "end += math.ceil(", "end = math.ceil("),
     ),
     *of(
+        "megatron_patch/patches/parts_saved_in_place.py",
+        f"{OF_PATCHES}::test_parts_of_tensors_are_saved_without_copies",
+        ("parts are copied before they are saved", "or not found.numel():", "or True:"),
+        ("what does not lie in one piece is saved as if it did", "or not found.is_contiguous() or", "or"),
+    ),
+    *of(
         "megatron_patch/patches/synchronous_save_queue.py",
         f"{OF_PATCHES}::test_a_synchronous_save_starts_no_process",
         ("every first save starts a process", "usual(mp_mode) if asynchronous else own", "usual(mp_mode)"),

@@ -12,6 +12,7 @@ interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 padded_buckets.py               the distributed optimizer's state behind a padded bucket
 parameter_group_keys.py         a resume with another learning rate
+parts_saved_in_place.py         saves on a CPU copy no part of a tensor
 rotary_in_one_pass.py           rotary positions without Transformer Engine's kernel
 scale_in_place.py               gradients are clipped without copies
 skip_compile_helpers.py         no `make` at the start

@@ -167,6 +167,18 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "MCoreSavePlanner.transform_object",
+        (
+            Layer(
+                "patches.parts_saved_in_place",
+                "a save copies every tensor that is a part of another, and holds the copies until all is written",
+                "test_parts_of_tensors_are_saved_without_copies passes without it",
+                backend="cpu",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "get_write_results_queue",
         (

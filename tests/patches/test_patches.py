@@ -182,6 +182,51 @@ caller.process = None
     assert in_warm_process(program).splitlines()[-1] == "copied"
 
 
+def test_parts_of_tensors_are_saved_without_copies(tmp_path: Path) -> None:
+    """The writer gets the very memory, and writes no more of it than the part."""
+    program = """
+import os, sys, torch
+from pathlib import Path
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+prepare, written = FileSystemWriterAsync.prepare_write_data, []
+
+def watched(self, *plan):
+    prepare(self, *plan)
+    written.extend(tensor for *_, (_, tensors) in self.write_buckets for _, tensor in tensors)
+
+FileSystemWriterAsync.prepare_write_data = watched
+whole = torch.randn(4000, 64, requires_grad=True)
+half = torch.randn(2000, 64).bfloat16()
+tensors = {
+    "part": whole.data[1000:1500], "weight": whole[2000:2001], "narrow": half[7:9], "whole": torch.randn(3),
+    "columns": whole.data[:2000:2, ::2],
+}
+state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
+folder = Path(sys.argv[1])
+dist_checkpointing.save(state, folder)
+places = [tensor.data_ptr() for tensor in written]
+print(*sorted(name for name, tensor in tensors.items() if tensor.data_ptr() in places))
+print(sum(file.stat().st_size for file in folder.glob("*.distcp")) < 300_000)  # a part, columns, and 1 KB a tensor
+fresh = {
+    name: ShardedTensor.from_rank_offsets(name, torch.empty_like(tensor).contiguous())
+    for name, tensor in tensors.items()
+}
+loaded = dist_checkpointing.load(fresh, folder)
+print(all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items()))
+"""
+    in_place, small, equal = in_warm_process(program, tmp_path).splitlines()[-3:]
+    assert in_place.split() == ["narrow", "part", "weight", "whole"]
+    assert (small, equal) == ("True", "True")
+
+
 def test_extra_states_that_nobody_wrote_are_not_asked_for(tmp_path: Path) -> None:
     """Written by a layer without extra states, read by one that has them; a weight that is not there is refused."""
     program = """
