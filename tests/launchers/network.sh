@@ -19,7 +19,11 @@ case $1 in
     cut) ip link set "llava-$2" down ;;
     mend) ip link set "llava-$2" up ;;
     down)
-        for ((node = 0; node < $2; node++)); do ip netns delete "llava-node-$node" || true; done
+        for ((node = 0; node < $2; node++)); do
+            # by its own name: it goes with the namespace only after the last process in there
+            ip link delete "llava-$node" || true
+            ip netns delete "llava-node-$node" || true
+        done
         ip link delete llava-bridge || true
         ;;
 esac
