@@ -2399,6 +2399,14 @@ LAUNCHERS = [
         ("copies lie over each other", "end += math.ceil(", "end = math.ceil("),
     ),
     *of(
+        "megatron_patch/patches/embedding_gradient.py",
+        f"{OF_PATCHES}::test_an_embeddings_gradient_is_that_of_its_rows",
+        ("a token's last place takes its row's gradient", "buffer.index_add_(0,", "buffer.index_copy_(0,"),
+        ("an overlapping reduction misses the embedding", " or _hook_wants_gradient():", ":"),
+        ("a sequence-parallel embedding is looked up whole", " or self.reduce_scatter_embeddings", ""),
+        ("an embedding without a buffer has no gradient", 'getattr(self.weight, "main_grad", None) is None or', ""),
+    ),
+    *of(
         "megatron_patch/patches/parts_saved_in_place.py",
         f"{OF_PATCHES}::test_parts_of_tensors_are_saved_without_copies",
         ("parts are copied before they are saved", "or not found.numel():", "or True:"),

@@ -6,6 +6,7 @@ allow_cpu_initialization.py     Megatron starts without CUDA
 async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
+embedding_gradient.py           an embedding's gradient is that of its tokens' rows
 fused_adamw.py                  torch's AdamW in one pass over memory
 gradients_in_parts.py           gradients in 16 bits are added to the buffer without a whole copy in 32
 interleaved_loader_state.py     the loader's state of an interleaved pipeline

@@ -182,6 +182,62 @@ caller.process = None
     assert in_warm_process(program).splitlines()[-1] == "copied"
 
 
+def test_an_embeddings_gradient_is_that_of_its_rows() -> None:
+    """In the buffer stands what torch's gradient adds to it, and no tensor of the weight's size is made."""
+    program = """
+import types, torch
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core import mpu, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import global_vars
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+tokens = torch.tensor([[3, 5, 3], [0, 7, 5]])
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-6)):  # both are added in 32 bits
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, params_dtype=dtype)
+    embedding = VocabParallelEmbedding(9, 4, init_method=torch.nn.init.normal_, config=config)
+    of_training = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config, of_training, embedding)
+    weights = torch.randn(2, 3, 4).to(dtype)
+    seen = []
+    embedding.weight.register_hook(lambda gradient: seen.append(None if gradient is None else gradient.shape))
+    for accumulated in (1, 2):
+        found = model(tokens)
+        assert torch.equal(found, embedding.weight[tokens])
+        found.backward(weights)
+        expected = torch.zeros(9, 4).index_add_(0, tokens.flatten(), weights.flatten(0, 1).float()) * accumulated
+        torch.testing.assert_close(embedding.weight.main_grad, expected, rtol=tolerance, atol=tolerance)
+    assert embedding.weight.grad is None and not any(seen), seen
+
+def whole(**changes):
+    embedding = VocabParallelEmbedding(9, 4, init_method=torch.nn.init.normal_, config=config)
+    embedding.weight.main_grad = torch.zeros(9, 4)
+    vars(embedding).update(changes)
+    found = embedding(tokens)
+    return type(found.grad_fn).__name__
+
+print(whole())
+global_vars._GLOBAL_ARGS = types.SimpleNamespace(overlap_grad_reduce=True)
+print(whole())
+global_vars._GLOBAL_ARGS = None
+print(whole(reduce_scatter_embeddings=True, tp_group=types.SimpleNamespace(size=lambda: 1, rank=lambda: 0)))
+without_buffer = VocabParallelEmbedding(9, 4, init_method=torch.nn.init.normal_, config=config)
+print(type(without_buffer(tokens).grad_fn).__name__)
+frozen = VocabParallelEmbedding(9, 4, init_method=torch.nn.init.normal_, config=config).requires_grad_(False)
+frozen.weight.main_grad = torch.zeros(9, 4)
+print(frozen(tokens).requires_grad)
+"""
+    rows, overlapping, of_parts, without_buffer, frozen = in_warm_process(program).split()[-5:]
+    assert (rows, of_parts) == ("LookupBackward", "_ReduceScatterToSequenceParallelRegionBackward")
+    assert overlapping == without_buffer == "EmbeddingBackward0" and frozen == "False"
+
+
 def test_parts_of_tensors_are_saved_without_copies(tmp_path: Path) -> None:
     """The writer gets the very memory, and writes no more of it than the part."""
     program = """
