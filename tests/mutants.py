@@ -2407,6 +2407,16 @@ LAUNCHERS = [
         ("an embedding without a buffer has no gradient", 'getattr(self.weight, "main_grad", None) is None or', ""),
     ),
     *of(
+        "megatron_patch/patches/written_in_pieces.py",
+        f"{OF_PATCHES}::test_checkpoints_are_written_in_pieces",
+        (
+            "a tensor is written in one call",
+            "write_item(transforms, _Pieces(stream), *args",
+            "write_item(transforms, stream, *args",
+        ),
+        ("every piece is the first", "whole[begin : begin + PIECE]", "whole[:PIECE]"),
+    ),
+    *of(
         "megatron_patch/patches/parts_saved_in_place.py",
         f"{OF_PATCHES}::test_parts_of_tensors_are_saved_without_copies",
         ("parts are copied before they are saved", "or not found.numel():", "or True:"),

@@ -21,6 +21,7 @@ synchronous_save_queue.py       synchronous saves start no process
 torch_fsdp2.py                  gradients, checkpoints and resumes of weights that FSDP shares out
 unfused_weight_gradients.py     the output layer among Transformer Engine's layers, without Apex
 whole_tracker.py                the tracker file is written whole
+written_in_pieces.py            saves on a CPU write pieces of a size that a virtual machine has memory for
 
 Beside the list, one file for each mistake of Megatron, with `apply()`: what is wrong, and where upstream.  They are
 written for one version of megatron-core; another one is refused, because a patch that silently misses its target is

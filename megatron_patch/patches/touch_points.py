@@ -179,6 +179,18 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "_write_item",
+        (
+            Layer(
+                "patches.written_in_pieces",
+                "large writes take large pages, for which a virtual machine waits ten times as long",
+                "benchmark_checkpoint.py saves as fast without it, in a virtual machine with Linux 6.18",
+                backend="cpu",
+            ),
+        ),
+    ),
+    TouchPoint(
         "megatron.core.dist_checkpointing.strategies.torch",
         "MCoreSavePlanner.transform_object",
         (

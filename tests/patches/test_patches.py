@@ -182,6 +182,36 @@ caller.process = None
     assert in_warm_process(program).splitlines()[-1] == "copied"
 
 
+def test_checkpoints_are_written_in_pieces() -> None:
+    program = """
+import io, torch
+from megatron_patch import device
+device.install()
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms
+from torch.distributed.checkpoint.planner_helpers import _create_write_items
+from megatron_patch.patches.written_in_pieces import PIECE
+
+class File(io.BytesIO):
+    def write(self, data):
+        sizes.append(len(data))
+        return super().write(data)
+
+sizes, file, tensor = [], File(), torch.randn(300_001)
+(item,) = _create_write_items("weight", tensor)
+for _ in range(2):  # the second behind the first
+    begin = file.tell()
+    options = {"serialization_format": SerializationFormat.TORCH_SAVE}
+    done = filesystem_async._write_item(_StorageWriterTransforms(), file, tensor, item, "key", **options)
+    assert (done.storage_data.offset, done.storage_data.length) == (begin, file.tell() - begin)
+    assert torch.equal(torch.load(io.BytesIO(file.getvalue()[begin:])), tensor)
+print(max(sizes) == PIECE, sizes.count(PIECE) == 2 * (tensor.nbytes // PIECE))
+"""
+    assert in_warm_process(program).split()[-2:] == ["True", "True"]
+
+
 def test_an_embeddings_gradient_is_that_of_its_rows() -> None:
     """In the buffer stands what torch's gradient adds to it, and no tensor of the weight's size is made."""
     program = """

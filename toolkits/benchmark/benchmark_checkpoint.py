@@ -9,10 +9,6 @@ the slowest process.  Copied is the checkpoint that has just been saved, its byt
 load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows: a copy of as
 many bytes from memory to memory is measured beside it.  With --lora-rank the base is copied too: what every save would
 write at least if it held all weights.
-
-Hosts of virtual machines take back memory that has been free for some seconds, and hand it out again at 0.3 to 1 GB/s,
-which is then all that such a table would show.  So another process holds memory before each save, load and copy, and
-gives it back when they begin: all of them find as much at hand.
 """
 
 import argparse
@@ -41,38 +37,12 @@ from workload import SHAPES, Shape, write_model, write_records
 from megatron_patch.conversion import convert_to_megatron
 
 ITERATIONS = 3  # of a run: by then the process that writes asynchronous saves has started
-LOADING, TRAINED = re.compile(r"loading .*checkpoint from "), re.compile(r"iteration +(\d+)/ +\1 ")  # as they begin
 TIMER = re.compile(r"(load|save)-checkpoint \.*: \([\d.]+, ([\d.]+)\)")
 STAGE = 2
 
 
-class Held:
-    """Memory that the host has handed out, until release() gives it back to who wants it next."""
-
-    def __init__(self, size: int) -> None:
-        program = f"import mmap, sys; held = mmap.mmap(-1, {size})\nfor at in range(0, {size}, 4096): held[at] = 1\n"
-        program += "print('held', flush=True); sys.stdin.read()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._process.stdout.readline()
-
-    def release(self) -> None:
-        """Once it has returned, the memory is free."""
-        self._process.kill()
-        self._process.wait()
-
-
-def train(
-    shape: Shape, work: Path, iterations: int, processes: int, options: dict[str, str], size: int = 0
-) -> dict[str, float]:
-    """Seconds of what the timers of one run show: `load`, `save`.
-
-    size: of the checkpoint, for the memory to be found at hand; 0: none is held.
-
-    Raises:
-        RuntimeError: the run failed.
-    """
+def train(shape: Shape, work: Path, iterations: int, processes: int, options: dict[str, str]) -> dict[str, float]:
+    """Seconds of what the timers of one run show: `load`, `save`.  Raises RuntimeError."""
     arguments = [
         *("dsw", shape.size, shape.micro_batch, shape.micro_batch * processes, "1e-4", "1e-4"),
         *(shape.tile_tokens, shape.image_tokens + shape.text_tokens + 64, "fp32", 1, 1, 1),
@@ -85,27 +55,15 @@ def train(
         **options,
     }
     command = ["bash", str(ROOT / "examples/llava_mcore" / LAUNCHERS[STAGE]), *map(str, arguments)]
-    held = {mark: Held(2 * size) for mark in (LOADING, TRAINED)} if size else {}
-    printed = ""
-    with (work / "stderr.log").open("w+") as errors:
-        run = subprocess.Popen(
-            [*command, "--allow-fresh-projector"], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        for line in run.stdout:
-            printed += line
-            for mark in [mark for mark in held if mark.search(line)]:
-                held.pop(mark).release()
-        code = run.wait()
-        errors.seek(0)
-        if code or held:
-            raise RuntimeError(f"the run ended with code {code}, before {[*held]}:\n{errors.read()[-3000:]}")
-    return {name: float(milliseconds) / 1000 for name, milliseconds in TIMER.findall(printed)}
+    done = subprocess.run([*command, "--allow-fresh-projector"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the run ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return {name: float(milliseconds) / 1000 for name, milliseconds in TIMER.findall(done.stdout)}
 
 
 def copy_and_sync(source: Path, target: Path) -> float:
     """Seconds until a copy lies on the disk."""
     os.sync()
-    Held(2 * size_of(source)).release()
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     os.sync()
@@ -117,7 +75,6 @@ def copy_and_sync(source: Path, target: Path) -> float:
 def copy_in_memory(size: int) -> float:
     """Seconds until `size` bytes stand in memory once more."""
     source = torch.ones(size, dtype=torch.uint8)
-    Held(2 * size).release()
     began = time.perf_counter()
     source.clone()
     return time.perf_counter() - began
@@ -144,13 +101,13 @@ def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict
     write_records(work / "data", shape, ITERATIONS * shape.micro_batch * processes * (rounds + 1))
     convert_to_megatron(work / "model", None, work / "checkpoint", precision="fp32", model_size=shape.size)
     train(shape, work, ITERATIONS, processes, options)
-    (saved,) = (work / "run/checkpoint").glob("iter_*")
-    base, size = work / "checkpoint/release", size_of(saved)
+    base = work / "checkpoint/release"
     names = ["copy", *(["memory"] if options["ASYNC_SAVE"] == "true" else []), "save", "load"]
     found: dict[str, list[float]] = {name: [] for name in (*names, "base")}
     for number in tqdm(range(rounds), leave=False):
-        timers = train(shape, work, ITERATIONS * (number + 2), processes, options, size)
+        timers = train(shape, work, ITERATIONS * (number + 2), processes, options)
         (saved,) = (work / "run/checkpoint").glob("iter_*")
+        size = size_of(saved)
         timers["copy"] = copy_and_sync(saved, work / "copied")
         timers["base"] = copy_and_sync(base, work / "copied") if "LORA_RANK" in options else 0.0
         timers["memory"] = copy_in_memory(size) if "memory" in names else 0.0
