@@ -224,16 +224,13 @@ MODEL = [
     ),
     *of(
         "megatron_patch/model/linear.py",
-        f"{OF_RECOMPUTATION}::test_what_is_to_be_offloaded_is_handed_over",
+        f"{OF_RECOMPUTATION}::test_what_is_to_be_offloaded_or_whose_gradient_is_wanted_is_kept",
+        ("what is to be offloaded is computed again", "False) and not self.config.cpu_offloading", "False)"),
+        ("nothing is computed again", "with not_keeping(x) if without else", "with nullcontext() if without else"),
         (
-            "what is to be offloaded is computed again",
-            "nullcontext() if self.config.cpu_offloading else not_keeping(x)",
-            "not_keeping(x)",
-        ),
-        (
-            "nothing is computed again",
-            "nullcontext() if self.config.cpu_offloading else not_keeping(x)",
-            "nullcontext()",
+            "hooks that want a gradient get none",
+            'without = getattr(self.weight, "hook_needs_no_gradient", False) and',
+            "without =",
         ),
     ),
     *of(
@@ -2402,9 +2399,13 @@ LAUNCHERS = [
         "megatron_patch/patches/embedding_gradient.py",
         f"{OF_PATCHES}::test_an_embeddings_gradient_is_that_of_its_rows",
         ("a token's last place takes its row's gradient", "buffer.index_add_(0,", "buffer.index_copy_(0,"),
-        ("an overlapping reduction misses the embedding", " or _hook_wants_gradient():", ":"),
+        ("an overlapping reduction misses the embedding", "= not model.ddp_config.overlap_grad_reduce", "= True"),
         ("a sequence-parallel embedding is looked up whole", " or self.reduce_scatter_embeddings", ""),
-        ("an embedding without a buffer has no gradient", 'getattr(self.weight, "main_grad", None) is None or', ""),
+        (
+            "an embedding without a buffer has no gradient",
+            '"hook_needs_no_gradient", False)',
+            '"hook_needs_no_gradient", True)',
+        ),
     ),
     *of(
         "megatron_patch/patches/written_in_pieces.py",
@@ -2825,7 +2826,7 @@ LORA = [
     *of(
         "megatron_patch/model/adapters.py",
         ADAPTED,
-        ("nothing is scaled", "self._narrow(states)) * self.lora.scaling", "self._narrow(states))"),
+        ("nothing is scaled", "self._across_ranks(narrow) * self.lora.scaling", "self._across_ranks(narrow)"),
         (
             "q, k and v stand behind each other",
             "blocks = groups if megatron.endswith",

@@ -24,8 +24,11 @@ class _WithRecomputedInput:
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
-        # Megatron's activation offload works by hooks of the same kind, of which only the innermost are asked.
-        with nullcontext() if self.config.cpu_offloading else not_keeping(x):
+        # The weight goes through the same hooks and comes back without its attributes, so that Megatron, which has
+        # added its gradient to the buffer, hands none on.  Activation offload works by such hooks, too, of which only
+        # the innermost are asked.
+        without = getattr(self.weight, "hook_needs_no_gradient", False) and not self.config.cpu_offloading
+        with not_keeping(x) if without else nullcontext():
             return super().forward(x, *args, **kwargs)
 
 

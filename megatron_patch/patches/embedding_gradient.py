@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def apply() -> None:
     """Add the gradient of each token to its row."""
-    module = "megatron.core.tensor_parallel.layers"
-    touch_points.wrap(module, "VocabParallelEmbedding.forward", "patches.embedding_gradient", _into_rows)
+    patch = "patches.embedding_gradient"
+    touch_points.wrap("megatron.core.tensor_parallel.layers", "VocabParallelEmbedding.forward", patch, _into_rows)
+    module = "megatron.core.distributed.distributed_data_parallel"
+    touch_points.wrap(module, "DistributedDataParallel._make_backward_post_hook", patch, _noting)
 
 
 def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
@@ -42,15 +44,17 @@ def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
 
     def look_up(self: Any, tokens: "Tensor") -> "Tensor":
         in_parts = self.tp_group.size() > 1 or self.gtp_remat_size > 1 or self.reduce_scatter_embeddings
-        if in_parts or getattr(self.weight, "main_grad", None) is None or _hook_wants_gradient():
+        if in_parts or not getattr(self.weight, "hook_needs_no_gradient", False):
             return forward(self, tokens)
         return Lookup.apply(tokens, self.weight)
 
     return look_up
 
 
-def _hook_wants_gradient() -> bool:
-    """Megatron's hook refuses a weight without one where reductions overlap with the backward pass."""
-    from megatron.training import global_vars
+def _noting(make_hook: Callable[..., Any]) -> Callable[..., Any]:
+    def make(model: Any, parameter: "Tensor") -> Callable[..., None]:
+        # where reductions overlap with the backward pass the hook refuses a parameter without a gradient
+        parameter.hook_needs_no_gradient = not model.ddp_config.overlap_grad_reduce
+        return make_hook(model, parameter)
 
-    return getattr(global_vars._GLOBAL_ARGS, "overlap_grad_reduce", False)  # None: no training, as in tests
+    return make

@@ -46,6 +46,12 @@ CHECKPOINTING = "megatron.training.checkpointing"
 OPTIMIZER = "megatron.core.optimizer.optimizer"
 DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 
+EMBEDDING = Layer(
+    "patches.embedding_gradient",
+    "the gradient of a few tokens is a tensor as large as the embedding, added to a buffer as large",
+    "test_an_embeddings_gradient_is_that_of_its_rows passes without it",
+    backend="cpu",
+)
 ADAM_STEP = Layer(
     "patches.distributed_optimizer_state",
     "torch's own Adam keeps its step with each parameter, and a resume goes on with a wrong one",
@@ -169,14 +175,7 @@ TOUCH_POINTS = (
     TouchPoint(
         "megatron.core.tensor_parallel.layers",
         "VocabParallelEmbedding.forward",
-        (
-            Layer(
-                "patches.embedding_gradient",
-                "the gradient of a few tokens is a tensor as large as the embedding, added to a buffer as large",
-                "test_an_embeddings_gradient_is_that_of_its_rows passes without it",
-                backend="cpu",
-            ),
-        ),
+        (EMBEDDING,),
     ),
     TouchPoint(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -275,6 +274,7 @@ TOUCH_POINTS = (
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel._make_backward_post_hook",
         (
+            EMBEDDING,
             Layer(
                 "patches.gradients_in_parts",
                 "on a CPU torch adds a 16-bit gradient to a buffer of 32 bits by way of a whole copy",

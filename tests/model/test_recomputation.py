@@ -23,6 +23,8 @@ config = TransformerConfig(
     activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
 )
 model = GPTModel(config, decoder_block(config), vocab_size=32, max_sequence_length=S, position_embedding_type="rope")
+for weight in model.parameters():
+    weight.hook_needs_no_gradient = True  # as the patch of the embedding's gradient sets it
 places = torch.arange(S)[None]
 tokens = torch.randint(32, (B, S))
 kept, results = [], []
@@ -110,12 +112,13 @@ from megatron_patch.model.recomputation import recomputable
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 mpu.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
-for offloading in (False, True):
+for offloading, without_gradient in ((False, True), (True, True), (False, False)):
     config = TransformerConfig(
         num_layers=1, hidden_size=6, num_attention_heads=2, cpu_offloading=offloading, cpu_offloading_num_layers=0
     )
     common = dict(config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=False)
     for layer in (Column(6, 4, **common), Row(6, 4, input_is_parallel=True, **common)):
+        layer.weight.hook_needs_no_gradient = without_gradient
         state, given = recomputable(torch.square, torch.randn(5, 2, 6, requires_grad=True)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: given.append(saved) or saved, lambda saved: saved):
             layer(state)
@@ -123,8 +126,8 @@ for offloading in (False, True):
 """
 
 
-def test_what_is_to_be_offloaded_is_handed_over() -> None:
-    assert in_warm_process(OFFLOADED).split() == ["False", "False", "True", "True"]
+def test_what_is_to_be_offloaded_or_whose_gradient_is_wanted_is_kept() -> None:
+    assert in_warm_process(OFFLOADED).split() == ["False", "False", "True", "True", "True", "True"]
 
 
 ADAPTED = """
