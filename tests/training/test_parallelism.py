@@ -88,12 +88,11 @@ def test_losses_equal_a_single_process(
     assert differences[worst] <= 7e-6, f"{case}, {parallelism}: {differences[worst]:.2e} at iteration {worst}"
 
 
-def test_padding_is_left_out_without_a_trace(
-    workspace: Workspace, of_one_process: Callable[[str], dict[int, float]], tmp_path: Path
-) -> None:
-    """The default against rows that are padded to the longest record."""
-    printed = run(workspace, tmp_path / "out", TRAIN_ITERS=ITERATIONS, PADDING_FREE="false")
-    assert re.search(r"padding_free \.+ False", printed)
-    padded, found = losses(printed), of_one_process("all trained")
+def test_padding_is_left_out_without_a_trace(workspace: Workspace, tmp_path: Path) -> None:
+    """The default against rows that are padded to the longest record; the losses may be equal to the last digit."""
+    by_default = run(workspace, tmp_path / "default", TRAIN_ITERS=ITERATIONS)
+    printed = run(workspace, tmp_path / "padded", TRAIN_ITERS=ITERATIONS, PADDING_FREE="false")
+    assert re.search(r"padding_free \.+ True", by_default) and re.search(r"padding_free \.+ False", printed)
+    found, padded = losses(by_default), losses(printed)
     assert found.keys() == padded.keys()
     assert max(abs(found[i] / padded[i] - 1) for i in padded) <= 7e-6
