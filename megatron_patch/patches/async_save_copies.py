@@ -15,6 +15,7 @@ from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.patches import touch_points
+from megatron_patch.patches.written_in_pieces import Pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,24 +39,36 @@ def with_copies(schedule: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Memory:
-    """Bytes that another process sees as well, once they were sent to it."""
+    """Bytes in memory that another process maps, once this was sent to it.
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._file = os.fdopen(descriptor, "r+b")  # closes it with this object
-        self.size, self.bytes = size, mmap.mmap(descriptor, size)
+    They are written as a file is: pages that a mapping asks for, one by one and zeroed first, take three times as long.
+    """
 
-    def __reduce__(self) -> tuple[Callable[..., "_Memory"], tuple[DupFd, int]]:
-        return _received, (DupFd(self._file.fileno()), self.size)
+    def __init__(self, size: int) -> None:
+        """Raises OSError where there is no memory for a file."""
+        self._file = os.fdopen(os.memfd_create("checkpoint"), "wb")  # closes it with this object
+        os.ftruncate(self._file.fileno(), size)
+
+    def write(self, tensor: "Tensor", begin: int) -> None:
+        """Put a tensor of any device there."""
+        import torch
+
+        if not tensor.numel():
+            return  # of which Python makes no bytes
+        self._file.seek(begin)
+        Pieces(self._file).write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+    def __reduce__(self) -> tuple[Callable[..., mmap.mmap], tuple[DupFd]]:
+        self._file.flush()
+        return _received, (DupFd(self._file.fileno()),)
 
 
-def _new_memory(size: int) -> _Memory:
-    descriptor = os.memfd_create("checkpoint")
-    os.ftruncate(descriptor, size)
-    return _Memory(descriptor, size)
-
-
-def _received(descriptor: Any, size: int) -> _Memory:
-    return _Memory(descriptor.detach(), size)
+def _received(descriptor: Any) -> mmap.mmap:
+    number = descriptor.detach()
+    try:
+        return mmap.mmap(number, 0)
+    finally:
+        os.close(number)
 
 
 def _copied(buckets: list) -> Callable[[], list]:
@@ -67,28 +80,28 @@ def _copied(buckets: list) -> Callable[[], list]:
             found.append((item, (end, tensor.dtype, tensor.shape)))
             end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
         places.append((file, key, (contents, found)))
-    restore = functools.partial(_restored, _new_memory(max(end, 1)), places)  # nothing cannot be mapped
-    for (*_, (_, copies)), (*_, (_, tensors)) in zip(restore(), buckets, strict=True):
-        for (_, copy), (_, tensor) in zip(copies, tensors, strict=True):
-            copy.copy_(tensor)
-    return restore
+    memory = _Memory(max(end, 1))  # nothing cannot be mapped
+    for (*_, (_, found)), (*_, (_, tensors)) in zip(places, buckets, strict=True):
+        for (_, (begin, *_)), (_, tensor) in zip(found, tensors, strict=True):
+            memory.write(tensor, begin)
+    return functools.partial(_restored, memory, places)
 
 
-def _restored(memory: _Memory, places: list) -> list:
+def _restored(memory: mmap.mmap, places: list) -> list:
     return [
         (file, key, (contents, [(item, _tensor(memory, *place)) for item, place in found]))
         for file, key, (contents, found) in places
     ]
 
 
-def _tensor(memory: _Memory, begin: int, dtype: Any, shape: tuple[int, ...]) -> "Tensor":
+def _tensor(memory: mmap.mmap, begin: int, dtype: Any, shape: tuple[int, ...]) -> "Tensor":
     """Of a storage of its own, for torch.save() writes the whole storage of what it is given."""
     import torch
 
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory.bytes, dtype=dtype, count=count, offset=begin).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
 
 
 def apply() -> None:

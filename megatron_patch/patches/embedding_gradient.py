@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 def apply() -> None:
     """Add the gradient of each token to its row."""
-    patch = "patches.embedding_gradient"
-    touch_points.wrap("megatron.core.tensor_parallel.layers", "VocabParallelEmbedding.forward", patch, _into_rows)
-    module = "megatron.core.distributed.distributed_data_parallel"
-    touch_points.wrap(module, "DistributedDataParallel._make_backward_post_hook", patch, _noting)
+    module = "megatron.core.tensor_parallel.layers"
+    touch_points.wrap(module, "VocabParallelEmbedding.forward", "patches.embedding_gradient", _into_rows)
 
 
 def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
@@ -49,12 +47,3 @@ def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
         return Lookup.apply(tokens, self.weight)
 
     return look_up
-
-
-def _noting(make_hook: Callable[..., Any]) -> Callable[..., Any]:
-    def make(model: Any, parameter: "Tensor") -> Callable[..., None]:
-        # where reductions overlap with the backward pass the hook refuses a parameter without a gradient
-        parameter.hook_needs_no_gradient = not model.ddp_config.overlap_grad_reduce
-        return make_hook(model, parameter)
-
-    return make

@@ -46,12 +46,6 @@ CHECKPOINTING = "megatron.training.checkpointing"
 OPTIMIZER = "megatron.core.optimizer.optimizer"
 DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 
-EMBEDDING = Layer(
-    "patches.embedding_gradient",
-    "the gradient of a few tokens is a tensor as large as the embedding, added to a buffer as large",
-    "test_an_embeddings_gradient_is_that_of_its_rows passes without it",
-    backend="cpu",
-)
 ADAM_STEP = Layer(
     "patches.distributed_optimizer_state",
     "torch's own Adam keeps its step with each parameter, and a resume goes on with a wrong one",
@@ -175,7 +169,14 @@ TOUCH_POINTS = (
     TouchPoint(
         "megatron.core.tensor_parallel.layers",
         "VocabParallelEmbedding.forward",
-        (EMBEDDING,),
+        (
+            Layer(
+                "patches.embedding_gradient",
+                "the gradient of a few tokens is a tensor as large as the embedding, added to a buffer as large",
+                "test_an_embeddings_gradient_is_that_of_its_rows passes without it",
+                backend="cpu",
+            ),
+        ),
     ),
     TouchPoint(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -274,7 +275,12 @@ TOUCH_POINTS = (
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel._make_backward_post_hook",
         (
-            EMBEDDING,
+            Layer(
+                "patches.hooks_without_gradients",
+                "no parameter says whether its gradient may go to the buffer without passing through torch",
+                "patches.embedding_gradient and model.linear no longer ask for `hook_needs_no_gradient`",
+                backend="cpu",
+            ),
             Layer(
                 "patches.gradients_in_parts",
                 "on a CPU torch adds a 16-bit gradient to a buffer of 32 bits by way of a whole copy",

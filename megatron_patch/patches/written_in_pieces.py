@@ -19,8 +19,8 @@ def apply() -> None:
     touch_points.wrap(module, "_write_item", "patches.written_in_pieces", _in_pieces)
 
 
-class _Pieces:
-    """What torch asks of the file."""
+class Pieces:
+    """A file as torch asks for one."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -41,6 +41,6 @@ class _Pieces:
 def _in_pieces(write_item: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(write_item)  # whose signature Megatron looks at
     def write(transforms: Any, stream: Any, *args: Any, **kwargs: Any) -> Any:
-        return write_item(transforms, _Pieces(stream), *args, **kwargs)
+        return write_item(transforms, Pieces(stream), *args, **kwargs)
 
     return write

@@ -24,7 +24,7 @@ config = TransformerConfig(
 )
 model = GPTModel(config, decoder_block(config), vocab_size=32, max_sequence_length=S, position_embedding_type="rope")
 for weight in model.parameters():
-    weight.hook_needs_no_gradient = True  # as the patch of the embedding's gradient sets it
+    weight.hook_needs_no_gradient = True  # as patches.hooks_without_gradients sets it
 places = torch.arange(S)[None]
 tokens = torch.randint(32, (B, S))
 kept, results = [], []
