@@ -44,19 +44,19 @@ class _Memory:
     They are written as a file is: pages that a mapping asks for, one by one and zeroed first, take three times as long.
     """
 
-    def __init__(self, size: int) -> None:
-        """Raises OSError where there is no memory for a file."""
+    def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("checkpoint"), "wb")  # closes it with this object
-        os.ftruncate(self._file.fileno(), size)
+        self._file.write(bytes(1))  # a file of none cannot be mapped
 
-    def write(self, tensor: "Tensor", begin: int) -> None:
-        """Put a tensor of any device there."""
+    def append(self, tensor: "Tensor") -> int:
+        """Where a copy of it begins, in bytes.  Raises OSError where there is no memory for it."""
         import torch
 
-        if not tensor.numel():
-            return  # of which Python makes no bytes
-        self._file.seek(begin)
-        Pieces(self._file).write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        begin = math.ceil(self._file.tell() / ALIGNMENT) * ALIGNMENT
+        if tensor.numel():  # Python makes no bytes of nothing
+            self._file.seek(begin)
+            Pieces(self._file).write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return begin
 
     def __reduce__(self) -> tuple[Callable[..., mmap.mmap], tuple[DupFd]]:
         self._file.flush()
@@ -73,17 +73,11 @@ def _received(descriptor: Any) -> mmap.mmap:
 
 def _copied(buckets: list) -> Callable[[], list]:
     """Buckets (file, key, (contents, [(item, tensor)])) -> a function for another process that gives the same anew."""
-    places, end = [], 0
-    for file, key, (contents, tensors) in buckets:
-        found = []
-        for item, tensor in tensors:
-            found.append((item, (end, tensor.dtype, tensor.shape)))
-            end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-        places.append((file, key, (contents, found)))
-    memory = _Memory(max(end, 1))  # nothing cannot be mapped
-    for (*_, (_, found)), (*_, (_, tensors)) in zip(places, buckets, strict=True):
-        for (_, (begin, *_)), (_, tensor) in zip(found, tensors, strict=True):
-            memory.write(tensor, begin)
+    memory = _Memory()
+    places = [
+        (file, key, (contents, [(item, (memory.append(tensor), tensor.dtype, tensor.shape)) for item, tensor in found]))
+        for file, key, (contents, found) in buckets
+    ]
     return functools.partial(_restored, memory, places)
 
 

@@ -154,8 +154,10 @@ from megatron_patch import patches
 patches.apply_all("cpu")
 from megatron.core.dist_checkpointing.strategies import async_utils
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-tensors, put = [torch.zeros(2000), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.zeros(0, 4)], []
-buckets = [("file", "key", (["contents"], list(enumerate(tensors[:2])))), ("other", "its", ([], [(2, tensors[2])]))]
+tensors = [torch.zeros(2000), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.zeros(0, 4), torch.ones(3)]
+put = []
+numbered = list(enumerate(tensors))
+buckets = [("file", "key", (["contents"], numbered[:2])), ("other", "its", ([], numbered[2:]))]
 stage = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
 request = async_utils.AsyncRequest(print, (0, buckets, "results"), [], preload_fn=stage)
 caller = async_utils.PersistentAsyncCaller()
@@ -172,10 +174,15 @@ pickled = ForkingPickler.dumps(sent.preload_fn)  # as the queue does it
 del sent, put[:]
 (*names, (contents, pairs)), (*others, (nothing, more)) = pickle.loads(pickled)()
 assert (*names, contents, *others, nothing) == ("file", "key", ["contents"], "other", "its", [])
-assert [item for item, _ in pairs + more] == [0, 1, 2] and len(pickled) < 2000  # no tensor's bytes
+assert [item for item, _ in pairs + more] == [0, 1, 2, 3] and len(pickled) < 2000  # no tensor's bytes
 for (_, written), tensor in zip(pairs + more, expected, strict=True):
     assert written.dtype == tensor.dtype and torch.equal(written, tensor)
     assert written.untyped_storage().nbytes() == tensor.nbytes  # all of it is what torch.save() writes
+    assert written.data_ptr() % 64 == 0
+request = request._replace(async_fn_args=(0, [("file", "key", ([], numbered[2:3]))], "results"))
+caller.schedule_async_call(request)
+nothing = [item for item in put if item is not request.call_idx][0].preload_fn
+assert pickle.loads(ForkingPickler.dumps(nothing))()[0][2][1][0][1].shape == (0, 4)
 print("copied")
 caller.process = None
 """
