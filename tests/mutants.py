@@ -2393,6 +2393,7 @@ LAUNCHERS = [
         ("a checkpoint of nothing cannot be mapped", "self._file.write(bytes(1))", "pass"),
         ("the trainer's tensors are sent as well", "(rank, None, queue)", "(rank, buckets, queue)"),
         ("the last bytes stay behind", "self._file.flush()", "pass"),
+        ("one thread makes all copies", "parts[int(begun / share)]", "parts[0]"),
         ("copies lie over each other", "self._file.seek(begin)", "self._file.seek(0)"),
         ("a copy begins where the former one ends", "/ ALIGNMENT) * ALIGNMENT", "/ 1) * 1"),
     ),

@@ -1,16 +1,18 @@
 """megatron-core 0.19.2, core/dist_checkpointing/strategies/filesystem_async.py:243: `.to("cpu")` is all that it copies.
 
 The process that writes an asynchronous save gets the trainer's own tensors when these are on a CPU: the queue moves
-them to shared memory, training goes on in it, and the checkpoint mixes iterations.  The writer gets copies instead, all
-in one file that lies in memory: training waits for one pass over the bytes, one descriptor serves all tensors, and
+them to shared memory, training goes on in it, and the checkpoint mixes iterations.  The writer gets copies instead, in
+few files that lie in memory: training waits for one pass over the bytes, one descriptor serves many tensors, and
 /dev/shm, which containers keep small, has no part in it.
 """
 
 import functools
+import itertools
 import math
 import mmap
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +74,40 @@ def _received(descriptor: Any) -> mmap.mmap:
 
 
 def _copied(buckets: list) -> Callable[[], list]:
-    """Buckets (file, key, (contents, [(item, tensor)])) -> a function for another process that gives the same anew."""
+    """Buckets (file, key, (contents, [(item, tensor)])) -> a function for another process that gives the same anew.
+
+    One thread after the other may write into a file, so each of them fills one of its own.
+    """
+    import torch
+
+    tensors = [tensor for *_, (_, found) in buckets for _, tensor in found]
+    count = torch.get_num_threads()
+    share = sum(tensor.nbytes for tensor in tensors) / count + 1
+    parts: list[list[Tensor]] = [[] for _ in range(count)]
+    begun = 0
+    for tensor in tensors:
+        parts[int(begun / share)].append(tensor)
+        begun += tensor.nbytes
+    with ThreadPoolExecutor(count) as threads:
+        places = itertools.chain.from_iterable(threads.map(_copied_part, parts))
+        return functools.partial(
+            _restored,
+            [
+                (file, key, (contents, [(item, next(places)) for item, _ in found]))
+                for file, key, (contents, found) in buckets
+            ],
+        )
+
+
+def _copied_part(tensors: list["Tensor"]) -> list[tuple]:
     memory = _Memory()
-    places = [
-        (file, key, (contents, [(item, (memory.append(tensor), tensor.dtype, tensor.shape)) for item, tensor in found]))
-        for file, key, (contents, found) in buckets
-    ]
-    return functools.partial(_restored, memory, places)
+    return [(memory, memory.append(tensor), tensor.dtype, tensor.shape) for tensor in tensors]
 
 
-def _restored(memory: mmap.mmap, places: list) -> list:
+def _restored(buckets: list) -> list:
     return [
-        (file, key, (contents, [(item, _tensor(memory, *place)) for item, place in found]))
-        for file, key, (contents, found) in places
+        (file, key, (contents, [(item, _tensor(*place)) for item, place in found]))
+        for file, key, (contents, found) in buckets
     ]
 
 

@@ -158,6 +158,7 @@ tensors = [torch.zeros(2000), torch.ones(2, 5, dtype=torch.bfloat16).t(), torch.
 put = []
 numbered = list(enumerate(tensors))
 buckets = [("file", "key", (["contents"], numbered[:2])), ("other", "its", ([], numbered[2:]))]
+torch.set_num_threads(2)
 stage = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
 request = async_utils.AsyncRequest(print, (0, buckets, "results"), [], preload_fn=stage)
 caller = async_utils.PersistentAsyncCaller()
@@ -171,7 +172,9 @@ for tensor in tensors:
 (sent,) = [item for item in put if item is not request.call_idx]
 assert sent.async_fn_args == (0, None, "results")  # what it held would be sent as well
 pickled = ForkingPickler.dumps(sent.preload_fn)  # as the queue does it
-del sent, put[:]
+copies = [place for *_, (_, found) in sent.preload_fn.args[0] for _, place in found]
+assert len({id(memory) for memory, *_ in copies}) == 2  # one for each thread
+del sent, copies, put[:]
 (*names, (contents, pairs)), (*others, (nothing, more)) = pickle.loads(pickled)()
 assert (*names, contents, *others, nothing) == ("file", "key", ["contents"], "other", "its", [])
 assert [item for item, _ in pairs + more] == [0, 1, 2, 3] and len(pickled) < 2000  # no tensor's bytes
