@@ -162,13 +162,13 @@ MODEL = [
         ("padding of the vocabulary takes probability", "found[:, real:] = 0", "pass"),
         (
             "padding takes probability where logits are computed again",
-            "weight.t(), ctx.real,",
-            "weight.t(), weight.shape[0],",
+            "weight), ctx.real,",
+            "weight), weight.shape[0],",
         ),
         (
             "the label's own logit moves nothing",
-            "of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))",
-            "of_hidden[part] = product",
+            "of_hidden[part] = multiplied.addcmul_(weight[columns[part]], minus.to(weight.dtype))",
+            "of_hidden[part] = multiplied",
         ),
         (
             "the label's row of the head moves nothing",
@@ -232,6 +232,51 @@ MODEL = [
             'without = getattr(self.weight, "hook_needs_no_gradient", False) and',
             "without =",
         ),
+    ),
+    *of(
+        "megatron_patch/model/linear.py",
+        f"{OF_LINEAR}::test_trained_layers_add_to_the_buffer_and_all_ask_for_the_faster_product",
+        ("layers multiply as torch does", "found = kernels.product(x, weight)", "found = None"),
+        (
+            "trained layers multiply as Megatron's",
+            "return _Product.apply(input, weight)",
+            "return super()._forward_impl(input, weight, **asked)",
+        ),
+        (
+            "a trained layer's gradient is added nowhere",
+            "wgrad_gemm_accum_fp32(*rows, weight.main_grad)",
+            "wgrad_gemm_accum_fp32(*rows, weight.main_grad.clone())",
+        ),
+        ("several ranks are taken for one", "if by_megatron or not in_buffer:", "if not in_buffer:"),
+        (
+            "a gradient goes to a buffer that nobody asked for",
+            'in_buffer = asked["gradient_accumulation_fusion"] and',
+            "in_buffer =",
+        ),
+        ("hooks that want a gradient do not get it", 'and getattr(weight, "hook_needs_no_gradient", False)\n', "\n"),
+        ("frozen layers multiply as torch does", "else _Product.apply", "else F.linear"),
+    ),
+    *of(
+        "megatron_patch/model/loss.py",
+        f"{OF_LINEAR}::test_trained_layers_add_to_the_buffer_and_all_ask_for_the_faster_product",
+        (
+            "the head multiplies as torch does",
+            "logits = product(hidden[part], weight)",
+            "logits = hidden[part] @ weight.t()",
+        ),
+        (
+            "the head's gradient is multiplied as torch does",
+            "product(exponentials, weight.t())",
+            "(exponentials @ weight)",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/__init__.py",
+        f"{OF_KERNELS}::test_product",
+        ("every processor is AMD's", 'made_by_amd = "AuthenticAMD" in', 'made_by_amd = "vendor_id" in'),
+        ("small products are oneDNN's too", "or x.numel() * weight.shape[0] < PRODUCT_SIZE or", "or"),
+        ("few rows are oneDNN's too", "if x.numel() < PRODUCT_ROWS * x.shape[-1] or", "if"),
+        ("two dtypes are multiplied", "or weight.dtype is not torch.float32 or", "or"),
     ),
     *of(
         "megatron_patch/model/adapters.py",
@@ -3394,8 +3439,8 @@ ANY_RESOLUTION = [
         "tests/inference/test_megatron_engine.py::test_every_family[one process]",
         (
             "a linear layer of one rank multiplies by its own weight where it is given the embedding's",
-            "layer.weight if weight is None else weight)",
-            "layer.weight)",
+            "layer.weight if weight is None else weight\n",
+            "layer.weight\n",
         ),
     ),
     *of(

@@ -13,10 +13,39 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from megatron.core import mpu
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from megatron_patch import kernels
 from megatron_patch.model.recomputation import not_keeping
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., I] times the transpose of weight [O, I] -> [..., O], without a record for the backward pass."""
+    found = kernels.product(x, weight)
+    return F.linear(x, weight) if found is None else found
+
+
+class _Product(torch.autograd.Function):
+    """x [..., I], weight [O, I] -> [..., O]; a trained weight's gradient is added to Megatron's buffer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        if weight.requires_grad:
+            ctx.save_for_backward(x)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None]:
+        weight = ctx.weight
+        of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        if weight.requires_grad:
+            (x,) = ctx.saved_tensors
+            rows = x.flatten(0, -2), gradient.flatten(0, -2)
+            layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(*rows, weight.main_grad)
+        return of_x, None  # the hook of the weight runs all the same, and finds nothing to add
 
 
 class _WithRecomputedInput:
@@ -30,6 +59,15 @@ class _WithRecomputedInput:
         without = getattr(self.weight, "hook_needs_no_gradient", False) and not self.config.cpu_offloading
         with not_keeping(x) if without else nullcontext():
             return super().forward(x, *args, **kwargs)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **asked: object) -> Tensor:  # Megatron's names
+        """Megatron's product of x and weight; its own way where several ranks or a deferred gradient are asked for."""
+        several = ("allreduce_dgrad", "sequence_parallel", "grad_output_buffer", "bias")
+        by_megatron = any(asked[name] not in (None, False) for name in several) or asked["gtp_remat_size"] > 1
+        in_buffer = asked["gradient_accumulation_fusion"] and getattr(weight, "hook_needs_no_gradient", False)
+        if by_megatron or not in_buffer:
+            return super()._forward_impl(input, weight, **asked)
+        return _Product.apply(input, weight)
 
 
 class Column(_WithRecomputedInput, ColumnParallelLinear):
@@ -65,5 +103,7 @@ def _product(
     So the bias is added to what is rounded: cached features are a tower's of either kind.
     """
     added, left = (None, layer.bias) if layer.skip_bias_add else (layer.bias, None)
-    found = F.linear(x, layer.weight if weight is None else weight)
+    weight = layer.weight if weight is None else weight
+    multiply = F.linear if weight.requires_grad and torch.is_grad_enabled() else _Product.apply
+    found = multiply(x, weight)
     return found if added is None else found + added, left

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from megatron_patch import kernels
+from megatron_patch.model.linear import product
 
 # More logits than this are computed again in the backward pass, a part of the rows at a time, in place of being kept.
 MOST_BYTES = 1 << 28
@@ -46,7 +47,7 @@ class _HeadLosses(torch.autograd.Function):
         exponentials = None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = hidden[part] @ weight.t()
+            logits = product(hidden[part], weight)
             top = _row_largest(logits, real)
             if group.size() > 1:
                 all_reduce(top, ReduceOp.MAX, group=group)
@@ -70,14 +71,14 @@ class _HeadLosses(torch.autograd.Function):
             part = slice(start, start + ctx.rows)
             exponentials = kept
             if exponentials is None:
-                exponentials, _ = _exponentials(hidden[part] @ weight.t(), ctx.real, largest[part])
+                exponentials, _ = _exponentials(product(hidden[part], weight), ctx.real, largest[part])
             exponentials = exponentials.to(weight.dtype)
             # softmax = exponentials * factor; the loss falls with the target's logit
             factor = (gradient[part] / total[part])[:, None]
             minus = (gradient[part] * own[part]).neg()[:, None]
             if of_hidden is not None:
-                product = (exponentials @ weight).mul_(factor)
-                of_hidden[part] = product.addcmul_(weight[columns[part]], minus.to(weight.dtype))
+                multiplied = product(exponentials, weight.t()).mul_(factor)
+                of_hidden[part] = multiplied.addcmul_(weight[columns[part]], minus.to(weight.dtype))
             if of_weight is not None:
                 _add_product(of_weight, exponentials, (hidden[part] * factor).to(weight.dtype))
                 of_weight.index_add_(0, columns[part], (hidden[part] * minus).to(of_weight.dtype))
@@ -121,6 +122,6 @@ def _add_product(total: Tensor, exponentials: Tensor, hidden: Tensor) -> None:
         total.addmm_(exponentials.t(), hidden)
         return
     for part, columns in zip(total.split(PRODUCT_ROWS), exponentials.split(PRODUCT_ROWS, 1), strict=True):
-        product = columns.t() @ hidden
-        if not kernels.add(part, product):
-            part.add_(product)
+        addend = columns.t() @ hidden
+        if not kernels.add(part, addend):
+            part.add_(addend)

@@ -1,7 +1,8 @@
 """The compiled kernels against the formulas in 64 bits: values and gradients, both dtypes, in one and two threads."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,35 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     alone = kernels.rms_norm_backward(x, weight, scales, gradient, True, False)
     assert torch.equal(alone[0], gradients[0]) and alone[1] is None
     assert kernels.rms_norm_backward(x, weight, scales, gradient, False, True)[0] is None
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Be one whose maker Linux names so."""
+    monkeypatch.setattr(kernels, "CPUINFO", tmp_path / "cpuinfo")
+
+    def become(maker: str) -> None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        kernels._mkl_is_slower.cache_clear()
+
+    kernels._mkl_is_slower.cache_clear()
+    yield become
+    kernels._mkl_is_slower.cache_clear()
+
+
+def test_product(processor: Callable[[str], None]) -> None:
+    """128 rows of 512 x 1,100: 72 million products, more than the 67 from which on it pays."""
+    x, weight, gradient = (states(*shape, dtype=torch.float32) for shape in ((64, 2, 512), (1100, 512), (64, 2, 1100)))
+    assert kernels.product(x, weight) is None  # no file names a processor
+    processor("GenuineIntel")
+    assert kernels.product(x, weight) is None
+    processor("AuthenticAMD")
+    found = [kernels.product(x, weight), kernels.product(gradient, weight.t())]
+    check(lambda x: x @ weight.t().double(), [x], gradient, found)
+    assert kernels.product(x, weight[:1000]) is None
+    assert kernels.product(x[:31], weight.repeat(3, 1)) is None  # 62 rows
+    assert kernels.product(x.bfloat16(), weight.bfloat16()) is None
+    assert kernels.product(x, weight.bfloat16()) is None
 
 
 @DTYPES
