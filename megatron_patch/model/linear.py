@@ -62,8 +62,8 @@ class _WithRecomputedInput:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **asked: object) -> Tensor:  # Megatron's names
         """Megatron's product of x and weight; its own way where several ranks or a deferred gradient are asked for."""
-        several = ("allreduce_dgrad", "sequence_parallel", "grad_output_buffer", "bias")
-        by_megatron = any(asked[name] not in (None, False) for name in several) or asked["gtp_remat_size"] > 1
+        several = asked["allreduce_dgrad"] or asked["sequence_parallel"] or asked["gtp_remat_size"] > 1
+        by_megatron = several or asked["grad_output_buffer"] is not None or asked["bias"] is not None
         in_buffer = asked["gradient_accumulation_fusion"] and getattr(weight, "hook_needs_no_gradient", False)
         if by_megatron or not in_buffer:
             return super()._forward_impl(input, weight, **asked)
