@@ -247,7 +247,8 @@ MODEL = [
             "wgrad_gemm_accum_fp32(*rows, weight.main_grad)",
             "wgrad_gemm_accum_fp32(*rows, weight.main_grad.clone())",
         ),
-        ("several ranks are taken for one", "if by_megatron or not in_buffer:", "if not in_buffer:"),
+        ("several ranks are taken for one", 'several = asked["allreduce_dgrad"] or', "several ="),
+        ("a bias is left out", ' or asked["bias"] is not None', ""),
         (
             "a gradient goes to a buffer that nobody asked for",
             'in_buffer = asked["gradient_accumulation_fusion"] and',

@@ -1,6 +1,7 @@
 """Megatron's linear layers, without what costs memory or time and is not needed.
 
-Column and Row keep no input for the backward pass that one pass over memory gives again.
+Column and Row keep no input for the backward pass that one pass over memory gives again.  Where no ranks share what
+they multiply they add a weight's gradient to Megatron's buffer and hand torch none, as large as the weight, beside it.
 
 Those of multiply_alone() multiply and nothing else, where one tensor-parallel rank holds them whole.  Megatron's look
 for process groups, autocast and gradients in every call, and add three nodes to the graph: for a single token, of a

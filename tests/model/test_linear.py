@@ -65,12 +65,12 @@ from megatron_patch.model.loss import head_losses
 multiplied = []
 kernels.product = lambda x, weight: multiplied.append(tuple(weight.shape))  # None, so that torch multiplies
 
-def trained(own, fused=True, **changes):
+def trained(own, fused=True, bias=False):
     config = TransformerConfig(
         num_layers=1, hidden_size=6, num_attention_heads=2, gradient_accumulation_fusion=fused,
-        params_dtype=dtype, **changes,
+        params_dtype=dtype,
     )
-    common = dict(config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=False)
+    common = dict(config=config, init_method=torch.nn.init.normal_, bias=bias, skip_bias_add=False)
     found = [Column(6, 4, **common), Row(6, 4, input_is_parallel=True, **common)]
     for layer in found:
         layer.weight.main_grad, layer.weight.grad_added_to_main_grad = torch.zeros(4, 6), False
@@ -95,7 +95,8 @@ for dtype in (torch.float32, torch.bfloat16):
 multiplied.clear()
 column = trained(True)[0]
 column.allreduce_dgrad = True
-for layer in (*trained(True, fused=False), column):
+with_bias = trained(True, bias=True)[0]  # a row-parallel layer adds its own
+for layer in (*trained(True, fused=False), column, with_bias):
     layer(x)
 assert not multiplied
 hidden, head = torch.randn(7, 6, requires_grad=True), torch.randn(9, 6)
