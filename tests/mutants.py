@@ -1908,6 +1908,22 @@ RUNS = [
     ),
     *of(
         "megatron_patch/memory.py",
+        OF_PLAN + "::test_an_embedding_is_held_by_the_stages_that_use_it",
+        ("a tied embedding is held twice", "and sizes.pipeline == 1) else 1)", "and sizes.pipeline == 1) else 2)"),
+        ("a tied embedding is held by one stage", "and sizes.pipeline == 1) else 1)", ") else 1)"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_recomputed_layers_keep_their_inputs_and_one_of_them_all",
+        ("the layer being recomputed holds nothing", "layers * width + of_layer", "layers * width"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_adapters_of_the_tower_are_the_first_stages",
+        ("every stage has the tower's adapters", 'if part != "language_model" and not first:', "if False:"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
         OF_PLAN + "::test_what_shares_memory_out_is_seen",
         ("TP shares nothing out", "own = [part / sizes.tensor for part in parts]", "own = [*parts]"),
         ("the optimizer is never shared", "if sizes.distributed_optimizer else 1", "if False else 1"),

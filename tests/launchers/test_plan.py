@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.lora import LoraConfig
 from megatron_patch.memory import Sizes, rank_memory
 from megatron_patch.step_flop import Frozen
 from tests.launchers.launching import LLAVA_7B, NEXT, ROOT, STAGE_2, Inputs, start, tree
@@ -163,6 +164,38 @@ def test_local_layers_keep_no_inputs_of_their_matrices():
     for frozen, less in ((Frozen(), 32 * inputs_of_layer), (Frozen(language_model=True), 0)):
         of_gpu, of_cpu = (rank_memory(geometry, frozen, sizes, device=device).activations for device in ("gpu", "cpu"))
         assert of_gpu - of_cpu == less
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head of its own", "tied head"])
+def test_an_embedding_is_held_by_the_stages_that_use_it(tied: bool):
+    whole = llava("llama-7b")
+    geometry = dataclasses.replace(whole, language=dataclasses.replace(whole.language, tied_embeddings=tied))
+    every = geometry.language.parameters + geometry.tower.parameters + geometry.projector_parameters
+    for stages, copies in ((1, 0), (2, geometry.language.vocabulary * geometry.language.hidden if tied else 0)):
+        sizes = Sizes(pipeline=stages)
+        found = sum(rank_memory(geometry, Frozen(), sizes, stage).weights for stage in range(stages))
+        assert found == pytest.approx(2 * (every + copies), rel=1e-6)
+
+
+def test_recomputed_layers_keep_their_inputs_and_one_of_them_all():
+    geometry, sizes = llava("llama-7b"), Sizes(tokens=100, precision="fp32")
+    kept, recomputed = (
+        rank_memory(geometry, Frozen(), dataclasses.replace(sizes, recompute=recompute)).activations
+        for recompute in ("false", "full")
+    )
+    assert recomputed == 32 * 100 * 4 * 4096 + kept / 32
+
+
+def test_adapters_of_the_tower_are_the_first_stages():
+    geometry, lora = llava("llama-7b"), LoraConfig(rank=8, alpha=16, parts=("language_model", "vision_tower"))
+    alone = dataclasses.replace(lora, parts=("language_model",))
+
+    def gradients(lora: LoraConfig, stage: int) -> int:
+        frozen = Frozen(True, True, True).with_adapters(lora)
+        return rank_memory(geometry, frozen, Sizes(pipeline=2), stage).gradients
+
+    assert gradients(lora, 1) == gradients(alone, 1) == gradients(alone, 0) > 0
+    assert gradients(lora, 0) > gradients(alone, 0)
 
 
 # NeVA's best-practice notes: decoder layers of LLaMA-7B -> MiB of a GPU at TP2, micro-batch 4, global batch 32.
