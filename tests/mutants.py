@@ -1910,7 +1910,7 @@ RUNS = [
         "megatron_patch/memory.py",
         OF_PLAN + "::test_an_embedding_is_held_by_the_stages_that_use_it",
         ("a tied embedding is held twice", "and sizes.pipeline == 1) else 1)", "and sizes.pipeline == 1) else 2)"),
-        ("a tied embedding is held by one stage", "and sizes.pipeline == 1) else 1)", ") else 1)"),
+        ("a tied embedding is held by all stages", "and sizes.pipeline == 1) else 1)", ") else 1)"),
     ),
     *of(
         "megatron_patch/memory.py",
