@@ -1907,6 +1907,11 @@ RUNS = [
         ("a lost node is waited for", "and not any(codes) and not watch.lost:", "and not any(codes):"),
     ),
     *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_gradients_cross_a_ring",
+        ("gathered weights wait for a forward pass", "gathered - backward_s / 2)", "gathered + backward_s / 2)"),
+    ),
+    *of(
         "megatron_patch/memory.py",
         OF_PLAN + "::test_an_embedding_is_held_by_the_stages_that_use_it",
         ("a tied embedding is held twice", "and sizes.pipeline == 1) else 1)", "and sizes.pipeline == 1) else 2)"),

@@ -79,8 +79,9 @@ def test_gradients_cross_a_ring() -> None:
     assert step.data_traffic == pytest.approx(2 * 7 / 8 * 4 * trained / bandwidth + hops)
     sharded = predict(LLAVA, plan(64, data=8, frozen=STAGE_1, distributed_optimizer=True), H100, EVEN)
     assert sharded.data_traffic == pytest.approx(7 / 8 * 6 * trained / bandwidth + hops)
-    hidden = predict(LLAVA, plan(64, data=8, frozen=STAGE_1, hidden=frozenset({"data"})), H100, EVEN)
-    assert hidden.data_traffic == 0
+    for shared in (False, True):  # so few bytes move while others compute
+        options = {"data": 8, "frozen": STAGE_1, "hidden": frozenset({"data"}), "distributed_optimizer": shared}
+        assert predict(LLAVA, plan(64, **options), H100, EVEN).data_traffic == 0
     assert predict(LLAVA, plan(64, data=8, frozen=Frozen(True, True, True)), H100, EVEN).data_traffic == 0
 
 
