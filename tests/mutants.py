@@ -275,8 +275,8 @@ MODEL = [
         "megatron_patch/kernels/__init__.py",
         f"{OF_KERNELS}::test_product",
         ("every processor is AMD's", 'made_by_amd = "AuthenticAMD" in', 'made_by_amd = "vendor_id" in'),
-        ("small products are oneDNN's too", "or x.numel() * weight.shape[0] < PRODUCT_SIZE or", "or"),
-        ("few rows are oneDNN's too", "if x.numel() < PRODUCT_ROWS * x.shape[-1] or", "if"),
+        ("small products are oneDNN's too", "or x.numel() * weight.shape[0] < LEAST_PRODUCTS or", "or"),
+        ("few rows are oneDNN's too", "if x.numel() < LEAST_ROWS * x.shape[-1] or", "if"),
         ("two dtypes are multiplied", "or weight.dtype is not torch.float32 or", "or"),
     ),
     *of(

@@ -212,7 +212,7 @@ def exponentials(logits: Tensor, real: int, largest: Tensor) -> Tensor | None:
 
 
 # Smaller products gain nothing, and oneDNN makes a program for each new shape, which takes up to 0.7 ms.
-PRODUCT_ROWS, PRODUCT_SIZE = 64, 1 << 26
+LEAST_ROWS, LEAST_PRODUCTS = 64, 1 << 26
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -223,7 +223,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     """
     if x.dtype is not torch.float32 or weight.dtype is not torch.float32 or not x.is_cpu:
         return None
-    if x.numel() < PRODUCT_ROWS * x.shape[-1] or x.numel() * weight.shape[0] < PRODUCT_SIZE or not _mkl_is_slower():
+    if x.numel() < LEAST_ROWS * x.shape[-1] or x.numel() * weight.shape[0] < LEAST_PRODUCTS or not _mkl_is_slower():
         return None
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 

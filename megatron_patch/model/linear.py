@@ -93,10 +93,10 @@ def multiply_alone(model: torch.nn.Module, trained: bool) -> None:
             continue
         frozen = module.weight is not None and not module.weight.requires_grad
         if trained or (frozen and not module.config.cpu_offloading):
-            module.forward = partial(_product, module)
+            module.forward = partial(_alone, module)
 
 
-def _product(
+def _alone(
     layer: torch.nn.Module, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., I] -> [..., O] and the bias that is the caller's to add, to the last bit as Megatron's layers.
