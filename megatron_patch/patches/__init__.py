@@ -8,6 +8,7 @@ cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 embedding_gradient.py           an embedding's gradient is that of its tokens' rows
 fused_adamw.py                  torch's AdamW in one pass over memory
+gradient_norm.py                the norm of large gradients, exact on a CPU
 gradients_in_parts.py           gradients in 16 bits are added to the buffer without a whole copy in 32
 hooks_without_gradients.py      parameters say whether a gradient may go to the buffer past torch
 interleaved_loader_state.py     the loader's state of an interleaved pipeline

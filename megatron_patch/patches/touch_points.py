@@ -291,6 +291,19 @@ TOUCH_POINTS = (
     ),
     TouchPoint(
         "megatron.core.optimizer.clip_grads",
+        "l2_norm_impl",
+        (
+            Layer(
+                "patches.gradient_norm",
+                "without Transformer Engine and Apex it sums the squares of a whole gradient in 32 bits, which loses "
+                "some on a CPU",
+                "torch.norm of 28 million numbers on a CPU is exact to 1e-5",
+                backend="cpu",
+            ),
+        ),
+    ),
+    TouchPoint(
+        "megatron.core.optimizer.clip_grads",
         "multi_tensor_scale_impl",
         (
             Layer(
