@@ -429,25 +429,22 @@ class _Traffic:
 
 
 def _trained_weights(geometry: LlavaGeometry, plan: Plan) -> float:
-    """Of the device that has most of them: a share of the decoder's layers, and what only one stage holds."""
+    """Of the device that has most of them: one of the first stage, which holds embedding, tower and projector."""
     language, tower, frozen = geometry.language, geometry.tower, plan.frozen
     table = language.vocabulary * language.hidden
     layers = language.parameters - table * (1 if language.tied_embeddings else 2)
-    ends = [0.0, 0.0]  # first and last stage
-    shared = 0.0
+    found = frozen.adapter_parameters(geometry, "language_model") / plan.pipeline
     if not frozen.language_model:
-        shared = layers / plan.pipeline
-        ends = [table, table] if plan.pipeline > 1 or not language.tied_embeddings else [table, 0.0]
+        with_head = plan.pipeline == 1 and not language.tied_embeddings  # one of its own
+        found += layers / plan.pipeline + table * (2 if with_head else 1)
     if not frozen.vision_tower:
         block = 4 * tower.hidden**2 + 2 * tower.hidden * tower.ffn_hidden
-        ends[0] += tower.running_layers * block + 3 * tower.patch_px**2 * tower.hidden
+        found += tower.running_layers * block + 3 * tower.patch_px**2 * tower.hidden
     if not frozen.projector:
-        ends[0] += tower.hidden * language.hidden
-        ends[0] += language.hidden**2 if geometry.projector_type == "mlp2x_gelu" else 0
-    shared += frozen.adapter_parameters(geometry, "language_model") / plan.pipeline
-    ends[0] += sum(frozen.adapter_parameters(geometry, part) for part in ("vision_tower", "projector"))
-    most = sum(ends) if plan.pipeline == 1 else max(ends)
-    return (shared + most) / plan.tensor
+        found += tower.hidden * language.hidden
+        found += language.hidden**2 if geometry.projector_type == "mlp2x_gelu" else 0
+    found += sum(frozen.adapter_parameters(geometry, part) for part in ("vision_tower", "projector"))
+    return found / plan.tensor
 
 
 def _optimizer(weights: float, plan: Plan, card: Card) -> float:

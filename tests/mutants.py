@@ -2261,6 +2261,49 @@ RUNS = [
     ),
     *of(
         STEP_TIME,
+        f"{OF_STEP_TIME}::test_trained_and_recomputed_layers_pay_for_more_traffic",
+        ("weights' gradients gather nothing", "(4 + 2 * (not plan.frozen.language_model))", "4"),
+        ("what is computed again gathers nothing", 'backward + 4 * (plan.recompute == "full")', "backward"),
+        ("states in 32 bits move as in 16", '= 4 if plan.precision == "fp32" else 2  # of an', "= 2  # of an"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_what_each_stage_trains_is_updated_there",
+        (
+            "the tower's MLP is not updated",
+            "4 * tower.hidden**2 + 2 * tower.hidden * tower.ffn_hidden",
+            "4 * tower.hidden**2",
+        ),
+        (
+            "the first stage has the last one's head",
+            "plan.pipeline == 1 and not language.tied_embeddings",
+            "not language.tied_embeddings",
+        ),
+        ("a tied head is held twice", "(2 if with_head else 1)", "2"),
+        ("32 bits are written as 16", '32 if plan.precision == "fp32" else 34', "34"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_padding_is_what_the_longest_of_a_micro_batch_costs",
+        ("pairs of tokens cost nothing in a mix", "Work(tokens=1), Work(pairs=1)", "Work(tokens=1), Work(pairs=0)"),
+    ),
+    *of(
+        "megatron_patch/launch/plan.py",
+        f"{OF_PLAN}::test_a_run_that_fits_is_planned",
+        (
+            "a plan's checkpoint is without Adam's state",
+            "one.plan.frozen, one.plan.precision)",
+            "one.plan.frozen, one.plan.precision, optimizer=False)",
+        ),
+        ("the only stage is called the first", "if len(one.ranks) > 1 else", "if one.ranks else"),
+    ),
+    *of(
+        "megatron_patch/launch/plan.py",
+        f"{OF_PLAN}::test_long_runs_and_stages_are_told_as_such",
+        ("a long run is told in hours", "if seconds < 48 * 3600 else", "if seconds > 48 * 3600 else"),
+    ),
+    *of(
+        STEP_TIME,
         f"{OF_STEP_TIME}::test_recompute_is_a_second_forward_pass",
         ("recompute is free", "return flop_of_parts(geometry, ALL_FROZEN, again).decoder", "return 0"),
     ),

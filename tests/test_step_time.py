@@ -13,7 +13,7 @@ from megatron_patch.device_cards import CARDS, cpu_card
 from megatron_patch.errors import UserError
 from megatron_patch.length_mix import MIX665K, MIXES, even
 from megatron_patch.step_flop import Frozen, Work, step_flop
-from megatron_patch.step_time import Plan, look_at, predict
+from megatron_patch.step_time import MEMORY_SHARE, SAMPLED_STEPS, Plan, look_at, predict
 from megatron_patch.tile_plan import whole_image
 from toolkits.benchmark.known_models import llava
 from toolkits.benchmark.published_rows import ROWS
@@ -113,6 +113,43 @@ def test_tensor_parallelism_pays_in_traffic_by_layer() -> None:
     assert hidden_traffic.tensor_traffic < step.tensor_traffic
 
 
+def test_trained_and_recomputed_layers_pay_for_more_traffic() -> None:
+    """Of a trained layer 6 gathers and scatters backward, of one computed again 4 forward once more; sums of a trained
+    tower backward too; all of it in four bytes.
+    """
+    trained = plan(64, tensor=2, frozen=Frozen(False, False), recompute="full", precision="fp32")
+    hidden, features = 616 * 4096 * 4, 577 * 1024 * 4
+    passes, sums = 32 * (4 + 6 + 4) + 2, 23 * 4 * 2
+    moved = 64 * (passes * hidden + sums * features) / 2
+    hops = 64 * (passes + sums) * H100.node_latency_s
+    step = predict(LLAVA, trained, H100, even(40))
+    assert step.tensor_traffic == pytest.approx(moved / H100.node_bandwidth + hops, rel=1e-6)
+
+
+def test_what_each_stage_trains_is_updated_there() -> None:
+    """AdamW's bytes over those of memory: 32 for each weight of the stage that has most, and 2 in 16 bits."""
+    bandwidth = H100.memory_bandwidth * MEMORY_SHARE
+    language, tower, table = LLAVA.language, LLAVA.tower, 32000 * 4096
+    block = 4 * 1024**2 + 2 * 1024 * 4096
+    projector = 1024 * 4096 + 4096**2
+    everything = Frozen(False, False)
+    of_tower = 23 * block + 3 * 14**2 * 1024
+    assert (tower.running_layers, tower.patch_px, language.tied_embeddings) == (23, 14, False)
+    alone = predict(LLAVA, plan(64, frozen=everything, precision="fp32"), H100, EVEN)
+    assert alone.optimizer * bandwidth / 32 == pytest.approx(language.parameters + of_tower + projector, rel=1e-6)
+    cut = predict(LLAVA, plan(64, pipeline=2, frozen=everything), H100, EVEN)
+    first = (language.parameters - 2 * table) / 2 + table + of_tower + projector
+    assert cut.optimizer * bandwidth / 34 == pytest.approx(first, rel=1e-6)
+    # an embedding that is the head, too, is held once by one stage, and by the first and the last of several
+    tied = dataclasses.replace(LLAVA, language=dataclasses.replace(language, tied_embeddings=True))
+    assert language.parameters - tied.language.parameters == table
+    for stages, bytes_each, weights in ((1, 32, alone), (2, 34, cut)):
+        precision = "fp32" if bytes_each == 32 else "bf16"
+        step = predict(tied, plan(64, pipeline=stages, frozen=everything, precision=precision), H100, EVEN)
+        fewer = (weights.optimizer - step.optimizer) * bandwidth / bytes_each
+        assert fewer == pytest.approx(table if stages == 1 else 0, abs=1e3)
+
+
 def test_context_parallelism_moves_keys_and_values() -> None:
     step = predict(LLAVA, plan(64, context=2, hidden=frozenset(), frozen=STAGE_1), H100, EVEN)
     states = 2 * 876 * 4096 * 2
@@ -148,6 +185,23 @@ def test_equal_records_wait_for_nobody_and_unequal_ones_less_when_balanced() -> 
     assert (turn.flop, turn.tokens) == (balanced.flop, balanced.tokens), "the same records"
     packed = predict(LLAVA, plan(256, data=8, packed=True), H100, MIX665K)
     assert packed.padding == packed.imbalance == 0
+
+
+def test_padding_is_what_the_longest_of_a_micro_batch_costs() -> None:
+    """Useful FLOP of the same records, as long as the longest beside them, over those of their own lengths."""
+    asked = plan(64, micro_batch=4)
+    records = MIX665K.sample(SAMPLED_STEPS * 64, 576, asked.longest, 0, 1)
+
+    def flop(tokens: int, images: int) -> int:
+        return step_flop(LLAVA, STAGE_2, Work(tokens=tokens, images=images, pairs=tokens * (tokens + 1) // 2))
+
+    batches = [records[start : start + 4] for start in range(0, len(records), 4)]
+    padded = sum(flop(max(one.tokens for one in batch), one.images) for batch in batches for one in batch)
+    useful = sum(flop(record.tokens, record.images) for record in records)
+    found = look_at(LLAVA, asked, MIX665K)
+    assert found.padding == pytest.approx(padded / useful - 1, rel=1e-6) and found.imbalance == 0
+    longest = sum(max(one.tokens for one in batch) for batch in batches) / len(batches)
+    assert found.micro_batch_tokens == pytest.approx(4 * longest)
 
 
 def test_processes_share_the_cores_of_a_cpu() -> None:

@@ -40,6 +40,23 @@ def test_a_run_that_fits_is_planned(inputs: Inputs):
     assert "7,241,740,288 + 290,909,184 (tower) + 20,979,712 (projector) parameters" in result.stdout
     assert "TP 1  PP 1  CP 1  DP 8  BATCH_SIZE 1  AC false  DO true, on 8 x H200" in result.stdout
     assert "fits: 129.7 of 141.0 GB are usable" in result.stdout and tree(inputs.folder) == before
+    assert "memory      each rank: " in result.stdout
+    # 2 bytes of each weight, and 12 of Adam for a trained one
+    size = 2 * (7241740288 + 290909184 + 20979712) + 12 * (7241740288 + 20979712)
+    assert f"checkpoint  {size / 1e9:.1f} GB on disk\n" in result.stdout
+    seconds = float(re.search(r"step +([\d.]+) s", result.stdout)[1])
+    hours = float(re.search(r"whole run   20000 iterations: ([\d.]+) h,", result.stdout)[1])
+    assert hours == pytest.approx(20000 * seconds / 3600, rel=0.01)
+
+
+def test_long_runs_and_stages_are_told_as_such(inputs: Inputs):
+    """Days from 48 hours on; memory of the first and the last stage, where these differ."""
+    words = ["--card", "H200x8", *stage_2(inputs, PP="2", TRAIN_ITERS="200000")]
+    told = start(PLAN, words, cwd=inputs.folder).stdout
+    assert re.search(r"memory      first stage: .*\nmemory      last stage: ", told), told
+    seconds = float(re.search(r"step +([\d.]+) s", told)[1])
+    days = float(re.search(r"iterations: ([\d.]+) days,", told)[1])
+    assert days == pytest.approx(200000 * seconds / 86400, rel=0.01)
 
 
 def test_one_that_does_not_fit_ends_with_1_and_what_would(inputs: Inputs):
