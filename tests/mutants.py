@@ -1936,6 +1936,7 @@ RUNS = [
     *of(
         "megatron_patch/memory.py",
         OF_PLAN + "::test_what_shares_memory_out_is_seen",
+        ("Adam copies weights of 32 bits as well", '{"fp32": 8, "bf16": 12', '{"fp32": 12, "bf16": 12'),
         ("TP shares nothing out", "own = [part / sizes.tensor for part in parts]", "own = [*parts]"),
         ("the optimizer is never shared", "if sizes.distributed_optimizer else 1", "if False else 1"),
         ("recompute keeps everything", 'if sizes.recompute == "full":', "if False:"),

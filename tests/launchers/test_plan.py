@@ -84,6 +84,9 @@ def test_what_shares_memory_out_is_seen(inputs: Inputs):
     plain = memory(inputs, DO="false")
     assert plain["weights"] == 2 * (trained + 290909184)
     assert (plain["gradients"], plain["optimizer"]) == (4 * trained, 12 * trained)
+    in_32_bits = memory(inputs, DO="false", PR="fp32")  # which is its own copy in 32 bits
+    assert in_32_bits["weights"] == 4 * (trained + 290909184)
+    assert (in_32_bits["gradients"], in_32_bits["optimizer"]) == (4 * trained, 8 * trained)
     assert memory(inputs)["optimizer"] == pytest.approx(12 * trained / 8, rel=1e-6)
     cut = memory(inputs, TP="4")
     assert cut["weights"] == pytest.approx(plain["weights"] / 4, rel=1e-6)
