@@ -2305,6 +2305,36 @@ RUNS = [
     ),
     *of(
         STEP_TIME,
+        f"{OF_STEP_TIME}::test_keys_and_values_pass_again_for_recomputed_layers_and_hide_behind_attention",
+        ("keys and values pass once", '2 * self._decoder_backward + (plan.recompute != "false")', "0"),
+        ("attention hides behind nothing", "context = max(0.0, context - traffic.attention_s())", "pass"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_hidden_states_pass_from_stage_to_stage",
+        ("all stages are in one node", "self._link(2, inner * 2)", "self._link(2, 2)"),
+        ("gradients stay in their stage", "return (1 + self._decoder_backward) * (moved", "return (moved"),
+        ("every rank of TP sends all", "plan.context * width / plan.tensor", "plan.context * width"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_a_ring_between_nodes_uses_the_adapters_of_its_devices",
+        ("one adapter of a node is used", "max(1, card.devices_per_node * n // reach)", "1"),
+        ("hops between nodes are as quick", "card.network_latency_s\n", "card.node_latency_s\n"),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_shared_out_weights_are_gathered_for_every_micro_batch",
+        ("shared out weights are gathered once", "return plan.micro_batches * max(", "return max("),
+    ),
+    *of(
+        STEP_TIME,
+        f"{OF_STEP_TIME}::test_images_are_read_by_the_workers_that_have_a_core",
+        ("workers need no cores", "min(plan.workers, card.cores * plan.tensor", "min(plan.workers, 99 * plan.tensor"),
+        ("every rank reads all images", "work.images / plan.tiles / plan.data", "work.images / plan.tiles"),
+    ),
+    *of(
+        STEP_TIME,
         f"{OF_STEP_TIME}::test_recompute_is_a_second_forward_pass",
         ("recompute is free", "return flop_of_parts(geometry, ALL_FROZEN, again).decoder", "return 0"),
     ),
