@@ -1925,6 +1925,44 @@ RUNS = [
     ),
     *of(
         "megatron_patch/memory.py",
+        OF_PLAN + "::test_activations_are_of_the_layers_and_micro_batches_of_a_stage",
+        (
+            "one micro-batch is in flight",
+            "in_flight = min(sizes.pipeline - stage, sizes.micro_batches)",
+            "in_flight = 1",
+        ),
+        ("attention is kept though computed again", 'if sizes.recompute == "sel":', "if False:"),
+        ("context parallelism cuts no tokens", "tokens = sizes.tokens / sizes.context", "tokens = sizes.tokens"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_frozen_layers_keep_what_gradients_pass_through",
+        ("frozen layers keep nothing for a tower below", 'frozen.learns("vision_tower") or frozen', "frozen"),
+        ("a later stage hands no gradients on", "or below or not first", "or below"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_logits_are_the_last_stages",
+        ("every stage has logits", "* 4 if last else 0", "* 4"),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_fully_sharded_weights_are_whole_two_layers_at_a_time",
+        ("a gathered layer is the only one", "+ 2 * body / language.layers", "+ body / language.layers"),
+        (
+            "gradients of shards are of 32 bits",
+            "(value if sizes.fully_sharded > 1 else GRADIENT_BYTES)",
+            "GRADIENT_BYTES",
+        ),
+    ),
+    *of(
+        "megatron_patch/memory.py",
+        OF_PLAN + "::test_a_save_holds_copies_where_the_memory_is_the_hosts",
+        ("nobody gathers for a save", "(SHARED_SAVE_BYTES if shared > 1 else SAVE_BYTES)", "SAVE_BYTES"),
+        ("a GPU's memory holds a save's copies", 'if device == "cpu" else 0,', ","),
+    ),
+    *of(
+        "megatron_patch/memory.py",
         OF_PLAN + "::test_recomputed_layers_keep_their_inputs_and_one_of_them_all",
         ("the layer being recomputed holds nothing", "layers * width + of_layer", "layers * width"),
     ),

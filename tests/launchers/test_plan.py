@@ -197,6 +197,73 @@ def test_an_embedding_is_held_by_the_stages_that_use_it(tied: bool):
         assert found == pytest.approx(2 * (every + copies), rel=1e-6)
 
 
+OF_TRAINED_LAYER = 8 * 4096 + 3 * 11008  # elements a token: 2 H for norms, 2 Q, 2 K, 2 F; 2 H + F of matrices' inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "elements"),
+    [
+        ({}, 0, 32 * OF_TRAINED_LAYER),
+        ({"recompute": "sel"}, 0, 32 * (OF_TRAINED_LAYER - 4096)),
+        ({"tensor": 2}, 0, 32 * OF_TRAINED_LAYER / 2),
+        ({"context": 4}, 0, 32 * OF_TRAINED_LAYER / 4),
+        ({"pipeline": 4, "micro_batches": 8}, 0, 4 * 8 * OF_TRAINED_LAYER),
+        ({"pipeline": 4, "micro_batches": 8}, 3, 8 * OF_TRAINED_LAYER),
+        ({"pipeline": 4, "micro_batches": 2}, 1, 2 * 8 * OF_TRAINED_LAYER),
+        ({"pipeline": 4, "micro_batches": 8, "recompute": "full"}, 2, 2 * 8 * 4096 + OF_TRAINED_LAYER),
+    ],
+)
+def test_activations_are_of_the_layers_and_micro_batches_of_a_stage(changes: dict, stage: int, elements: float):
+    found = rank_memory(llava("llama-7b"), Frozen(vision_tower=True), Sizes(tokens=100, **changes), stage)
+    assert found.activations == 100 * 2 * elements
+
+
+def test_frozen_layers_keep_what_gradients_pass_through():
+    """None pass where nothing below learns; every later stage hands them on."""
+    geometry, sizes = llava("llama-7b"), Sizes(tokens=100, pipeline=2)
+    for frozen, stages in (
+        (Frozen(True, True, False), (0, 1)),  # stage 1
+        (Frozen(True, False, True), (0, 1)),
+        (Frozen(True, True, True), (1,)),
+    ):
+        kept = [stage for stage in (0, 1) if rank_memory(geometry, frozen, sizes, stage).activations]
+        assert kept == list(stages)
+
+
+def test_logits_are_the_last_stages():
+    """In 32 bits those of the labels, their softmax and its gradient."""
+    whole, cut = Sizes(labels=60), Sizes(labels=60, tensor=2, context=3, pipeline=2)
+    geometry, frozen = llava("llama-7b"), Frozen(vision_tower=True)
+    assert rank_memory(geometry, frozen, whole).logits == 3 * 60 * 32000 * 4
+    assert rank_memory(geometry, frozen, cut, 0).logits == 0
+    assert rank_memory(geometry, frozen, cut, 1).logits == 3 * 60 * 32000 * 4 / 6
+
+
+def test_fully_sharded_weights_are_whole_two_layers_at_a_time():
+    geometry = llava("llama-7b")
+    tables, projector = 2 * 32000 * 4096, geometry.projector_parameters
+    body, tower = geometry.language.parameters - tables, geometry.tower.parameters
+    found = rank_memory(geometry, Frozen(vision_tower=True), Sizes(data=8, fully_sharded=8))
+    whole = tables + 2 * body / 32 + projector + 2 * tower / 23
+    assert found.weights == pytest.approx(2 * ((tables + body + tower + projector) / 8 + whole), rel=1e-6)
+    trained = tables + body + projector
+    assert (found.gradients, found.optimizer) == (round(2 * trained / 8), round(12 * trained / 8))
+
+
+def test_a_save_holds_copies_where_the_memory_is_the_hosts():
+    """Of each trained weight 4 bytes; 20 where the first rank gathers the optimizer's state of all."""
+    geometry, frozen = llava("llama-7b"), Frozen(True, True, False)
+    for device, sizes, each in (
+        ("gpu", Sizes(), 0),
+        ("cpu", Sizes(), 4),
+        ("cpu", Sizes(distributed_optimizer=True), 4),
+        ("cpu", Sizes(data=2, distributed_optimizer=True), 20),
+        ("cpu", Sizes(data=2), 4),
+    ):
+        found = rank_memory(geometry, frozen, sizes, device=device)
+        assert found.saving == each * geometry.projector_parameters
+
+
 def test_recomputed_layers_keep_their_inputs_and_one_of_them_all():
     geometry, sizes = llava("llama-7b"), Sizes(tokens=100, precision="fp32")
     kept, recomputed = (
