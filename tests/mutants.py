@@ -2372,6 +2372,22 @@ RUNS = [
         ("every rank reads all images", "work.images / plan.tiles / plan.data", "work.images / plan.tiles"),
     ),
     *of(
+        "megatron_patch/evaluation/benchmarks/mmbench.py",
+        "tests/evaluation/test_benchmarks.py::test_a_value_that_cannot_be_is_refused",
+        ("what is no base64 is read as such", "validate=True", "validate=False"),
+    ),
+    *of(
+        "megatron_patch/ray_cluster.py",
+        "tests/test_ray_actors.py::test_another_folder_of_the_same_name_is_not_the_commands",
+        ("any file is the token", "if path.read_text() != token[1]:", "if False:"),
+        ("the probe of a folder stays", "probe.unlink()", "pass"),
+    ),
+    *of(
+        "toolkits/multimodal_data_preprocessing/command_line.py",
+        "tests/data/preparation/test_pipeline.py::test_who_interrupts_a_conversion_is_told_how_it_goes_on",
+        ("nobody hears how a conversion goes on", 'print("interrupted; the same', 'str("interrupted; the same'),
+    ),
+    *of(
         STEP_TIME,
         f"{OF_STEP_TIME}::test_recompute_is_a_second_forward_pass",
         ("recompute is free", "return flop_of_parts(geometry, ALL_FROZEN, again).decoder", "return 0"),

@@ -4,6 +4,7 @@ Without Ray: a stand-in calls what the actors would call, and lets them die wher
 """
 
 import operator
+import pickle
 import random
 import sys
 import types
@@ -190,3 +191,20 @@ def test_a_model_takes_a_gpu_or_the_cores_of_a_node(nodes, workers, shape) -> No
     else:
         assert cluster.shape(workers) == shape and cluster.holds(shape)
         assert not cluster.holds(Shape(1, 100, shape.gpus))
+
+
+def test_another_folder_of_the_same_name_is_not_the_commands(tmp_path: Path) -> None:
+    """On a node that does not share it; what is there is told apart by the token in it."""
+    token, other = tmp_path / "shared" / "token", tmp_path / "other" / "token"
+    for path in (token, other):
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+
+    def problems(path: Path, text: str) -> list[str]:
+        return ray_cluster.unseen(pickle.dumps(({}, (str(path), text))))
+
+    assert problems(token, "shared") == []
+    for path in (other, tmp_path / "none" / "token"):
+        (problem,) = problems(path, "shared")
+        assert f"{path.parent} is not the folder of the command" in problem
+    assert [path.name for path in token.parent.iterdir()] == ["token"], "the probe is gone"

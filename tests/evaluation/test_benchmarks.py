@@ -105,6 +105,7 @@ def change(path: Path, old: str, new: str) -> None:
             "'answer' is 'C', wanted the letter of",
         ),
         ("mmbench", "mmbench_dev.tsv", "\t0\tx", "\t9\tx", "row 2: 'image' is '9'"),
+        ("mmbench", "mmbench_dev.tsv", "\t0\tx", "\tAA!AA\tx", "row 2: 'image' is 'AA!AA'..., wanted base64"),
         ("mmbench", "mmbench_dev.tsv", "1000000", "second", "row 2: 'index' is 'second', wanted a number"),
         (
             "scienceqa",

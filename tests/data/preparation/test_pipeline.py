@@ -34,6 +34,7 @@ from megatron_patch.llava_folder import LlavaFolder
 from tests import tiny_models
 from tests.data.factories import convert_records, image_bytes, make_records, save_tokenizer
 from tests.data.torture import make_torture, turns
+from toolkits.multimodal_data_preprocessing import command_line
 from toolkits.multimodal_data_preprocessing.command_line import limit_of_model
 
 ROOT = Path(__file__).parents[3]
@@ -335,6 +336,17 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(odd, interrupted) -
     (output.with_name("wds.partial") / "train-000999.tar").write_bytes(b"left behind")
     convert_odd(root, output, resume=True, workers=2)
     assert files_of(output) == moved(odd[1], odd[0], root)
+
+
+def test_who_interrupts_a_conversion_is_told_how_it_goes_on(capsys, monkeypatch, tmp_path) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    assert command_line.run(command_line.parser_of(None).parse_args([]), interrupt) == 130
+    assert capsys.readouterr().err == "interrupted; the same command with --resume goes on\n"
+    monkeypatch.setattr(command_line, "upload", interrupt)
+    assert command_line.upload_converted(tmp_path, "s3://bucket/wds") == 130
+    assert capsys.readouterr().err == f"interrupted; upload_dataset.py {tmp_path} s3://bucket/wds uploads it\n"
 
 
 def test_two_conversions_into_one_folder_are_refused(interrupted, monkeypatch) -> None:
