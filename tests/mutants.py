@@ -2239,6 +2239,16 @@ RUNS = [
     ),
     *of(
         "megatron_patch/training/graceful_stop.py",
+        "tests/training/test_graceful_stop.py::test_signal_saves_within_an_iteration",
+        ("a signal is not looked at", "_anywhere(bool(_received), limit", "_anywhere(False, limit"),
+        (
+            "a signal to all ends the loader workers",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)\n\n    def",
+            "\n    def",
+        ),
+    ),
+    *of(
+        "megatron_patch/training/graceful_stop.py",
         "tests/training/test_graceful_stop.py::test_time_limit_by_the_clock",
         ("no iteration to spare before the limit", "SPARE_ITERATIONS = 2", "SPARE_ITERATIONS = 0"),
         (
