@@ -13,7 +13,7 @@ from megatron_patch.device_cards import CARDS, cpu_card
 from megatron_patch.errors import UserError
 from megatron_patch.length_mix import MIX665K, MIXES, even
 from megatron_patch.step_flop import Frozen, Work, step_flop
-from megatron_patch.step_time import MEMORY_SHARE, SAMPLED_STEPS, Plan, look_at, predict
+from megatron_patch.step_time import ALL_FROZEN, MEMORY_SHARE, NOTHING_FROZEN, SAMPLED_STEPS, Plan, look_at, predict
 from megatron_patch.tile_plan import whole_image
 from toolkits.benchmark.known_models import llava
 from toolkits.benchmark.published_rows import ROWS
@@ -21,6 +21,7 @@ from toolkits.benchmark.published_rows import ROWS
 ROOT = Path(__file__).resolve().parents[1]
 LLAVA, H100 = llava("llama-7b"), CARDS["H100"]
 STAGE_1, STAGE_2 = Frozen(True, True), Frozen(vision_tower=True)
+PROJECTOR = 1024 * 4096 + 4096**2  # weights, without biases
 EVEN = even(300)
 
 
@@ -36,7 +37,7 @@ def test_one_device_does_the_useful_work_at_its_rate() -> None:
     compute = step.tower + step.projector + step.decoder + step.head
     assert compute == pytest.approx(step_flop(LLAVA, STAGE_2, work) / H100.rate("bf16"), rel=1e-6)
     assert step.flop == step_flop(LLAVA, STAGE_2, work)
-    trained = LLAVA.language.parameters + 1024 * 4096 + 4096**2
+    trained = LLAVA.language.parameters + PROJECTOR
     assert step.optimizer == pytest.approx(trained * 34 / (3.35e12 * 0.8), rel=1e-3)
     assert step.seconds == pytest.approx(compute + step.optimizer)
     assert step.utilisation == pytest.approx(0.436 * compute / step.seconds)
@@ -55,7 +56,7 @@ def test_tiles_of_an_image_are_work() -> None:
     # a JPEG is decoded once however many tiles are cut of it, and each of these has a cost of its own
     reading = dataclasses.replace(H100, cores=1, peak={"bf16": 1e18})
     whole, cut = (
-        predict(geometry, plan(64, longest=4096, image=of_each, frozen=Frozen(True, True, True)), reading, EVEN).loading
+        predict(geometry, plan(64, longest=4096, image=of_each, frozen=ALL_FROZEN), reading, EVEN).loading
         for of_each in (None, image)
     )
     assert cut / whole == pytest.approx(1 + 4 * 0.45, rel=0.01)
@@ -72,17 +73,16 @@ def test_twice_the_ranks_halve_the_work_of_each() -> None:
 
 def test_gradients_cross_a_ring() -> None:
     """2 (n - 1) / n of four bytes per trained weight; half of it in 16 bits where weights are gathered."""
-    trained = 1024 * 4096 + 4096**2  # stage 1: the projector
     bandwidth = H100.node_bandwidth
     step = predict(LLAVA, plan(64, data=8, frozen=STAGE_1), H100, EVEN)
     hops = 14 * H100.node_latency_s
-    assert step.data_traffic == pytest.approx(2 * 7 / 8 * 4 * trained / bandwidth + hops)
+    assert step.data_traffic == pytest.approx(2 * 7 / 8 * 4 * PROJECTOR / bandwidth + hops)
     sharded = predict(LLAVA, plan(64, data=8, frozen=STAGE_1, distributed_optimizer=True), H100, EVEN)
-    assert sharded.data_traffic == pytest.approx(7 / 8 * 6 * trained / bandwidth + hops)
+    assert sharded.data_traffic == pytest.approx(7 / 8 * 6 * PROJECTOR / bandwidth + hops)
     for shared in (False, True):  # so few bytes move while others compute
         options = {"data": 8, "frozen": STAGE_1, "hidden": frozenset({"data"}), "distributed_optimizer": shared}
         assert predict(LLAVA, plan(64, **options), H100, EVEN).data_traffic == 0
-    assert predict(LLAVA, plan(64, data=8, frozen=Frozen(True, True, True)), H100, EVEN).data_traffic == 0
+    assert predict(LLAVA, plan(64, data=8, frozen=ALL_FROZEN), H100, EVEN).data_traffic == 0
 
 
 def test_a_single_stage_has_no_bubble_and_many_micro_batches_have_little() -> None:
@@ -117,7 +117,7 @@ def test_trained_and_recomputed_layers_pay_for_more_traffic() -> None:
     """Of a trained layer 6 gathers and scatters backward, of one computed again 4 forward once more; sums of a trained
     tower backward too; all of it in four bytes.
     """
-    trained = plan(64, tensor=2, frozen=Frozen(False, False), recompute="full", precision="fp32")
+    trained = plan(64, tensor=2, frozen=NOTHING_FROZEN, recompute="full", precision="fp32")
     hidden, features = 616 * 4096 * 4, 577 * 1024 * 4
     passes, sums = 32 * (4 + 6 + 4) + 2, 23 * 4 * 2
     moved = 64 * (passes * hidden + sums * features) / 2
@@ -131,23 +131,19 @@ def test_what_each_stage_trains_is_updated_there() -> None:
     bandwidth = H100.memory_bandwidth * MEMORY_SHARE
     language, tower, table = LLAVA.language, LLAVA.tower, 32000 * 4096
     block = 4 * 1024**2 + 2 * 1024 * 4096
-    projector = 1024 * 4096 + 4096**2
-    everything = Frozen(False, False)
     of_tower = 23 * block + 3 * 14**2 * 1024
     assert (tower.running_layers, tower.patch_px, language.tied_embeddings) == (23, 14, False)
-    alone = predict(LLAVA, plan(64, frozen=everything, precision="fp32"), H100, EVEN)
-    assert alone.optimizer * bandwidth / 32 == pytest.approx(language.parameters + of_tower + projector, rel=1e-6)
-    cut = predict(LLAVA, plan(64, pipeline=2, frozen=everything), H100, EVEN)
-    first = (language.parameters - 2 * table) / 2 + table + of_tower + projector
+    alone = predict(LLAVA, plan(64, frozen=NOTHING_FROZEN, precision="fp32"), H100, EVEN)
+    assert alone.optimizer * bandwidth / 32 == pytest.approx(language.parameters + of_tower + PROJECTOR, rel=1e-6)
+    cut = predict(LLAVA, plan(64, pipeline=2, frozen=NOTHING_FROZEN), H100, EVEN)
+    first = (language.parameters - 2 * table) / 2 + table + of_tower + PROJECTOR
     assert cut.optimizer * bandwidth / 34 == pytest.approx(first, rel=1e-6)
     # an embedding that is the head, too, is held once by one stage, and by the first and the last of several
     tied = dataclasses.replace(LLAVA, language=dataclasses.replace(language, tied_embeddings=True))
     assert language.parameters - tied.language.parameters == table
-    for stages, bytes_each, weights in ((1, 32, alone), (2, 34, cut)):
-        precision = "fp32" if bytes_each == 32 else "bf16"
-        step = predict(tied, plan(64, pipeline=stages, frozen=everything, precision=precision), H100, EVEN)
-        fewer = (weights.optimizer - step.optimizer) * bandwidth / bytes_each
-        assert fewer == pytest.approx(table if stages == 1 else 0, abs=1e3)
+    for stages, precision, bytes_each, untied, fewer in ((1, "fp32", 32, alone, table), (2, "bf16", 34, cut, 0)):
+        step = predict(tied, plan(64, pipeline=stages, frozen=NOTHING_FROZEN, precision=precision), H100, EVEN)
+        assert (untied.optimizer - step.optimizer) * bandwidth / bytes_each == pytest.approx(fewer, abs=1e3)
 
 
 def test_context_parallelism_moves_keys_and_values() -> None:
@@ -160,7 +156,7 @@ def test_context_parallelism_moves_keys_and_values() -> None:
 def test_keys_and_values_pass_again_for_recomputed_layers_and_hide_behind_attention() -> None:
     of_ring = 64 * 32 * (2 * 876 * 4096 * 2 / 2 / H100.node_bandwidth + 10e-6)
     for passes, options in (
-        (1, {"frozen": Frozen(True, True, True)}),
+        (1, {"frozen": ALL_FROZEN}),
         (3, {"frozen": STAGE_1}),
         (4, {"frozen": STAGE_1, "recompute": "sel"}),
         (4, {"frozen": STAGE_1, "recompute": "full"}),
@@ -179,7 +175,7 @@ def test_hidden_states_pass_from_stage_to_stage() -> None:
     between = states / 8 / H100.network_bandwidth + H100.network_latency_s
     for seconds, options in (
         (2 * within, {"frozen": STAGE_1}),
-        (within, {"frozen": Frozen(True, True, True)}),
+        (within, {"frozen": ALL_FROZEN}),
         (2 * between, {"frozen": STAGE_1, "tensor": 8}),
         (0, {"frozen": STAGE_1, "virtual_stages": 2}),
     ):
@@ -188,17 +184,16 @@ def test_hidden_states_pass_from_stage_to_stage() -> None:
 
 
 def test_a_ring_between_nodes_uses_the_adapters_of_its_devices() -> None:
-    trained = 1024 * 4096 + 4096**2
     for data, tensor, adapters in ((16, 1, 8), (2, 8, 1), (4, 4, 2)):
         step = predict(LLAVA, plan(64, data=data, tensor=tensor, frozen=STAGE_1), H100, EVEN)
-        ring = (data - 1) / data * 4 * trained / tensor / (adapters * H100.network_bandwidth)
+        ring = (data - 1) / data * 4 * PROJECTOR / tensor / (adapters * H100.network_bandwidth)
         hops = 2 * (data - 1) * H100.network_latency_s
         assert step.data_traffic == pytest.approx(2 * ring + hops, rel=1e-6)
 
 
 def test_shared_out_weights_are_gathered_for_every_micro_batch() -> None:
     """Twice, and their gradients scattered, all in 16 bits: 8 micro-batches of each of 8 ranks."""
-    once = 7 / 8 * 2 * (1024 * 4096 + 4096**2) / H100.node_bandwidth + 7 * H100.node_latency_s
+    once = 7 / 8 * 2 * PROJECTOR / H100.node_bandwidth + 7 * H100.node_latency_s
     options = {"data": 8, "fully_sharded": 8, "frozen": STAGE_1}
     step = predict(LLAVA, plan(64, **options), H100, EVEN)
     assert step.data_traffic == pytest.approx(8 * 3 * once, rel=1e-6)
@@ -209,9 +204,9 @@ def test_images_are_read_by_the_workers_that_have_a_core() -> None:
     """Of a machine that does nothing else for long: 64 images at 4.4 ms."""
     reading = dataclasses.replace(H100, cores=3, peak={"bf16": 1e18})
     for readers, options in ((1, {"workers": 0}), (2, {}), (3, {"workers": 8}), (6, {"workers": 8, "pipeline": 2})):
-        step = predict(LLAVA, plan(64, frozen=Frozen(True, True, True), **options), reading, EVEN)
+        step = predict(LLAVA, plan(64, frozen=ALL_FROZEN, **options), reading, EVEN)
         assert step.seconds == pytest.approx(64 * 4.4e-3 / readers, rel=1e-6) and step.loading > 0
-    two = predict(LLAVA, plan(64, data=2, frozen=Frozen(True, True, True)), reading, EVEN)
+    two = predict(LLAVA, plan(64, data=2, frozen=ALL_FROZEN), reading, EVEN)
     assert two.seconds == pytest.approx(32 * 4.4e-3 / 2, rel=1e-6)
 
 
@@ -221,7 +216,7 @@ def test_recompute_is_a_second_forward_pass() -> None:
     assert full.recompute == pytest.approx(full.decoder / 3)
     assert 0 < selective.recompute < 0.1 * full.recompute
     assert full.flop == kept.flop, "recomputed work is not useful work"
-    forward_only = plan(64, recompute="full", frozen=Frozen(True, True, True))
+    forward_only = plan(64, recompute="full", frozen=ALL_FROZEN)
     assert predict(LLAVA, forward_only, H100, EVEN).recompute == 0
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_patch.kernels.build import CPUINFO, library
+from megatron_patch.kernels.build import cpuinfo, library
 
 DTYPES = {torch.float32: "_fp32", torch.bfloat16: "_bf16"}  # and the ends of the kernels' names
 
@@ -230,12 +230,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
 
 @functools.cache
 def _mkl_is_slower() -> bool:
-    try:
-        made_by_amd = "AuthenticAMD" in CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
     # an operator that torch's own compiler calls, without a promise to others
-    return made_by_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "AuthenticAMD" in cpuinfo() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def add(total: Tensor, addend: Tensor) -> bool:

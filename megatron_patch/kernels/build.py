@@ -114,11 +114,16 @@ def _own_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="llava_megatron_")
 
 
+def cpuinfo() -> str:
+    """What Linux tells of the processor; nothing where there is no /proc."""
+    try:
+        return CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def _processor() -> str:
     """What -march=native depends on."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = cpuinfo().splitlines()
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(sorted({platform.machine(), *(line for line in lines if line.startswith(wanted))}))

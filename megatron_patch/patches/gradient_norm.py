@@ -31,9 +31,9 @@ def _in_parts(l2_norm: Callable[..., Any]) -> Callable[..., Any]:
 
     def norm(chunk_size: int, noop_flag: "Tensor", tensor_lists: list[list["Tensor"]], *asked: Any) -> tuple:
         """As amp_C.multi_tensor_l2norm without norms of each tensor: float32 [1] over all of the lists, and None."""
-        parts = [
+        parts = (
             part.float() for tensors in tensor_lists for tensor in tensors for part in tensor.reshape(-1).split(PART)
-        ]
+        )
         squares = torch.stack([torch.dot(part, part) for part in parts]).double().sum()
         return squares.sqrt().float().view(1), None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_patch import kernels
 from megatron_patch.cpp_compiler import cpp_compiler
+from megatron_patch.kernels import build
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 
@@ -58,7 +59,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Be one whose maker Linux names so."""
-    monkeypatch.setattr(kernels, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
 
     def become(maker: str) -> None:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")

@@ -41,8 +41,13 @@ def ranks_of(output: Path) -> list[int]:
 def parent_of(process: int) -> int:
     """Its process id; 0 if the process is gone."""
     with contextlib.suppress(OSError):
-        return int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{process}/status").read_text(), re.M)[1])
+        return int(status_of(process, "PPid"))
     return 0
+
+
+def status_of(process: int, field: str) -> str:
+    """What the kernel says of it.  OSError: the process is gone."""
+    return re.search(rf"^{field}:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.M)[1]
 
 
 @contextlib.contextmanager
@@ -59,8 +64,7 @@ def frozen(processes: list[int]) -> Iterator[list[int]]:
 
 def waits_for(process: int, number: int) -> bool:
     """Has this signal been sent to a frozen process?"""
-    status = Path(f"/proc/{process}/status").read_text()
-    return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+    return bool(int(status_of(process, "ShdPnd"), 16) >> (number - 1) & 1)
 
 
 class Started:
