@@ -52,7 +52,7 @@ class RankMemory:
     activations: int
     logits: int
     images: int  # pixels and the vision tower's features and layers
-    saving: int  # copies while a checkpoint is written, where the device's memory is the host's
+    freed: int  # what the allocator keeps of freed tensors, where the device's memory is the host's
 
     @property
     def total(self) -> int:
@@ -91,9 +91,7 @@ class Sizes:
 # Bytes of a process beside what is counted.  cpu: measured of a run of almost no weights; gpu: assumed, CUDA's context,
 # the libraries' work space and NCCL's buffers.
 PROGRAM = {"cpu": 760 << 20, "gpu": 2200 << 20}
-# Bytes per trained parameter of a rank that a save holds, measured on CPU: a copy of the weights in 32 bits; with the
-# distributed optimizer the first data-parallel rank gathers the state of all.
-SAVE_BYTES, SHARED_SAVE_BYTES = 4, 20
+FREED_BYTES = 4  # per trained parameter on a CPU, whose allocator keeps what is freed: 2 to 3.5 measured, up to 4 ranks
 GRADIENT_BYTES = 4  # gradients are summed in 32 bits
 
 
@@ -154,7 +152,7 @@ def rank_memory(
         activations=round(activations),
         logits=round(logits),
         images=round(_image_bytes(geometry, frozen, sizes)) if first else 0,
-        saving=round(trained * (SHARED_SAVE_BYTES if shared > 1 else SAVE_BYTES)) if device == "cpu" else 0,
+        freed=round(trained * FREED_BYTES) if device == "cpu" else 0,
     )
 
 

@@ -1952,9 +1952,9 @@ RUNS = [
     ),
     *of(
         "megatron_patch/memory.py",
-        OF_PLAN + "::test_a_save_holds_copies_where_the_memory_is_the_hosts",
-        ("nobody gathers for a save", "(SHARED_SAVE_BYTES if shared > 1 else SAVE_BYTES)", "SAVE_BYTES"),
-        ("a GPU's memory holds a save's copies", 'if device == "cpu" else 0,', ","),
+        OF_PLAN + "::test_a_cpus_allocator_keeps_what_is_freed",
+        ("a GPU's allocator is a CPU's", 'if device == "cpu" else 0,', ","),
+        ("nothing is kept", "FREED_BYTES = 4 ", "FREED_BYTES = 0 "),
     ),
     *of(
         "megatron_patch/memory.py",
@@ -2554,9 +2554,9 @@ LAUNCHERS = [
         TRAINING,
         f"{WORDS}::test_every_precision_and_memory_saving_together",
         (
-            "every rank gathers the optimizer state",
-            '*("--distrib-optim-fully-reshardable-mem-efficient", "--ckpt-fully-parallel-load"),',
-            "",
+            "another layout cannot load the optimizer's state",
+            'words += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]',
+            'words += ["--use-distributed-optimizer"]',
         ),
     ),
     *of(
@@ -3484,18 +3484,73 @@ ANY_RESOLUTION = [
         ),
     ),
     *of(
-        "megatron_patch/patches/padded_buckets.py",
-        "tests/training/test_padded_buckets.py::test_a_run_with_small_buckets_goes_on",
+        "megatron_patch/patches/own_optimizer_state.py",
+        "tests/training/test_optimizer_state.py::test_boxes_are_the_elements_in_order",
+        ("a range within a row begins at the row", "if first > last:", "if False:"),
+        ("part of a row is the whole row", "if start % row == 0 and stop % row == 0 and", "if start % row == 0 and"),
+    ),
+    *of(
+        "megatron_patch/patches/own_optimizer_state.py",
+        "tests/training/test_optimizer_state.py::test_parts_lie_where_their_parameter_does",
+        ("every part is the first of its piece", "begin += count", "begin += 0"),
+        ("a piece begins with its parameter", "end - begins)", "end)"),
+        ("layers are no dimension", "(0,) * lead + indices, strict", "indices + (0,) * lead, strict"),
+    ),
+    *of(
+        "megatron_patch/patches/own_optimizer_state.py",
+        "tests/training/test_optimizer_state.py::test_each_rank_saves_its_own_and_a_run_goes_on",
+        ("both halves of a gated MLP are the first", "piece.data.storage_offset() - parameter.storage_offset()", "0"),
+        ("of several parts the first is loaded", "if len(loaded) == 1 else", "if loaded else"),
         (
-            "state behind a padded bucket is saved shifted",
-            "buffer.param_index_map = places_without_padding(buffer)",
-            "places_without_padding(buffer)",
+            "a second rank's state is a copy of the first's",
+            "replica = (*whole.replica_id[:2], self.distributed_optimizer_instance_id)",
+            "replica = whole.replica_id",
+        ),
+        (
+            "state of the second parameter is the first's",
+            "loaded in state[number].items()",
+            "loaded in state[0].items()",
         ),
     ),
     *of(
-        "megatron_patch/patches/padded_buckets.py",
-        "tests/training/test_padded_buckets.py::test_a_state_that_is_another_weights_is_refused",
-        ("another weight's state is loaded", "if not torch.allclose(", "if False and not torch.allclose("),
+        "megatron_patch/patches/own_optimizer_state.py",
+        "tests/training/test_optimizer_state.py::test_a_state_that_is_another_weights_is_refused",
+        (
+            "what is loaded is the weight that it is compared with",
+            'found["param"] = torch.empty_like(found["param"])',
+            'found["param"] = found["param"]',
+        ),
+    ),
+    *of(
+        "megatron_patch/patches/exchanged_in_place.py",
+        "tests/patches/test_exchanged_in_place.py::test_gradients_and_weights_are_exchanged_without_copies",
+        ("gradients are reduced in a copy", "if async_op or not _is_part(output, input):", "if True:"),
+        ("weights are gathered in a copy", "if async_op or not _is_part(input, output):", "if True:"),
+        ("the first rank sends all", "group_src=rank)", "group_src=0)"),
+    ),
+    *of(
+        "megatron_patch/training/config.py",
+        "tests/training/test_config.py::test_ranks_of_gpus_read_a_checkpoint_in_parts",
+        (
+            "ranks of a CPU read in parts",
+            "in_parts = device.backend().READS_IN_PARTS and arguments.use_distributed_optimizer",
+            "in_parts = arguments.use_distributed_optimizer",
+        ),
+        (
+            "ranks without a shared optimizer read in parts",
+            "in_parts = device.backend().READS_IN_PARTS and arguments.use_distributed_optimizer",
+            "in_parts = device.backend().READS_IN_PARTS",
+        ),
+    ),
+    *of(
+        "megatron_patch/device/cuda.py",
+        "tests/training/test_config.py::test_ranks_of_gpus_read_a_checkpoint_in_parts",
+        ("every rank reads all", "READS_IN_PARTS = True", "READS_IN_PARTS = False"),
+    ),
+    *of(
+        "megatron_patch/patches/shifted_optimizer_state.py",
+        "tests/training/test_optimizer_state.py::test_a_state_that_is_another_weights_is_refused",
+        ("another weight's state is loaded", "and not _close(saved, weight):", "and False:"),
     ),
     *of(
         "megatron_patch/conversion/original_layout.py",

@@ -245,7 +245,7 @@ NAME = "tpu"
 DEVICES, COUNTED_BY = "TPU chips", "TPU_CHIPS"
 REFUSED = {"PR=fp8": "needs a chip of the next generation", "OPTIMIZER_OFFLOAD=static": "has to wait"}
 ATTENTION_BACKENDS = ("flash", "unfused")
-DISTRIBUTED_BACKEND, TRANSFORMER_ENGINE = "xla", False
+DISTRIBUTED_BACKEND, TRANSFORMER_ENGINE, READS_IN_PARTS = "xla", False, True
 def notes(): return {"PR=bf16": "is what it likes best"}
 def memory_here(processes): return 16 * 2**30
 def count(chosen=""): return int(os.environ.get("TPU_CHIPS", "0"))

@@ -22,6 +22,7 @@ for the run:
     install()                   make torch ready for Megatron; called once, before anything imports megatron
     DISTRIBUTED_BACKEND         torch.distributed's: nccl, gloo
     TRANSFORMER_ENGINE          may Transformer Engine be looked for?
+    READS_IN_PARTS              do ranks with the same weights read a part of a checkpoint each, and send it?
     megatron_arguments(use_te)      the arguments for Megatron's parser that this kind needs
     memory(), peak_memory()     bytes of the device, and bytes that this process has held at most
     optimizer_offload(fraction) Megatron's arguments that keep this share of the optimizer state in host memory

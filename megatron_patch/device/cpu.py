@@ -91,6 +91,7 @@ def environment(nodes: int) -> dict[str, str]:
 # ---------------------------------------------------------------- for the run
 
 TRANSFORMER_ENGINE = False
+READS_IN_PARTS = False  # a machine's ranks read the same pages: 1.4 s for 135M parameters, and 1.7 s in parts by gloo
 DISTRIBUTED_BACKEND = "gloo"
 
 # Factories that Megatron calls with device="cuda" or pin_memory=True (training.py, schedules.py, clip_grads.py, ...).

@@ -99,6 +99,7 @@ def notes() -> dict[str, str]:
 # ---------------------------------------------------------------- for the run
 
 TRANSFORMER_ENGINE = True
+READS_IN_PARTS = True
 DISTRIBUTED_BACKEND = "nccl"
 
 

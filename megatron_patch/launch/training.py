@@ -679,11 +679,7 @@ def _memory(call: Call) -> list[str]:
     words += ["--no-save-optim"] if call["SAVE_OPTIM"] == "false" else []
     words += ["--no-load-optim"] if call["LOAD_OPTIM"] == "false" else []
     if call["DO"] == "true":
-        # Without the last two every data-parallel rank builds the whole optimizer state to save it, on GPU and host.
-        words += [
-            *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"),
-            *("--distrib-optim-fully-reshardable-mem-efficient", "--ckpt-fully-parallel-load"),
-        ]
+        words += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
     return words
 
 

@@ -7,17 +7,19 @@ async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 embedding_gradient.py           an embedding's gradient is that of its tokens' rows
+exchanged_in_place.py           gloo exchanges gradients and weights without copies
 fused_adamw.py                  torch's AdamW in one pass over memory
 gradient_norm.py                the norm of large gradients, exact on a CPU
 gradients_in_parts.py           gradients in 16 bits are added to the buffer without a whole copy in 32
 hooks_without_gradients.py      parameters say whether a gradient may go to the buffer past torch
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
-padded_buckets.py               the distributed optimizer's state behind a padded bucket
+own_optimizer_state.py          each rank saves and loads its own part of the distributed optimizer's state
 parameter_group_keys.py         a resume with another learning rate
 parts_saved_in_place.py         saves on a CPU copy no part of a tensor
 rotary_in_one_pass.py           rotary positions without Transformer Engine's kernel
 scale_in_place.py               gradients are clipped without copies
+shifted_optimizer_state.py      optimizer state that Megatron saved shifted is refused
 skip_compile_helpers.py         no `make` at the start
 synchronous_save_queue.py       synchronous saves start no process
 torch_fsdp2.py                  gradients, checkpoints and resumes of weights that FSDP shares out

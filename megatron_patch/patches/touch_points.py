@@ -51,10 +51,21 @@ ADAM_STEP = Layer(
     "torch's own Adam keeps its step with each parameter, and a resume goes on with a wrong one",
     "test_kill_and_resume passes without it for the distributed optimizer",
 )
-PADDED_BUCKETS = Layer(
-    "patches.padded_buckets",
-    "the distributed optimizer's state is saved shifted behind a padded bucket, and a resume goes on with it",
-    "test_any_resolution's resumes from PP2 pass without it",
+SHIFTED_STATE = Layer(
+    "patches.shifted_optimizer_state",
+    "optimizer state that Megatron saved shifted, behind a padded bucket, is loaded as another weight's",
+    "checkpoints of megatron-core up to 0.19.2 are of no use any more",
+)
+OWN_STATE = Layer(
+    "patches.own_optimizer_state",
+    "one rank gathers and saves the distributed optimizer's state of all, and shifts it behind a padded bucket",
+    "benchmark_checkpoint.py --processes 2 is as fast and test_any_resolution's resumes from PP2 pass without it",
+)
+IN_PLACE = Layer(
+    "patches.exchanged_in_place",
+    "gloo exchanges the distributed optimizer's gradients and weights in copies as large as the model",
+    "test_gradients_and_weights_are_exchanged_without_copies passes without it",
+    backend="cpu",
 )
 GROUP_KEYS = Layer(
     "patches.parameter_group_keys",
@@ -140,9 +151,12 @@ TOUCH_POINTS = (
     TouchPoint(
         DISTRIBUTED_OPTIMIZER,
         "DistributedOptimizer._set_main_param_and_optimizer_states",
-        (ADAM_STEP, PADDED_BUCKETS),
+        (ADAM_STEP, SHIFTED_STATE),
     ),
-    TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable", (PADDED_BUCKETS,)),
+    TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable", (OWN_STATE,)),
+    TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.load_parameter_state_from_fully_reshardable", (OWN_STATE,)),
+    TouchPoint("megatron.core.distributed.param_and_grad_buffer", "dist_reduce_scatter_func", (IN_PLACE,)),
+    TouchPoint("megatron.core.distributed.param_and_grad_buffer", "dist_all_gather_func", (IN_PLACE,)),
     TouchPoint(
         CHECKPOINTING,
         "maybe_save_dataloader_state",

@@ -79,7 +79,10 @@ def parse_own_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--step-batch-size-schedule")
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
     parser.add_argument("--fp8-format")
-    for switch in ("sequence-parallel", "bf16", "fp16", "use-torch-fsdp2", "use-megatron-fsdp"):
+    for switch in (
+        *("sequence-parallel", "bf16", "fp16"),
+        *("use-distributed-optimizer", "use-torch-fsdp2", "use-megatron-fsdp"),
+    ):
         parser.add_argument(f"--{switch}", action="store_true")
     parser.add_argument("--wandb-project")
     parser.add_argument("--fine-grained-activation-offloading", action="store_true")
@@ -301,8 +304,10 @@ def read_config(argv: list[str]) -> RunConfig:
     if arguments.padding_free is None:
         # rows of several records have not run with Transformer Engine's attention
         arguments.padding_free = "local" in of_device and not arguments.fine_grained_activation_offloading
+    in_parts = device.backend().READS_IN_PARTS and arguments.use_distributed_optimizer
     derived = [
         *of_device,
+        *(["--ckpt-fully-parallel-load"] if in_parts else []),
         "--padding-free" if arguments.padding_free else "--no-padding-free",
         *decoder_arguments(geometry.language, arguments.seq_length),
         *offload_arguments(

@@ -17,8 +17,10 @@ def main() -> None:
     """Run the script, then write."""
     folder, script = Path(sys.argv[1]), sys.argv[2]
     sys.argv = sys.argv[2:]
-    runpy.run_path(script, run_name="__main__")
-    (folder / os.environ["RANK"]).write_text(str(cpu.peak_memory()))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:  # an exit interval is an exit
+        (folder / os.environ["RANK"]).write_text(str(cpu.peak_memory()))
 
 
 if __name__ == "__main__":

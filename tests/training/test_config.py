@@ -148,6 +148,19 @@ def test_fp32_runs_on_megatrons_own_layers(
             read_config(argv(workspace, fine_grained_activation_offloading=""))
 
 
+def test_ranks_of_gpus_read_a_checkpoint_in_parts(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a CPU are told nothing, nor are those that hold no shared optimizer."""
+    as_on_a_gpu(monkeypatch)
+
+    def in_parts(kind: str, **changes: str) -> bool:
+        monkeypatch.setattr(device, "backend", lambda: device.kind(kind))
+        return "--ckpt-fully-parallel-load" in read_config(argv(workspace, **changes)).megatron_arguments
+
+    assert in_parts("cuda", bf16="", use_distributed_optimizer="")
+    assert not in_parts("cpu", bf16="", use_distributed_optimizer="")
+    assert not in_parts("cuda", bf16="")
+
+
 def test_fp32_convolutions_are_in_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
     device.kind("cuda").install()
