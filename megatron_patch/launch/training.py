@@ -714,7 +714,7 @@ def _environment(call: Call, job: Job) -> dict[str, str]:
     variables[run_file.VARIABLE] = run_file.resolved(call)
     if call["FSDP"] != "false":
         # weights come and go all the time: host memory that is kept for the next would pile up
-        variables = {name: value for name, value in variables.items() if not name.startswith("MALLOC_")}
+        variables = {name: value for name, value in variables.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         variables["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     if call["AC"] == "offload":
         variables["NVTE_CPU_OFFLOAD_V1"] = "1"  # Transformer Engine 2.10 and newer would move the weights too

@@ -49,7 +49,7 @@ HEAVY = (
 # Asked for at import, and again when they are used; TORCHDYNAMO_DISABLE=1 is set by device.install() at the latest.
 MAY_DIFFER = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PYTHONPATH", "TORCHDYNAMO_DISABLE"))
 # How the launchers have glibc keep memory: no result depends on it.
-MAY_DIFFER |= {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"}
+MAY_DIFFER |= {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
 # Read by libraries behind Python's back, which no list of questions tells.
 READ_BY_LIBRARIES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "GLIBC_", "LD_", "PYTHONHASH")
 if not Path("/dev/nvidiactl").exists():
