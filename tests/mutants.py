@@ -315,6 +315,58 @@ MODEL = [
         ("a norm in parts without the last ones", ".split(PART)", ".split(PART)[:9]"),
     ),
     *of(
+        "megatron_patch/patches/gradient_norm.py",
+        f"{OF_PATCHES}::test_the_norm_of_large_gradients_is_exact",
+        ("squares of the first parts alone", "found = kernels.squares(tensor)", "found = kernels.squares(tensor)[:9]"),
+    ),
+    *of(
+        "megatron_patch/kernels/elementwise.cpp",
+        "tests/kernels/test_kernels.py::test_squares_of_parts",
+        (
+            "the last part is not summed",
+            "begin < count; begin += PARALLEL)",
+            "begin + PARALLEL <= count; begin += PARALLEL)",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/elementwise.cpp",
+        "tests/kernels/test_kernels.py::test_adamw_is_torchs",
+        ("the kernel clips nothing", "scaled = gradient[i] * factor;", "scaled = gradient[i];"),
+        ("weights do not decay", "weight[i] = weight[i] * kept -", "weight[i] = weight[i] -"),
+        (
+            "the second moment is not corrected",
+            "(std::sqrt(square[i]) * correction + eps)",
+            "(std::sqrt(square[i]) + eps)",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/__init__.py",
+        "tests/kernels/test_kernels.py::test_adamw_is_torchs",
+        ("the first moment is not corrected", "rate / (1 - betas[0] ** step), 1", "rate, 1"),
+        (
+            "weights of 16 bits by the kernel for 32",
+            '_kernel("adamw", wanted, *(()',
+            '_kernel("adamw", torch.float32, *(()',
+        ),
+    ),
+    *of(
+        "megatron_patch/patches/adamw_in_one_pass.py",
+        "tests/patches/test_adamw_in_one_pass.py::test_three_steps_are_megatrons",
+        ("steps are torch's", "part.optimizer.step = OnePass(", "part.optimizer.other = OnePass("),
+        ("gradients are clipped by themselves", "if not isinstance(factor, float) or not", "if True or not"),
+        ("what is clipped once is clipped for good", "= min(1.0, factor)", "= min(parameter.gradient_factor, factor)"),
+        ("small gradients grow", "= min(1.0, factor)", "= factor"),
+        ("all steps are the first", 'int(state["step"]), *settings', "1, *settings"),
+        ("weights are rounded once more", "if isinstance(step, OnePass) and step.has_rounded:", "if False:"),
+        ("weights in 16 bits stay", "self._rounded.get(parameter)", "None"),
+        ("shards are taken for rounded", "self.has_rounded = bool(self._rounded)", "self.has_rounded = False"),
+    ),
+    *of(
+        "megatron_patch/patches/adamw_in_one_pass.py",
+        "tests/patches/test_adamw_in_one_pass.py::test_without_a_compiler_they_are_torchs",
+        ("no compiler, no step", "is not torch.optim.AdamW or library() is None:", "is not torch.optim.AdamW:"),
+    ),
+    *of(
         "megatron_patch/patches/scale_in_place.py",
         f"{OF_PATCHES}::test_gradients_are_clipped_where_they_lie",
         ("gradients are clipped through copies", "if multi_tensor_scale is not local_multi_tensor_scale:", "if True:"),

@@ -3,7 +3,7 @@
 torch's operators each read and write whole activations, which takes longer than the arithmetic, and a norm or SwiGLU
 is made of several.  These do the same formulas in 32 bits, in one pass over memory, in the threads that torch uses.
 
-elementwise.cpp  norm, SwiGLU, rotary positions, exponentials of logits, gradients
+elementwise.cpp  norm, SwiGLU, rotary positions, exponentials of logits, gradients, AdamW
 attention.cpp    attention of short records
 common.h         what both share
 build.py         compiled once on each kind of machine
@@ -240,4 +240,52 @@ def add(total: Tensor, addend: Tensor) -> bool:
     if kernel is None:
         return False
     kernel(total.numel(), total.data_ptr(), addend.data_ptr())
+    return True
+
+
+SQUARES = 1 << 14  # elements of a part that squares() sums up: PARALLEL in common.h
+
+
+def squares(x: Tensor) -> Tensor | None:
+    """The sum of the squares of each part of x of SQUARES elements, float32 [parts], the last one shorter."""
+    kernel = _kernel("squares", x.dtype, x)
+    if kernel is None:
+        return None
+    found = torch.empty(-(-x.numel() // SQUARES), dtype=torch.float32)
+    kernel(x.numel(), x.data_ptr(), found.data_ptr())
+    return found
+
+
+def adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    rounded: Tensor | None,
+    step: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    factor: float = 1.0,
+) -> bool:
+    """A step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) in place; whether it was done.
+
+    Args:
+        weight, gradient, mean, square: float32 of one shape, the two moments last.
+        rounded: gets the weight in 16 bits; None: nothing does.
+        step: counts from 1.
+        rate, betas, eps, decay: as torch.optim.AdamW's lr, betas, eps and weight_decay.
+        factor: of the gradient, which stays as it is.
+    """
+    states = weight, gradient, mean, square
+    wanted = torch.float32 if rounded is None else rounded.dtype
+    if _kernel("adamw", torch.float32, *states) is None or not (rounded is None or wanted is torch.bfloat16):
+        return False
+    kernel = _kernel("adamw", wanted, *(() if rounded is None else (rounded,)))
+    if kernel is None:
+        return False
+    places = *(state.data_ptr() for state in states), None if rounded is None else rounded.data_ptr()
+    rates = rate / (1 - betas[0] ** step), 1 - rate * decay
+    kernel(weight.numel(), *places, factor, *rates, *betas, (1 - betas[1] ** step) ** -0.5, eps)
     return True

@@ -154,6 +154,32 @@ template <typename T> void add(Index count, float *total, const T *addend) {
     for (Index i = 0; i < count; ++i) total[i] += read(addend[i]);
 }
 
+// the sum of the squares of every PARALLEL elements: the same whatever the number of threads
+template <typename T> void squares(Index count, const T *x, float *sums) {
+#pragma omp parallel for schedule(static) if (count > PARALLEL)
+    for (Index begin = 0; begin < count; begin += PARALLEL) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Index i = begin; i < std::min(count, begin + PARALLEL); ++i) sum += read(x[i]) * read(x[i]);
+        sums[begin / PARALLEL] = sum;
+    }
+}
+
+// ---------------------------------------------------------------- AdamW, with weights of the model in T
+
+template <typename T>
+void adamw(Index count, float *weight, const float *gradient, float *mean, float *square, T *rounded, float factor,
+           float rate, float kept, float beta1, float beta2, float correction, float eps) {
+#pragma omp parallel for simd schedule(static) if (count > PARALLEL)
+    for (Index i = 0; i < count; ++i) {
+        const float scaled = gradient[i] * factor;
+        mean[i] += (scaled - mean[i]) * (1 - beta1);
+        square[i] = square[i] * beta2 + scaled * scaled * (1 - beta2);
+        weight[i] = weight[i] * kept - rate * mean[i] / (std::sqrt(square[i]) * correction + eps);
+        if constexpr (!std::is_same_v<T, float>) write(rounded[i], weight[i]);
+    }
+}
+
 }  // namespace
 
 #define BOTH(T, SUFFIX)                                                                                               \
@@ -184,7 +210,13 @@ template <typename T> void add(Index count, float *total, const T *addend) {
                                          float *sums) {                                                               \
         exponentials(rows, width, real, logits, largest, sums);                                                       \
     }                                                                                                                 \
-    extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }
+    extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }            \
+    extern "C" void squares##SUFFIX(Index count, const T *x, float *sums) { squares(count, x, sums); }                 \
+    extern "C" void adamw##SUFFIX(Index count, float *weight, const float *gradient, float *mean, float *square,       \
+                                  T *rounded, float factor, float rate, float kept, float beta1, float beta2,          \
+                                  float correction, float eps) {                                                      \
+        adamw(count, weight, gradient, mean, square, rounded, factor, rate, kept, beta1, beta2, correction, eps);      \
+    }
 
 BOTH(float, _fp32)
 BOTH(bfloat16, _bf16)

@@ -1,6 +1,7 @@
 """Changes to Megatron.
 
 touch_points.py                 every symbol of Megatron that this toolkit replaces or wraps, and why; the check of them
+adamw_in_one_pass.py            gradients are clipped, AdamW steps and weights are rounded in one pass on a CPU
 adam_of_another_kind.py         a run goes on where Transformer Engine, and so FusedAdam, is there or not
 allow_cpu_initialization.py     Megatron starts without CUDA
 async_save_copies.py            asynchronous saves on a CPU write copies

@@ -67,6 +67,12 @@ IN_PLACE = Layer(
     "test_gradients_and_weights_are_exchanged_without_copies passes without it",
     backend="cpu",
 )
+ONE_PASS = Layer(
+    "patches.adamw_in_one_pass",
+    "clipping, AdamW's step and rounding its weights to 16 bits each go through memory as large as the model",
+    "the step of benchmark_training.py's 135M shape in bf16 takes as long without it",
+    backend="cpu",
+)
 GROUP_KEYS = Layer(
     "patches.parameter_group_keys",
     "saved parameter groups are found by their learning rates, so no run resumes with another one",
@@ -260,8 +266,11 @@ TOUCH_POINTS = (
                 "torch's AdamW without `fused` holds temporaries as large as the weights, and takes longer",
                 "Megatron builds torch's AdamW with fused=True",
             ),
+            ONE_PASS,
         ),
     ),
+    TouchPoint(OPTIMIZER, "clip_grad_by_total_norm_fp32", (ONE_PASS,)),
+    TouchPoint(OPTIMIZER, "Float16OptimizerWithFloat16Params._copy_main_params_to_model_params", (ONE_PASS,)),
     TouchPoint(
         "megatron.core.tensor_parallel.layers",
         "ColumnParallelLinear.__init__",

@@ -210,6 +210,42 @@ def test_addition_to_32_bits(count: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [5, kernels.SQUARES, 3 * kernels.SQUARES + 7])
+def test_squares_of_parts(count: int, dtype: torch.dtype) -> None:
+    x = torch.randn(count).to(dtype)
+    expected = torch.stack([part.square().sum() for part in x.double().split(kernels.SQUARES)])
+    torch.testing.assert_close(kernels.squares(x).double(), expected, rtol=TOLERANCE[torch.float32], atol=0)
+    assert kernels.squares(x.half()) is None and kernels.squares(x[::2]) is None
+
+
+@pytest.mark.parametrize("count", [5, 40_000])
+@pytest.mark.parametrize("in_16_bits", [False, True])
+def test_adamw_is_torchs(count: int, in_16_bits: bool) -> None:
+    """Three steps, the gradient of each scaled as clipping would."""
+    torch.manual_seed(1)
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+    theirs = torch.nn.Parameter(torch.randn(count, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([theirs], **settings)
+    weight, mean, square = theirs.detach().float(), torch.zeros(count), torch.zeros(count)
+    rounded = torch.zeros(count, dtype=torch.bfloat16) if in_16_bits else None
+    for step, factor in enumerate((1.0, 0.25, 0.5), start=1):
+        gradient = torch.randn(count)
+        kept, theirs.grad = gradient.clone(), gradient.double() * factor
+        optimizer.step()
+        assert kernels.adamw(weight, gradient, mean, square, rounded, step, *settings.values(), factor)
+        torch.testing.assert_close(weight.double(), theirs.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(gradient, kept)
+        assert rounded is None or torch.equal(rounded, weight.bfloat16())
+    state = optimizer.state[theirs]
+    torch.testing.assert_close(mean.double(), state["exp_avg"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(square.double(), state["exp_avg_sq"], rtol=1e-6, atol=0)
+    asked = 4, *settings.values()
+    assert not kernels.adamw(weight[::2], gradient[::2], mean[::2], square[::2], None, *asked)
+    assert not kernels.adamw(weight, gradient.bfloat16(), mean, square, None, *asked)
+    assert not kernels.adamw(weight, gradient, mean, square, torch.zeros(count, dtype=torch.half), *asked)
+
+
 def test_rounding_to_16_bits_is_torchs() -> None:
     """Products of 88 = silu(88) with every mantissa, ties among them, infinities, what rounds up to one, and NaN."""
     others = torch.tensor([float("inf"), -float("inf"), 3.3e38, float("nan"), 1e-40, -0.0])

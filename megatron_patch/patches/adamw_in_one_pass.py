@@ -1,0 +1,127 @@
+"""megatron-core 0.19.2, core/optimizer/optimizer.py:410, 1112: to clip, to step and to round are three passes.
+
+Gradients are scaled, read once more by the step, and the weights that it has written are read once more to be rounded
+to 16 bits: three passes over memory as large as the model.  On a CPU one kernel does all of it.  Clipping notes a
+factor with each parameter, and the step applies it; gradients stay as they are.
+
+Of the distributed optimizer, whose weights in 16 bits lie in shards, the kernel clips and steps, and Megatron rounds.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from megatron_patch.patches import touch_points
+from megatron_patch.patches.touch_points import LOOP, OPTIMIZER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import AdamW
+
+WHO = "patches.adamw_in_one_pass"
+
+
+def apply() -> None:
+    """Have torch's AdamW, where it is used and its tensors lie on a CPU, step so."""
+    touch_points.wrap(LOOP, "get_megatron_optimizer", WHO, _with_own_steps)
+    touch_points.wrap(OPTIMIZER, "clip_grad_by_total_norm_fp32", WHO, _noted)
+    symbol = "Float16OptimizerWithFloat16Params._copy_main_params_to_model_params"
+    touch_points.wrap(OPTIMIZER, symbol, WHO, _unless_rounded)
+
+
+class OnePass:
+    """The step of an AdamW of torch's.
+
+    rounded: {parameter: the model's weight in 16 bits that it is the master of}
+    has_rounded: the model's weights are those of the last step
+    """
+
+    def __init__(self, optimizer: "AdamW", rounded: dict["Tensor", "Tensor"]) -> None:
+        self._optimizer, self._rounded, self.has_rounded = optimizer, rounded, False
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.gradient_factor = 1.0
+
+    def __call__(self) -> None:
+        """Of all parameters that have a gradient.
+
+        Raises:
+            RuntimeError: of one the kernel cannot do it.
+        """
+        import torch
+
+        from megatron_patch import kernels
+
+        for group in self._optimizer.param_groups:
+            settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self._optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state["step"] += 1
+                weight, rounded = parameter.detach(), self._rounded.get(parameter)
+                tensors = weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"], rounded
+                if not kernels.adamw(*tensors, int(state["step"]), *settings, parameter.gradient_factor):
+                    raise RuntimeError(f"AdamW's kernel cannot step {list(parameter.shape)} of {parameter.dtype}")
+        self.has_rounded = bool(self._rounded)
+
+
+def _with_own_steps(build: Callable[..., Any]) -> Callable[..., Any]:
+    def build_own(*args: Any, **kwargs: Any) -> Any:
+        found = build(*args, **kwargs)
+        for part in getattr(found, "chained_optimizers", [found]):
+            if _can_step(part.optimizer):
+                part.optimizer.step = OnePass(part.optimizer, _weights_of_masters(part))
+        return found
+
+    return build_own
+
+
+def _weights_of_masters(part: Any) -> dict["Tensor", "Tensor"]:
+    """None where the weights lie in shards or in fp32, or where the kernel does not round to their dtype."""
+    import torch
+
+    groups = zip(getattr(part, "fp32_from_float16_groups", []), getattr(part, "float16_groups", []), strict=True)
+    found = {master: weight for pair in groups for master, weight in zip(*pair, strict=True)}
+    fits = all(weight.dtype is torch.bfloat16 and weight.is_contiguous() for weight in found.values())
+    return found if fits else {}
+
+
+def _can_step(optimizer: Any) -> bool:
+    import torch
+
+    from megatron_patch.kernels.build import library
+
+    if type(optimizer) is not torch.optim.AdamW or library() is None:
+        return False  # None where nothing is trained
+    plain = all(not group["amsgrad"] and not group["maximize"] for group in optimizer.param_groups)
+    tensors = [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
+    return plain and all(
+        type(tensor) is torch.Tensor and tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
+        for tensor in tensors
+    )
+
+
+def _noted(clip: Callable[..., None]) -> Callable[..., None]:
+    def note(parameters: Iterable["Tensor"], max_norm: float, total_norm: float, use_decoupled_grad: bool = False):
+        parameters, factor = list(parameters), max_norm / (total_norm + 1e-6)  # as Megatron's
+        if not isinstance(factor, float) or not all(hasattr(parameter, "gradient_factor") for parameter in parameters):
+            clip(parameters, max_norm, total_norm, use_decoupled_grad)
+            return
+        for parameter in parameters:
+            parameter.gradient_factor = min(1.0, factor)
+
+    return note
+
+
+def _unless_rounded(copy: Callable[..., None]) -> Callable[..., None]:
+    def copy_unless_rounded(self: Any) -> None:
+        step = getattr(self.optimizer, "step", None)
+        if isinstance(step, OnePass) and step.has_rounded:
+            step.has_rounded = False  # another caller may have changed the masters by other means
+        else:
+            copy(self)
+
+    return copy_unless_rounded

@@ -1,0 +1,85 @@
+"""Clipping, AdamW's step and rounding on a CPU beside Megatron's own ways, with torch's AdamW."""
+
+import pytest
+
+from tests.programs import WITHOUT_COMPILER, in_warm_process
+
+PROGRAM = """
+import sys
+from megatron_patch import device
+device.install()
+if sys.argv[1] == "ours":
+    from megatron_patch import patches
+    patches.apply_all("cpu")
+precision, shared = sys.argv[2:]
+import torch
+from megatron.core import mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import optimizer as optimizers
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import training
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+torch.manual_seed(1)
+in_16_bits, shares = precision == "bf16", shared == "shared"
+module = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 7)).to(
+    torch.bfloat16 if in_16_bits else torch.float32
+)
+model = DistributedDataParallel(
+    TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, bf16=in_16_bits),
+    DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=shares),
+    module,
+)
+config = OptimizerConfig(
+    optimizer="adam", lr=0.05, weight_decay=0.1, clip_grad=1.0, bf16=in_16_bits, use_distributed_optimizer=shares,
+    params_dtype=torch.bfloat16 if in_16_bits else torch.float32,
+)
+optimizer = training.get_megatron_optimizer(config, [model])
+(part,) = optimizer.chained_optimizers
+copied, scaled = [], []
+if type(part) is optimizers.Float16OptimizerWithFloat16Params:
+    copy = optimizers._multi_tensor_copy_this_to_that
+    optimizers._multi_tensor_copy_this_to_that = lambda **asked: (copied.append(1), copy(**asked))
+for size in (30.0, 1e-3, 30.0):  # the second is not clipped
+    for parameter in module.parameters():
+        parameter.main_grad.copy_(size * torch.randn(parameter.shape))
+    before = [parameter.main_grad.clone() for parameter in module.parameters()]
+    done, norm, _ = optimizer.step()
+    assert done
+    scaled.append(any(not torch.equal(one, other.main_grad) for one, other in zip(before, module.parameters())))
+masters = [weight.double().flatten() for group in part.optimizer.param_groups for weight in group["params"]]
+weights = [weight.double().flatten() for weight in module.parameters()]
+print(len(copied), sum(scaled))
+print(*torch.cat(masters).tolist())
+print(*torch.cat(weights).tolist())
+"""
+
+
+def trained(by: str, precision: str, shared: str, **environment: str) -> tuple[str, list[float], list[float]]:
+    """How often weights were copied and gradients scaled; masters and the model's weights after three steps."""
+    printed = in_warm_process(PROGRAM, by, precision, shared, **environment).splitlines()[-3:]
+    return printed[0], *([float(word) for word in line.split()] for line in printed[1:])
+
+
+@pytest.mark.parametrize("shared", ["alone", "shared"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_steps_are_megatrons(precision: str, shared: str) -> None:
+    """In 32 bits to 1e-5: the step is 0.05, and divides by moments that were rounded elsewhere."""
+    passes, masters, weights = trained("ours", precision, shared)
+    of_megatron, their_masters, their_weights = trained("Megatron's", precision, shared)
+    copies = 3 if precision == "bf16" and shared == "alone" else 0
+    assert of_megatron == f"{copies} 2" and passes == "0 0"
+    assert masters == pytest.approx(their_masters, rel=1e-5, abs=1e-6)
+    # a step of bf16 apart where rounding decides
+    assert weights == pytest.approx(their_weights, rel=2**-7 if precision == "bf16" else 1e-5, abs=1e-6)
+    if precision == "bf16" and shared == "alone":
+        import torch
+
+        assert torch.tensor(masters).bfloat16().double().sort().values.tolist() == sorted(weights)
+
+
+def test_without_a_compiler_they_are_torchs() -> None:
+    passes, masters, _ = trained("ours", "bf16", "alone", **WITHOUT_COMPILER)
+    assert passes == "3 2"
+    assert masters == pytest.approx(trained("ours", "bf16", "alone")[1], rel=1e-5, abs=1e-6)
