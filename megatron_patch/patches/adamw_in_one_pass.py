@@ -42,30 +42,35 @@ class OnePass:
                 parameter.gradient_factor = 1.0
 
     def __call__(self) -> None:
-        """Of all parameters that have a gradient.
+        """Of all parameters that have a gradient; in a trace by the name of torch's own.
 
         Raises:
             RuntimeError: of one the kernel cannot do it.
         """
+        from torch.profiler import record_function
+
+        with record_function("Optimizer.step#AdamW.step"):
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step(parameter, group)
+        self.has_rounded = bool(self._rounded)
+
+    def _step(self, parameter: "Tensor", group: dict[str, Any]) -> None:
         import torch
 
         from megatron_patch import kernels
 
-        for group in self._optimizer.param_groups:
-            settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self._optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                state["step"] += 1
-                weight, rounded = parameter.detach(), self._rounded.get(parameter)
-                tensors = weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"], rounded
-                if not kernels.adamw(*tensors, int(state["step"]), *settings, parameter.gradient_factor):
-                    raise RuntimeError(f"AdamW's kernel cannot step {list(parameter.shape)} of {parameter.dtype}")
-        self.has_rounded = bool(self._rounded)
+        state = self._optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] += 1
+        weight, rounded = parameter.detach(), self._rounded.get(parameter)
+        tensors = weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"], rounded
+        settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        if not kernels.adamw(*tensors, int(state["step"]), *settings, parameter.gradient_factor):
+            raise RuntimeError(f"AdamW's kernel cannot step {list(parameter.shape)} of {parameter.dtype}")
 
 
 def _with_own_steps(build: Callable[..., Any]) -> Callable[..., Any]:

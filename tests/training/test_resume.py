@@ -49,7 +49,7 @@ def test_kill_and_resume(parallelism: str, workspace: Workspace, tmp_path: Path)
     assert max(killed) < iterations, "the run was over before it was killed"
     assert not helpers_of_saves() - before, "a helper process of a save outlived the run"
     assert min(again) > 1 and min(again) % SAVE_INTERVAL == 1, f"resumed at {min(again)}, after no checkpoint"
-    assert len(again) >= iterations - kill_at
+    assert len(again) >= iterations - max(killed)  # it may have gone on for a while
     different = {i: (again[i], whole[i]) for i in again if again[i] != whole[i]}
     assert not different, f"resumed and uninterrupted losses differ: {different}"
     assert_same_run(tmp_path / "killed", tmp_path / "whole", iterations)
