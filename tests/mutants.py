@@ -343,6 +343,7 @@ MODEL = [
         "megatron_patch/kernels/__init__.py",
         "tests/kernels/test_kernels.py::test_adamw_is_torchs",
         ("the first moment is not corrected", "rate / (1 - betas[0] ** step), 1", "rate, 1"),
+        ("1 - beta in 32 bits", "betas[1], 1 - betas[1]", "betas[1], 0.00099998713"),
         (
             "weights of 16 bits by the kernel for 32",
             '_kernel("adamw", wanted, *(()',

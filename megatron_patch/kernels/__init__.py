@@ -287,5 +287,6 @@ def adamw(
         return False
     places = *(state.data_ptr() for state in states), None if rounded is None else rounded.data_ptr()
     rates = rate / (1 - betas[0] ** step), 1 - rate * decay
-    kernel(weight.numel(), *places, factor, *rates, *betas, (1 - betas[1] ** step) ** -0.5, eps)
+    moments = 1 - betas[0], betas[1], 1 - betas[1]
+    kernel(weight.numel(), *places, factor, *rates, *moments, (1 - betas[1] ** step) ** -0.5, eps)
     return True

@@ -167,14 +167,16 @@ template <typename T> void squares(Index count, const T *x, float *sums) {
 
 // ---------------------------------------------------------------- AdamW, with weights of the model in T
 
+// new1, new2: 1 - beta, which in 32 bits would be off by 1e-5 for 0.999
+
 template <typename T>
 void adamw(Index count, float *weight, const float *gradient, float *mean, float *square, T *rounded, float factor,
-           float rate, float kept, float beta1, float beta2, float correction, float eps) {
+           float rate, float kept, float new1, float beta2, float new2, float correction, float eps) {
 #pragma omp parallel for simd schedule(static) if (count > PARALLEL)
     for (Index i = 0; i < count; ++i) {
         const float scaled = gradient[i] * factor;
-        mean[i] += (scaled - mean[i]) * (1 - beta1);
-        square[i] = square[i] * beta2 + scaled * scaled * (1 - beta2);
+        mean[i] += (scaled - mean[i]) * new1;
+        square[i] = square[i] * beta2 + scaled * scaled * new2;
         weight[i] = weight[i] * kept - rate * mean[i] / (std::sqrt(square[i]) * correction + eps);
         if constexpr (!std::is_same_v<T, float>) write(rounded[i], weight[i]);
     }
@@ -213,9 +215,9 @@ void adamw(Index count, float *weight, const float *gradient, float *mean, float
     extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }            \
     extern "C" void squares##SUFFIX(Index count, const T *x, float *sums) { squares(count, x, sums); }                 \
     extern "C" void adamw##SUFFIX(Index count, float *weight, const float *gradient, float *mean, float *square,       \
-                                  T *rounded, float factor, float rate, float kept, float beta1, float beta2,          \
-                                  float correction, float eps) {                                                      \
-        adamw(count, weight, gradient, mean, square, rounded, factor, rate, kept, beta1, beta2, correction, eps);      \
+                                  T *rounded, float factor, float rate, float kept, float new1, float beta2,           \
+                                  float new2, float correction, float eps) {                                          \
+        adamw(count, weight, gradient, mean, square, rounded, factor, rate, kept, new1, beta2, new2, correction, eps); \
     }
 
 BOTH(float, _fp32)

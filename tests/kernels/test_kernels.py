@@ -224,7 +224,7 @@ def test_squares_of_parts(count: int, dtype: torch.dtype) -> None:
 def test_adamw_is_torchs(count: int, in_16_bits: bool) -> None:
     """Three steps, the gradient of each scaled as clipping would."""
     torch.manual_seed(1)
-    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.3}
     theirs = torch.nn.Parameter(torch.randn(count, dtype=torch.float64))
     optimizer = torch.optim.AdamW([theirs], **settings)
     weight, mean, square = theirs.detach().float(), torch.zeros(count), torch.zeros(count)
