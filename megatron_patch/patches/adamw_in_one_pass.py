@@ -85,7 +85,7 @@ def _with_own_steps(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weights_of_masters(part: Any) -> dict["Tensor", "Tensor"]:
-    """None where the weights lie in shards or in fp32, or where the kernel does not round to their dtype."""
+    """{master: weight}; empty where weights lie in shards or in fp32, or the kernel does not round to their dtype."""
     import torch
 
     groups = zip(getattr(part, "fp32_from_float16_groups", []), getattr(part, "float16_groups", []), strict=True)
