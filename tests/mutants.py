@@ -324,8 +324,8 @@ MODEL = [
         "tests/kernels/test_kernels.py::test_squares_of_parts",
         (
             "the last part is not summed",
-            "begin < count; begin += PARALLEL)",
-            "begin + PARALLEL <= count; begin += PARALLEL)",
+            "begin < count; begin += part)",
+            "begin + part <= count; begin += part)",
         ),
     ),
     *of(
@@ -346,8 +346,8 @@ MODEL = [
         ("1 - beta in 32 bits", "betas[1], 1 - betas[1]", "betas[1], 0.00099998713"),
         (
             "weights of 16 bits by the kernel for 32",
-            '_kernel("adamw", wanted, *(()',
-            '_kernel("adamw", torch.float32, *(()',
+            'else _kernel("adamw", torch.bfloat16, rounded)',
+            "else in_32_bits",
         ),
     ),
     *of(

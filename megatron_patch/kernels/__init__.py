@@ -243,7 +243,7 @@ def add(total: Tensor, addend: Tensor) -> bool:
     return True
 
 
-SQUARES = 1 << 14  # elements of a part that squares() sums up: PARALLEL in common.h
+SQUARES = 1 << 14  # elements of a part that squares() sums up
 
 
 def squares(x: Tensor) -> Tensor | None:
@@ -252,7 +252,7 @@ def squares(x: Tensor) -> Tensor | None:
     if kernel is None:
         return None
     found = torch.empty(-(-x.numel() // SQUARES), dtype=torch.float32)
-    kernel(x.numel(), x.data_ptr(), found.data_ptr())
+    kernel(x.numel(), SQUARES, x.data_ptr(), found.data_ptr())
     return found
 
 
@@ -279,11 +279,9 @@ def adamw(
         factor: of the gradient, which stays as it is.
     """
     states = weight, gradient, mean, square
-    wanted = torch.float32 if rounded is None else rounded.dtype
-    if _kernel("adamw", torch.float32, *states) is None or not (rounded is None or wanted is torch.bfloat16):
-        return False
-    kernel = _kernel("adamw", wanted, *(() if rounded is None else (rounded,)))
-    if kernel is None:
+    in_32_bits = _kernel("adamw", torch.float32, *states)
+    kernel = in_32_bits if rounded is None else _kernel("adamw", torch.bfloat16, rounded)
+    if in_32_bits is None or kernel is None:
         return False
     places = *(state.data_ptr() for state in states), None if rounded is None else rounded.data_ptr()
     rates = rate / (1 - betas[0] ** step), 1 - rate * decay

@@ -39,7 +39,7 @@ _SIGNATURES = {
     "row_largest": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER],
     "exponentials": [_INDEX, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER],
     "add": [_INDEX, _POINTER, _POINTER],
-    "squares": [_INDEX, _POINTER, _POINTER],
+    "squares": [_INDEX, _INDEX, _POINTER, _POINTER],
     "adamw": [_INDEX, *[_POINTER] * 5, *[_REAL] * 8],
     "attention": [*_ATTENTION, *_GROUPS, _POINTER],
     "attention_backward": [*_ATTENTION, _POINTER, *_GROUPS * 4],

@@ -154,21 +154,20 @@ template <typename T> void add(Index count, float *total, const T *addend) {
     for (Index i = 0; i < count; ++i) total[i] += read(addend[i]);
 }
 
-// the sum of the squares of every PARALLEL elements: the same whatever the number of threads
-template <typename T> void squares(Index count, const T *x, float *sums) {
+// the sum of the squares of every `part` elements: the same whatever the number of threads
+template <typename T> void squares(Index count, Index part, const T *x, float *sums) {
 #pragma omp parallel for schedule(static) if (count > PARALLEL)
-    for (Index begin = 0; begin < count; begin += PARALLEL) {
+    for (Index begin = 0; begin < count; begin += part) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (Index i = begin; i < std::min(count, begin + PARALLEL); ++i) sum += read(x[i]) * read(x[i]);
-        sums[begin / PARALLEL] = sum;
+        for (Index i = begin; i < std::min(count, begin + part); ++i) sum += read(x[i]) * read(x[i]);
+        sums[begin / part] = sum;
     }
 }
 
 // ---------------------------------------------------------------- AdamW, with weights of the model in T
 
 // new1, new2: 1 - beta, which in 32 bits would be off by 1e-5 for 0.999
-
 template <typename T>
 void adamw(Index count, float *weight, const float *gradient, float *mean, float *square, T *rounded, float factor,
            float rate, float kept, float new1, float beta2, float new2, float correction, float eps) {
@@ -213,7 +212,9 @@ void adamw(Index count, float *weight, const float *gradient, float *mean, float
         exponentials(rows, width, real, logits, largest, sums);                                                       \
     }                                                                                                                 \
     extern "C" void add##SUFFIX(Index count, float *total, const T *addend) { add(count, total, addend); }            \
-    extern "C" void squares##SUFFIX(Index count, const T *x, float *sums) { squares(count, x, sums); }                 \
+    extern "C" void squares##SUFFIX(Index count, Index part, const T *x, float *sums) {                               \
+        squares(count, part, x, sums);                                                                                \
+    }                                                                                                                 \
     extern "C" void adamw##SUFFIX(Index count, float *weight, const float *gradient, float *mean, float *square,       \
                                   T *rounded, float factor, float rate, float kept, float new1, float beta2,           \
                                   float new2, float correction, float eps) {                                          \

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.patches import touch_points
+from megatron_patch.patches.distributed_optimizer_state import adam_state
 from megatron_patch.patches.touch_points import LOOP, OPTIMIZER
 
 if TYPE_CHECKING:
@@ -57,14 +58,11 @@ class OnePass:
         self.has_rounded = bool(self._rounded)
 
     def _step(self, parameter: "Tensor", group: dict[str, Any]) -> None:
-        import torch
-
         from megatron_patch import kernels
 
         state = self._optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state |= adam_state(parameter)
         state["step"] += 1
         weight, rounded = parameter.detach(), self._rounded.get(parameter)
         tensors = weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"], rounded

@@ -9,8 +9,23 @@ A resume then crashes or goes on with a wrong Adam step: the first iteration loo
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from megatron_patch.patches import touch_points
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def adam_state(parameter: "Tensor") -> dict[str, "Tensor"]:
+    """As torch's Adam begins with, before its first step."""
+    import torch
+
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # where fused steps want it
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def apply() -> None:
@@ -25,12 +40,7 @@ def apply() -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = {
-                        # where fused steps want it
-                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    self.optimizer.state[parameter] = adam_state(parameter)
 
     def with_state(original: Callable[..., dict]) -> Callable[..., dict]:
         def state_dict(self: object) -> dict:
