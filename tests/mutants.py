@@ -27,6 +27,7 @@ def of(file: str, tests: str | tuple[str, ...], *faults: tuple[str, str, str]) -
 LLAVA = "megatron_patch/model/llava.py"
 ATTENTION = "megatron_patch/model/attention.py"
 LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
+OF_ZEROS = "tests/patches/test_gradients_without_zeros.py"
 OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
 OF_LINEAR = "tests/model/test_linear.py"
 OF_KERNELS = "tests/kernels/test_kernels.py"
@@ -360,7 +361,21 @@ MODEL = [
         ("all steps are the first", 'int(state["step"]), *settings', "1, *settings"),
         ("weights are rounded once more", "if isinstance(step, OnePass) and step.has_rounded:", "if False:"),
         ("weights in 16 bits stay", "self._rounded.get(parameter)", "None"),
+        ("gradients are a sum", "parameter.gradient_factor * self._share.factor", "parameter.gradient_factor"),
+        ("the norm is a sum's", "return get_norm(*args, **kwargs) * share.factor", "return get_norm(*args, **kwargs)"),
+        ("gradients are divided by themselves", "= 1.0, own == parts", "= 1.0, False"),
         ("shards are taken for rounded", "self.has_rounded = bool(self._rounded)", "self.has_rounded = False"),
+    ),
+    *of(
+        "megatron_patch/patches/adamw_in_one_pass.py",
+        "tests/patches/test_adamw_in_one_pass.py::test_an_optimizer_without_the_kernel_gets_divided_gradients",
+        ("no optimizer is told of tokens", "= 1.0, own == parts", "= 1.0, True"),
+        ("nobody divides for another optimizer", "if share.is_applied:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/patches/adamw_in_one_pass.py",
+        "tests/patches/test_adamw_in_one_pass.py::test_without_clipping_each_step_is_of_its_own_tokens",
+        ("the tokens of all steps", "share.factor = float(scaling_factor)", "share.factor *= float(scaling_factor)"),
     ),
     *of(
         "megatron_patch/patches/adamw_in_one_pass.py",
@@ -389,11 +404,7 @@ MODEL = [
     *of(
         "megatron_patch/device/cpu.py",
         "tests/device/test_cpu.py::test_weight_gradients_are_added_to_the_buffer",
-        (
-            "the weight gradient replaces what was there",
-            "main_grad.addmm_(gradient.t(), states)",
-            "main_grad.copy_(gradient.t() @ states)",
-        ),
+        ("the weight gradient replaces what was there", "gradient_buffer.begin(main_grad))", "True)"),
         ("weight gradients go through a temporary", "    sys.modules[WEIGHT_GRADIENTS] = extension", "    pass"),
     ),
     *of(
@@ -504,9 +515,58 @@ MODEL = [
         ("a packed row's tokens are records", "else states[:, None]", "else states[None]"),
     ),
     *of(
-        "megatron_patch/patches/gradients_in_parts.py",
+        "megatron_patch/kernels/gradient_buffer.py",
         f"{OF_ELEMENTWISE}::test_a_step_takes_every_kernel",
-        ("the compiled addition is never used", "    if kernels.add(total, addend):", "    if False:"),
+        ("the compiled addition is never used", "elif not kernels.add(total, addend):", "elif True:"),
+    ),
+    *of(
+        "megatron_patch/kernels/gradient_buffer.py",
+        f"{OF_ZEROS}::test_gradients_are_those_added_to_zeros",
+        ("the first gradient is added to the last step's", "total.copy_(addend)", "total.add_(addend)"),
+        ("the first product is added to the last step's", "beta=0 if first else 1", "beta=1"),
+        ("every gradient is the first", "buffer.is_empty = False", "buffer.is_empty = True"),
+        ("rows are added to the last step's", "buffer.zero_()", "pass"),
+    ),
+    *of(
+        "megatron_patch/patches/gradients_without_zeros.py",
+        f"{OF_ZEROS}::test_gradients_are_those_added_to_zeros",
+        ("zeros are written first", "if self.ddp_config.overlap_grad_reduce or self.extra_main_grads:", "if True:"),
+        ("what got no gradient has the last step's", "gradient_buffer.fill(parameter.main_grad)", "pass"),
+    ),
+    *of(
+        "megatron_patch/patches/gradients_without_zeros.py",
+        f"{OF_ZEROS}::test_where_reductions_overlap_there_are_zeros",
+        ("reductions that overlap meet the last step's", "if self.ddp_config.overlap_grad_reduce or", "if"),
+    ),
+    *of(
+        "megatron_patch/patches/embedding_gradient.py",
+        f"{OF_ZEROS}::test_gradients_are_those_added_to_zeros",
+        (
+            "an embedding's rows are added to the last step's",
+            "gradient_buffer.fill(ctx.weight.main_grad)",
+            "ctx.weight.main_grad",
+        ),
+    ),
+    *of(
+        "megatron_patch/patches/gradients_in_parts.py",
+        f"{OF_ZEROS}::test_gradients_are_those_added_to_zeros",
+        ("the hook adds to the last step's", "gradient_buffer.begin(parameter.main_grad))", "False)"),
+    ),
+    *of(
+        DEVICE_CPU,
+        f"{OF_ZEROS}::test_gradients_are_those_added_to_zeros",
+        ("a product is added to the last step's", "gradient_buffer.begin(main_grad))", "False)"),
+    ),
+    *of(
+        "megatron_patch/kernels/gradient_buffer.py",
+        f"{OF_LOSS}::test_losses_and_gradients_are_torchs",
+        ("the second product is written over the first", "beta=0 if first else 1", "beta=0"),
+    ),
+    *of(
+        LOSS,
+        f"{OF_LOSS}::test_losses_and_gradients_are_torchs",
+        ("a head's gradient is added to the last step's", "first = gradient_buffer.begin(total)", "first = False"),
+        ("each part of a head's gradient is the first", "first = gradient_buffer.begin(total)", "first = True"),
     ),
     *of(
         LOSS,
@@ -625,8 +685,8 @@ MODEL = [
         OF_LOSS,
         (
             "a tied head in 16 bits takes the first tokens alone",
-            "for part, columns in zip(total.split(PRODUCT_ROWS)",
-            "for part, columns in zip(total.split(PRODUCT_ROWS)[:1]",
+            "for part, columns in zip(total.split(rows)",
+            "for part, columns in zip(total.split(rows)[:1]",
         ),
     ),
     *of(

@@ -40,7 +40,7 @@ ROOMS = {
     "launch": {"device"},
     "kernels": set(),
     "patches": {"kernels"},
-    "device": {"patches"},
+    "device": {"patches", "kernels"},
     "model": {"device", "kernels"},
     "conversion": {"data"},  # the words of a conversation, for the chat template
     "data": set(),  # what preparation and loading share imports neither

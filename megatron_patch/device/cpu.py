@@ -186,12 +186,9 @@ def _hide_cuda_packages() -> None:
 
 def _add_weight_gradient(states: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
     """main_grad [O, I] += gradient [T, O]^T states [T, I], as Apex's extension does it."""
-    from megatron_patch.patches.gradients_in_parts import add_in_parts
+    from megatron_patch.kernels import gradient_buffer
 
-    if states.dtype == main_grad.dtype:
-        main_grad.addmm_(gradient.t(), states)
-    else:
-        add_in_parts(main_grad, gradient.t() @ states)
+    gradient_buffer.add_product(main_grad, gradient.t(), states, gradient_buffer.begin(main_grad))
 
 
 def _leave_out_compiler() -> None:

@@ -3,10 +3,11 @@
 torch's operators each read and write whole activations, which takes longer than the arithmetic, and a norm or SwiGLU
 is made of several.  These do the same formulas in 32 bits, in one pass over memory, in the threads that torch uses.
 
-elementwise.cpp  norm, SwiGLU, rotary positions, exponentials of logits, gradients, AdamW
-attention.cpp    attention of short records
-common.h         what both share
-build.py         compiled once on each kind of machine
+elementwise.cpp     norm, SwiGLU, rotary positions, exponentials of logits, gradients, AdamW
+attention.cpp       attention of short records
+common.h            what both share
+build.py            compiled once on each kind of machine
+gradient_buffer.py  Megatron's buffers of gradients: the first of a step is written, those after it are added
 
 The functions below take tensors on the CPU and return None for what the kernels do not do (another dtype, a tensor that
 does not lie in one piece, no compiler on this machine): the caller then uses torch's operators.  product() is the one

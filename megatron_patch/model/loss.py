@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from megatron_patch import kernels
+from megatron_patch.kernels import gradient_buffer
 from megatron_patch.model.linear import product
 
 # More logits than this are computed again in the backward pass, a part of the rows at a time, in place of being kept.
@@ -117,11 +118,8 @@ def _gradient_buffer(weight: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, exponentials: Tensor, hidden: Tensor) -> None:
-    """total [V / TP, H] += exponentials [L, V / TP]^T hidden [L, H]; torch multiplies into one dtype only."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(exponentials.t(), hidden)
-        return
-    for part, columns in zip(total.split(PRODUCT_ROWS), exponentials.split(PRODUCT_ROWS, 1), strict=True):
-        addend = columns.t() @ hidden
-        if not kernels.add(part, addend):
-            part.add_(addend)
+    """total [V / TP, H] += exponentials [L, V / TP]^T hidden [L, H]."""
+    first = gradient_buffer.begin(total)
+    rows = total.shape[0] if total.dtype == hidden.dtype else PRODUCT_ROWS
+    for part, columns in zip(total.split(rows), exponentials.split(rows, 1), strict=True):
+        gradient_buffer.add_product(part, columns.t(), hidden, first)

@@ -1,7 +1,7 @@
 """Changes to Megatron.
 
 touch_points.py                 every symbol of Megatron that this toolkit replaces or wraps, and why; the check of them
-adamw_in_one_pass.py            gradients are clipped, AdamW steps and weights are rounded in one pass on a CPU
+adamw_in_one_pass.py            gradients are divided and clipped, AdamW steps, weights are rounded: one pass on a CPU
 adam_of_another_kind.py         a run goes on where Transformer Engine, and so FusedAdam, is there or not
 allow_cpu_initialization.py     Megatron starts without CUDA
 async_save_copies.py            asynchronous saves on a CPU write copies
@@ -12,6 +12,7 @@ exchanged_in_place.py           gloo exchanges gradients and weights without cop
 fused_adamw.py                  torch's AdamW in one pass over memory
 gradient_norm.py                the norm of large gradients, exact on a CPU
 gradients_in_parts.py           gradients in 16 bits are added to the buffer without a whole copy in 32
+gradients_without_zeros.py      the first gradient of a step is written, not added to zeros
 hooks_without_gradients.py      parameters say whether a gradient may go to the buffer past torch
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine

@@ -1,13 +1,14 @@
-"""megatron-core 0.19.2, core/optimizer/optimizer.py:410, 1112: to clip, to step and to round are three passes.
+"""megatron-core 0.19.2, core/optimizer/optimizer.py:410, 1112: a mean, clipping, the step and rounding: four passes.
 
-Gradients are scaled, read once more by the step, and the weights that it has written are read once more to be rounded
-to 16 bits: three passes over memory as large as the model.  On a CPU one kernel does all of it.  Clipping notes a
-factor with each parameter, and the step applies it; gradients stay as they are.
+Gradients are divided by the tokens of the step, scaled, and read once more by the step, and the weights that it has
+written are read once more to be rounded to 16 bits: four passes over memory as large as the model.  On a CPU one kernel
+does all of it.  Dividing and clipping note factors, and the step applies them; gradients stay as they are.
 
 Of the distributed optimizer, whose weights in 16 bits lie in shards, the kernel clips and steps, and Megatron rounds.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.patches import touch_points
@@ -21,9 +22,23 @@ if TYPE_CHECKING:
 WHO = "patches.adamw_in_one_pass"
 
 
+class Share:
+    """A factor that the gradients in Megatron's buffers still lack: one over the tokens of the step.
+
+    is_applied: by every optimizer there is, and by the norm, so that nothing else needs to
+    """
+
+    def __init__(self) -> None:
+        self.factor, self.is_applied = 1.0, False
+
+
 def apply() -> None:
     """Have torch's AdamW, where it is used and its tensors lie on a CPU, step so."""
-    touch_points.wrap(LOOP, "get_megatron_optimizer", WHO, _with_own_steps)
+    share = Share()
+    module = "megatron.core.distributed.distributed_data_parallel"
+    touch_points.wrap(module, "DistributedDataParallel.scale_gradients", WHO, partial(_sharing, share))
+    touch_points.wrap(OPTIMIZER, "get_grad_norm_fp32", WHO, partial(_of_shares, share))
+    touch_points.wrap(LOOP, "get_megatron_optimizer", WHO, partial(_with_own_steps, share))
     touch_points.wrap(OPTIMIZER, "clip_grad_by_total_norm_fp32", WHO, _noted)
     symbol = "Float16OptimizerWithFloat16Params._copy_main_params_to_model_params"
     touch_points.wrap(OPTIMIZER, symbol, WHO, _unless_rounded)
@@ -36,8 +51,8 @@ class OnePass:
     has_rounded: the model's weights are those of the last step
     """
 
-    def __init__(self, optimizer: "AdamW", rounded: dict["Tensor", "Tensor"]) -> None:
-        self._optimizer, self._rounded, self.has_rounded = optimizer, rounded, False
+    def __init__(self, optimizer: "AdamW", rounded: dict["Tensor", "Tensor"], share: Share) -> None:
+        self._optimizer, self._rounded, self._share, self.has_rounded = optimizer, rounded, share, False
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.gradient_factor = 1.0
@@ -67,16 +82,18 @@ class OnePass:
         weight, rounded = parameter.detach(), self._rounded.get(parameter)
         tensors = weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"], rounded
         settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-        if not kernels.adamw(*tensors, int(state["step"]), *settings, parameter.gradient_factor):
+        if not kernels.adamw(*tensors, int(state["step"]), *settings, parameter.gradient_factor * self._share.factor):
             raise RuntimeError(f"AdamW's kernel cannot step {list(parameter.shape)} of {parameter.dtype}")
 
 
-def _with_own_steps(build: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_steps(share: Share, build: Callable[..., Any]) -> Callable[..., Any]:
     def build_own(*args: Any, **kwargs: Any) -> Any:
         found = build(*args, **kwargs)
-        for part in getattr(found, "chained_optimizers", [found]):
-            if _can_step(part.optimizer):
-                part.optimizer.step = OnePass(part.optimizer, _weights_of_masters(part))
+        parts = [part for part in getattr(found, "chained_optimizers", [found]) if part.optimizer is not None]
+        own = [part for part in parts if _can_step(part.optimizer)]
+        for part in own:
+            part.optimizer.step = OnePass(part.optimizer, _weights_of_masters(part), share)
+        share.factor, share.is_applied = 1.0, own == parts
         return found
 
     return build_own
@@ -105,6 +122,23 @@ def _can_step(optimizer: Any) -> bool:
         type(tensor) is torch.Tensor and tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
         for tensor in tensors
     )
+
+
+def _sharing(share: Share, scale: Callable[..., None]) -> Callable[..., None]:
+    def note(self: Any, scaling_factor: Any) -> None:
+        if share.is_applied:
+            share.factor = float(scaling_factor)  # each chunk of a model is told the same
+        else:
+            scale(self, scaling_factor)
+
+    return note
+
+
+def _of_shares(share: Share, get_norm: Callable[..., Any]) -> Callable[..., Any]:
+    def norm(*args: Any, **kwargs: Any) -> Any:
+        return get_norm(*args, **kwargs) * share.factor
+
+    return norm
 
 
 def _noted(clip: Callable[..., None]) -> Callable[..., None]:

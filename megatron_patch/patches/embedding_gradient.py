@@ -24,6 +24,8 @@ def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
     import torch
     import torch.nn.functional as F
 
+    from megatron_patch.kernels import gradient_buffer
+
     class Lookup(torch.autograd.Function):
         """tokens [B, S], weight [V, H] -> [B, S, H]."""
 
@@ -36,7 +38,7 @@ def _into_rows(forward: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
         @staticmethod
         def backward(ctx: Any, gradient: "Tensor") -> tuple[None, None]:
             (tokens,) = ctx.saved_tensors
-            buffer = ctx.weight.main_grad
+            buffer = gradient_buffer.fill(ctx.weight.main_grad)
             buffer.index_add_(0, tokens.flatten(), gradient.flatten(0, -2).to(buffer.dtype))
             return None, None  # the hook of the weight runs all the same, and finds nothing to add
 

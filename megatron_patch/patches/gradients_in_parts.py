@@ -12,8 +12,6 @@ from megatron_patch.patches import touch_points
 if TYPE_CHECKING:
     from torch import Tensor
 
-PART = 1 << 20  # elements: 4 MiB as fp32; with an eighth of that the calls take as long as the additions
-
 
 def apply() -> None:
     """Have the hook of a parameter's gradient add it in parts."""
@@ -22,27 +20,19 @@ def apply() -> None:
     touch_points.wrap(module, symbol, "patches.gradients_in_parts", _adding_in_parts)
 
 
-def add_in_parts(total: "Tensor", addend: "Tensor") -> None:
-    """total += addend, both of one shape and contiguous, of different dtypes."""
-    from megatron_patch import kernels
-
-    if kernels.add(total, addend):
-        return
-    for part, of_addend in zip(total.view(-1).split(PART), addend.reshape(-1).split(PART), strict=True):
-        part.add_(of_addend)
-
-
 def _adding_in_parts(make_hook: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron_patch.kernels import gradient_buffer
+
     def make(model: Any, parameter: "Tensor") -> Callable[..., None]:
         hook = make_hook(model, parameter)
 
         def add_and_go_on(*unused: Any) -> None:
             added, twice = parameter.grad_added_to_main_grad, getattr(parameter, "zero_out_wgrad", False)
             gradient = parameter.grad
-            if gradient is None or gradient.dtype == parameter.main_grad.dtype or (added and not twice):
+            if gradient is None or (added and not twice):
                 hook(*unused)
                 return
-            add_in_parts(parameter.main_grad, gradient)
+            gradient_buffer.add(parameter.main_grad, gradient, gradient_buffer.begin(parameter.main_grad))
             parameter.grad_added_to_main_grad, parameter.zero_out_wgrad = True, False  # nothing is left to add
             hook(*unused)
             parameter.grad_added_to_main_grad, parameter.zero_out_wgrad = added, twice

@@ -1,4 +1,4 @@
-"""Clipping, AdamW's step and rounding on a CPU beside Megatron's own ways, with torch's AdamW."""
+"""Dividing, clipping, AdamW's step and rounding on a CPU beside Megatron's own ways, with torch's AdamW."""
 
 import pytest
 
@@ -11,7 +11,7 @@ device.install()
 if sys.argv[1] == "ours":
     from megatron_patch import patches
     patches.apply_all("cpu")
-precision, shared = sys.argv[2:]
+precision, shared, kind, clipped = sys.argv[2:]
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -32,44 +32,50 @@ model = DistributedDataParallel(
     module,
 )
 config = OptimizerConfig(
-    optimizer="adam", lr=0.05, weight_decay=0.1, clip_grad=1.0, bf16=in_16_bits, use_distributed_optimizer=shares,
-    params_dtype=torch.bfloat16 if in_16_bits else torch.float32,
+    optimizer=kind, lr=0.05, weight_decay=0.1, clip_grad=float(clipped), bf16=in_16_bits,
+    use_distributed_optimizer=shares, params_dtype=torch.bfloat16 if in_16_bits else torch.float32,
 )
 optimizer = training.get_megatron_optimizer(config, [model])
 (part,) = optimizer.chained_optimizers
-copied, scaled = [], []
+copied, scaled, norms = [], [], []
 if type(part) is optimizers.Float16OptimizerWithFloat16Params:
     copy = optimizers._multi_tensor_copy_this_to_that
     optimizers._multi_tensor_copy_this_to_that = lambda **asked: (copied.append(1), copy(**asked))
-for size in (30.0, 1e-3, 30.0):  # the second is not clipped
+for size, tokens in ((30.0, 2), (1e-3, 4), (30.0, 1)):  # the second is not clipped
     for parameter in module.parameters():
         parameter.main_grad.copy_(size * torch.randn(parameter.shape))
     before = [parameter.main_grad.clone() for parameter in module.parameters()]
+    model.scale_gradients(1.0 / torch.tensor([tokens]))
     done, norm, _ = optimizer.step()
     assert done
+    norms.append(float(norm))
     scaled.append(any(not torch.equal(one, other.main_grad) for one, other in zip(before, module.parameters())))
 masters = [weight.double().flatten() for group in part.optimizer.param_groups for weight in group["params"]]
 weights = [weight.double().flatten() for weight in module.parameters()]
 print(len(copied), sum(scaled))
+print(*norms)
 print(*torch.cat(masters).tolist())
 print(*torch.cat(weights).tolist())
 """
 
 
-def trained(by: str, precision: str, shared: str, **environment: str) -> tuple[str, list[float], list[float]]:
-    """How often weights were copied and gradients scaled; masters and the model's weights after three steps."""
-    printed = in_warm_process(PROGRAM, by, precision, shared, **environment).splitlines()[-3:]
-    return printed[0], *([float(word) for word in line.split()] for line in printed[1:])
+def trained(
+    by: str, precision: str, shared: str, kind: str = "adam", clipped: float = 1, **environment: str
+) -> tuple[list[float], ...]:
+    """How often weights were copied and gradients scaled; the norms of three steps; masters and weights after them."""
+    printed = in_warm_process(PROGRAM, by, precision, shared, kind, str(clipped), **environment).splitlines()[-4:]
+    return tuple([float(word) for word in line.split()] for line in printed)
 
 
 @pytest.mark.parametrize("shared", ["alone", "shared"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_three_steps_are_megatrons(precision: str, shared: str) -> None:
     """In 32 bits to 1e-5: the step is 0.05, and divides by moments that were rounded elsewhere."""
-    passes, masters, weights = trained("ours", precision, shared)
-    of_megatron, their_masters, their_weights = trained("Megatron's", precision, shared)
+    passes, norms, masters, weights = trained("ours", precision, shared)
+    of_megatron, their_norms, their_masters, their_weights = trained("Megatron's", precision, shared)
     copies = 3 if precision == "bf16" and shared == "alone" else 0
-    assert of_megatron == f"{copies} 2" and passes == "0 0"
+    assert of_megatron == [copies, 3] and passes == [0, 0]
+    assert norms == pytest.approx(their_norms, rel=1e-5)
     assert masters == pytest.approx(their_masters, rel=1e-5, abs=1e-6)
     # a step of bf16 apart where rounding decides
     assert weights == pytest.approx(their_weights, rel=2**-7 if precision == "bf16" else 1e-5, abs=1e-6)
@@ -80,6 +86,21 @@ def test_three_steps_are_megatrons(precision: str, shared: str) -> None:
 
 
 def test_without_a_compiler_they_are_torchs() -> None:
-    passes, masters, _ = trained("ours", "bf16", "alone", **WITHOUT_COMPILER)
-    assert passes == "3 2"
-    assert masters == pytest.approx(trained("ours", "bf16", "alone")[1], rel=1e-5, abs=1e-6)
+    passes, _, masters, _ = trained("ours", "bf16", "alone", **WITHOUT_COMPILER)
+    assert passes == [3, 3]
+    assert masters == pytest.approx(trained("ours", "bf16", "alone")[2], rel=1e-5, abs=1e-6)
+
+
+def test_without_clipping_each_step_is_of_its_own_tokens() -> None:
+    passes, _, masters, _ = trained("ours", "fp32", "alone", clipped=0)
+    of_megatron, _, their_masters, _ = trained("Megatron's", "fp32", "alone", clipped=0)
+    assert passes == [0, 0] and of_megatron == [0, 2]  # the third step has one token
+    assert masters == pytest.approx(their_masters, rel=1e-5, abs=1e-6)
+
+
+def test_an_optimizer_without_the_kernel_gets_divided_gradients() -> None:
+    """The norms were summed in other orders, and clip."""
+    ours, theirs = (trained(by, "fp32", "alone", kind="sgd") for by in ("ours", "Megatron's"))
+    assert ours[0] == theirs[0] == [0, 3]
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+    assert ours[2] == pytest.approx(theirs[2], rel=1e-5, abs=1e-7)
