@@ -2,7 +2,8 @@
 
 Each iteration fills the buffer, as large as the weights in fp32, with zeros, to which the first micro-batch adds its
 gradients.  Here those are written (kernels/gradient_buffer.py), and zeros only where no gradient came before the
-buffer is read.  Where reductions overlap with the backward pass everything stays as it is.
+buffer is read.  Where reductions overlap with the backward pass everything stays as it is, and beside Transformer
+Engine, whose products add to the buffer themselves.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,10 @@ WHO = "patches.gradients_without_zeros"
 
 def apply() -> None:
     """Have an iteration forget the gradients of the last, and fill what got none before ranks exchange them."""
+    from megatron.core import fp8_utils
+
+    if fp8_utils.HAVE_TE:
+        return
     module = "megatron.core.distributed.param_and_grad_buffer"
     touch_points.wrap(module, "_ParamAndGradBuffer.reset", WHO, _forgetting)
     touch_points.wrap(module, "_ParamAndGradBucketGroup.start_grad_sync", WHO, _filling)

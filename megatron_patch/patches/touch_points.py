@@ -167,6 +167,7 @@ TOUCH_POINTS = (
     ),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable", (OWN_STATE,)),
     TouchPoint(DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.load_parameter_state_from_fully_reshardable", (OWN_STATE,)),
+    TouchPoint("megatron.core.fp8_utils", "HAVE_TE", (WITHOUT_ZEROS,), read_only=True),
     TouchPoint("megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBuffer.reset", (WITHOUT_ZEROS,)),
     TouchPoint(
         "megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBucketGroup.start_grad_sync", (WITHOUT_ZEROS,)
