@@ -363,14 +363,19 @@ MODEL = [
         ("weights in 16 bits stay", "self._rounded.get(parameter)", "None"),
         ("gradients are a sum", "parameter.gradient_factor * self._share.factor", "parameter.gradient_factor"),
         ("the norm is a sum's", "return get_norm(*args, **kwargs) * share.factor", "return get_norm(*args, **kwargs)"),
-        ("gradients are divided by themselves", "= 1.0, own == parts", "= 1.0, False"),
+        ("gradients are divided by themselves", "_is_so_everywhere(own == parts)", "False"),
         ("shards are taken for rounded", "self.has_rounded = bool(self._rounded)", "self.has_rounded = False"),
     ),
     *of(
         "megatron_patch/patches/adamw_in_one_pass.py",
         "tests/patches/test_adamw_in_one_pass.py::test_an_optimizer_without_the_kernel_gets_divided_gradients",
-        ("no optimizer is told of tokens", "= 1.0, own == parts", "= 1.0, True"),
+        ("no optimizer is told of tokens", "_is_so_everywhere(own == parts)", "True"),
         ("nobody divides for another optimizer", "if share.is_applied:", "if True:"),
+    ),
+    *of(
+        "megatron_patch/patches/adamw_in_one_pass.py",
+        "tests/patches/test_adamw_in_one_pass.py::test_beside_a_rank_without_a_compiler_gradients_are_divided",
+        ("each rank divides or not", "_is_so_everywhere(own == parts)", "own == parts"),
     ),
     *of(
         "megatron_patch/patches/adamw_in_one_pass.py",

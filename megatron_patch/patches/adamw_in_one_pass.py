@@ -25,7 +25,7 @@ WHO = "patches.adamw_in_one_pass"
 class Share:
     """A factor that the gradients in Megatron's buffers still lack: one over the tokens of the step.
 
-    is_applied: by every optimizer there is, and by the norm, so that nothing else needs to
+    is_applied: by every optimizer of every process, and by the norm, so that nothing else needs to
     """
 
     def __init__(self) -> None:
@@ -93,10 +93,19 @@ def _with_own_steps(share: Share, build: Callable[..., Any]) -> Callable[..., An
         own = [part for part in parts if _can_step(part.optimizer)]
         for part in own:
             part.optimizer.step = OnePass(part.optimizer, _weights_of_masters(part), share)
-        share.factor, share.is_applied = 1.0, own == parts
+        share.factor, share.is_applied = 1.0, _is_so_everywhere(own == parts)
         return found
 
     return build_own
+
+
+def _is_so_everywhere(here: bool) -> bool:
+    """Of all processes, whose norm is one, and of which one may have no compiler."""
+    import torch
+
+    said = torch.tensor(int(here))
+    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN)
+    return bool(said)
 
 
 def _weights_of_masters(part: Any) -> dict["Tensor", "Tensor"]:

@@ -1,5 +1,8 @@
 """Dividing, clipping, AdamW's step and rounding on a CPU beside Megatron's own ways, with torch's AdamW."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 from tests.programs import WITHOUT_COMPILER, in_warm_process
@@ -11,7 +14,7 @@ device.install()
 if sys.argv[1] == "ours":
     from megatron_patch import patches
     patches.apply_all("cpu")
-precision, shared, kind, clipped = sys.argv[2:]
+precision, shared, kind, clipped, rank, *store = sys.argv[2:]
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,8 +22,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer import optimizer as optimizers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import training
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-mpu.initialize_model_parallel()
+store = torch.distributed.FileStore(store[0], 2) if store else torch.distributed.HashStore()
+ranks = 2 if isinstance(store, torch.distributed.FileStore) else 1
+torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=ranks)
+mpu.initialize_model_parallel(tensor_model_parallel_size=ranks)  # both hold all weights, and the norm is the first's
 torch.manual_seed(1)
 in_16_bits, shares = precision == "bf16", shared == "shared"
 module = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 7)).to(
@@ -60,10 +65,19 @@ print(*torch.cat(weights).tolist())
 
 
 def trained(
-    by: str, precision: str, shared: str, kind: str = "adam", clipped: float = 1, **environment: str
+    by: str,
+    precision: str,
+    shared: str,
+    kind: str = "adam",
+    clipped: float = 1,
+    ranks: tuple[object, ...] = (0,),
+    **environment: str,
 ) -> tuple[list[float], ...]:
-    """How often weights were copied and gradients scaled; the norms of three steps; masters and weights after them."""
-    printed = in_warm_process(PROGRAM, by, precision, shared, kind, str(clipped), **environment).splitlines()[-4:]
+    """How often weights were copied and gradients scaled; the norms of three steps; masters and weights after them.
+
+    ranks: this one's number and, where there are two, the file in which they meet.
+    """
+    printed = in_warm_process(PROGRAM, by, precision, shared, kind, clipped, *ranks, **environment).splitlines()[-4:]
     return tuple([float(word) for word in line.split()] for line in printed)
 
 
@@ -104,3 +118,19 @@ def test_an_optimizer_without_the_kernel_gets_divided_gradients() -> None:
     assert ours[0] == theirs[0] == [0, 3]
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
     assert ours[2] == pytest.approx(theirs[2], rel=1e-5, abs=1e-7)
+
+
+def test_beside_a_rank_without_a_compiler_gradients_are_divided(tmp_path: Path) -> None:
+    _, norms, masters, _ = trained("Megatron's", "fp32", "alone")
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(trained, "ours", "fp32", "alone", ranks=(rank, tmp_path / "store"), **environment)
+            for rank, environment in enumerate(({}, WITHOUT_COMPILER))
+        ]
+    for run, scaled in zip(
+        runs, (2, 3), strict=True
+    ):  # the first notes what it clips, and the third step has one token
+        found = run.result()
+        assert found[0] == [0, scaled]
+        assert found[1] == pytest.approx(norms, rel=1e-5)
+        assert found[2] == pytest.approx(masters, rel=1e-5, abs=1e-6)
