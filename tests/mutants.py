@@ -373,6 +373,12 @@ MODEL = [
         ("nobody divides for another optimizer", "if share.is_applied:", "if True:"),
     ),
     *of(
+        "megatron_patch/training/summary.py",
+        "tests/training/test_summary.py",
+        ("a run that saved nothing ends in an error", "if save is None or not", "if save is None and not"),
+        ("a run that saved nothing goes on", "if checkpoint is None else", "if checkpoint is not None else"),
+    ),
+    *of(
         "megatron_patch/patches/adamw_in_one_pass.py",
         "tests/patches/test_adamw_in_one_pass.py::test_beside_a_rank_without_a_compiler_gradients_are_divided",
         ("each rank divides or not", "_is_so_everywhere(own == parts)", "own == parts"),

@@ -57,7 +57,10 @@ class Summary:
         size = model_size or "MODEL_SIZE"
         steps = []
         if iteration < train_iters:
-            steps.append("the same command again goes on from the checkpoint")
+            again = (
+                "starts at iteration 1, for nothing was saved" if checkpoint is None else "goes on from the checkpoint"
+            )
+            steps.append(f"the same command again {again}")
         if checkpoint is not None:
             folder = Path(checkpoint).parent
             target = (output or folder.parent) / "hf"
