@@ -127,9 +127,8 @@ def test_beside_a_rank_without_a_compiler_gradients_are_divided(tmp_path: Path) 
             pool.submit(trained, "ours", "fp32", "alone", ranks=(rank, tmp_path / "store"), **environment)
             for rank, environment in enumerate(({}, WITHOUT_COMPILER))
         ]
-    for run, scaled in zip(
-        runs, (2, 3), strict=True
-    ):  # the first notes what it clips, and the third step has one token
+    # the first notes what it clips, and the third step has one token
+    for run, scaled in zip(runs, (2, 3), strict=True):
         found = run.result()
         assert found[0] == [0, scaled]
         assert found[1] == pytest.approx(norms, rel=1e-5)
