@@ -27,6 +27,7 @@ def of(file: str, tests: str | tuple[str, ...], *faults: tuple[str, str, str]) -
 LLAVA = "megatron_patch/model/llava.py"
 ATTENTION = "megatron_patch/model/attention.py"
 LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
+OF_LAST_LAYER = "tests/model/test_last_layer.py"
 OF_ZEROS = "tests/patches/test_gradients_without_zeros.py"
 OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
 OF_LINEAR = "tests/model/test_linear.py"
@@ -153,7 +154,8 @@ MODEL = [
             "return self.image_features(pixels)",
             "return self.image_features(pixels).detach()",
         ),
-        ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
+        ("the last layer is whole", "if post_process and can_narrow(config):", "if False:"),
+        ("the last layer is told of no positions", "narrowed = self._last_layer.at(places)", "pass"),
         ("another GELU in the tower", "states * torch.sigmoid(1.702 * states)", "states * torch.sigmoid(1.6 * states)"),
         ("the tower's own norm epsilon is ignored", "layernorm_epsilon=tower.norm_epsilon", "layernorm_epsilon=1e-2"),
     ),
@@ -177,6 +179,38 @@ MODEL = [
             "pass",
         ),
         ("a tied head does not add to the gradient buffer", "        return buffer\n", "        pass\n"),
+    ),
+    *of(
+        LOSS,
+        ONE_PROCESS,
+        ("the loss is a mean of labels", "losses.sum() * (count > 0)", "losses.mean() * (count > 0)"),
+    ),
+    *of(
+        LOSS,
+        OF_LAST_LAYER,
+        ("a position without a label is trained", "losses.sum() * (count > 0)", "losses.sum()"),
+    ),
+    *of(
+        "megatron_patch/model/last_layer.py",
+        OF_LAST_LAYER,
+        (
+            "positions of a record lie together",
+            "return position * labels.shape[0] + record,",
+            "return record * labels.shape[1] + position,",
+        ),
+        ("a target may be no token", "labels[record, position].clamp(min=0)", "labels[record, position]"),
+        ("a rank without labels has no backward pass", "    if count == 0:", "    if False:"),
+        ("parts of records are narrowed", "whole = not config.sequence_parallel and", "whole ="),
+        ("recomputed layers are narrowed", ' and config.recompute_granularity != "full"', ""),
+        (
+            "kernels of fp8 get any number of rows",
+            "not (config.fp8 or config.cpu_offloading)",
+            "not config.cpu_offloading",
+        ),
+        ("offloaded layers are narrowed", "not (config.fp8 or config.cpu_offloading)", "not config.fp8"),
+        ("a layer stays narrow", "            self._places = None", "            pass"),
+        ("the context stays whole", "return inputs if self._places is None else", "return inputs if True else"),
+        ("the residual stays whole", "own = residual if self._places is None else", "own = residual if True else"),
     ),
     *of(
         LOSS,
@@ -751,6 +785,7 @@ MODEL = [
             "tensor_parallel_output_grad=False",
             "tensor_parallel_output_grad=True",
         ),
+        ("a part of each record is narrowed", "if post_process and can_narrow(config):", "if post_process:"),
     ),
     *of(
         "megatron_patch/geometry.py",

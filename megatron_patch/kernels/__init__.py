@@ -4,7 +4,7 @@ torch's operators each read and write whole activations, which takes longer than
 is made of several.  These do the same formulas in 32 bits, in one pass over memory, in the threads that torch uses.
 
 elementwise.cpp     norm, SwiGLU, rotary positions, exponentials of logits, gradients, AdamW
-attention.cpp       attention of short records
+attention.cpp       attention of short records, side by side or packed
 common.h            what both share
 build.py            compiled once on each kind of machine
 gradient_buffer.py  Megatron's buffers of gradients: the first of a step is written, those after it are added
@@ -16,6 +16,7 @@ that needs no compiler: torch has the faster program for it, and does not call i
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +126,29 @@ def _groups(states: Tensor) -> tuple[int, ...]:
     return states.data_ptr(), *strides, *[0] * (4 - len(strides))
 
 
+class PackedRow(NamedTuple):
+    """Records behind each other in one row of T tokens."""
+
+    bounds: Tensor  # int32 [records + 1]: where each begins, then T
+    longest: int
+    tokens: int
+
+
+@functools.lru_cache(maxsize=8)  # all layers of a micro-batch ask alike
+def packed_row(cu_seqlens: Tensor) -> PackedRow:
+    """cu_seqlens [records + 1], on the CPU."""
+    bounds = cu_seqlens.to(torch.int32).contiguous()
+    return PackedRow(bounds, int(bounds.diff().max()), int(bounds[-1]))
+
+
+def _shape(query: Tensor, packed: PackedRow | None) -> tuple[int | None, ...]:
+    """Tokens of the longest record, records, their bounds in a packed row, groups, heads of a group, d."""
+    if packed is None:
+        return *query.shape[:2], None, *query.shape[2:]
+    assert query.shape[:2] == (packed.tokens, 1), f"{tuple(query.shape[:2])} tokens, bounds of {packed.tokens}"
+    return packed.longest, len(packed.bounds) - 1, packed.bounds.data_ptr(), *query.shape[2:]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -132,6 +156,7 @@ def attention(
     scale: float,
     causal: bool,
     rotation: tuple[Tensor, Tensor] | None = None,
+    packed: PackedRow | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """softmax(query key^T scale) value, of each record and head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
@@ -142,18 +167,28 @@ def attention(
         causal: a token sees itself and those before it, else all.
         rotation: cosine and sine [S, d / 2] of the angles by which queries and keys are turned first, as rotate()
             does, in the dtype of the states; None: they stay as they are.
+        packed: the records of states [T, 1, ...]; S of the rotation is then the longest one's.
 
     Returns:
         [S, B, groups, heads of a group, d], and the logarithm of the sum of each row's exponentials, float32
-        [B, groups, heads of a group, S].
+        [B, groups, heads of a group, S], of a packed row [T * groups * heads of a group], record behind record.
     """
     kernel = _kernel("attention", query.dtype, *(rotation or ())) if query.is_cpu else None
     if kernel is None:
         return None
     query, key, value = _with_whole_heads(query, key, value)
     found = torch.empty(query.shape, dtype=query.dtype)
-    logarithms = torch.empty(*query.shape[1:4], query.shape[0])
-    kernel(*query.shape, causal, *_inputs(query, key, value, rotation), scale, *_groups(found), logarithms.data_ptr())
+    logarithms = (
+        torch.empty(*query.shape[1:4], query.shape[0]) if packed is None else torch.empty(query[..., 0].numel())
+    )
+    kernel(
+        *_shape(query, packed),
+        causal,
+        *_inputs(query, key, value, rotation),
+        scale,
+        *_groups(found),
+        logarithms.data_ptr(),
+    )
     return found, logarithms
 
 
@@ -175,6 +210,7 @@ def attention_backward(
     logarithms: Tensor,
     gradient: Tensor,
     found: Sequence[Tensor],
+    packed: PackedRow | None = None,
 ) -> None:
     """Writes the gradients of query, key and value into `found`, tensors of their shapes whose heads lie in one piece.
 
@@ -183,7 +219,8 @@ def attention_backward(
     kernel = _kernel("attention_backward", query.dtype)
     query, key, value, gradient = _with_whole_heads(query, key, value, gradient)
     written = (part for state in (gradient, *found) for part in _groups(state))
-    kernel(*query.shape, causal, *_inputs(query, key, value, rotation), scale, logarithms.data_ptr(), *written)
+    shape = _shape(query, packed)
+    kernel(*shape, causal, *_inputs(query, key, value, rotation), scale, logarithms.data_ptr(), *written)
 
 
 def row_largest(logits: Tensor, real: int) -> Tensor | None:

@@ -1,8 +1,9 @@
 // Attention of short records on a CPU: each record and group of heads by itself, in buffers that stay in the cache.
 //
 // q [S, B, groups, heads of a group, d], k and v [S, B, groups, d], as float (NAME_fp32) or bfloat16 (NAME_bf16); all is
-// computed in 32 bits.  What a token may not see is not computed.  The weights [S, S] and the turned queries and keys
-// are computed again in the backward pass, the weights from the logarithm of each row's sum.
+// computed in 32 bits.  In a packed row (B = 1) records of any length lie behind each other.  What a token may not see
+// is not computed.  The weights [S, S] and the turned queries and keys are computed again in the backward pass, the
+// weights from the logarithm of each row's sum.
 
 #include "common.h"
 
@@ -55,8 +56,8 @@ template <typename T> struct Head {
 template <typename T> struct States {
     T *data;
     Index by_place, by_record, by_group, by_head;
-    Head<T> head(Index record, Index group, Index head = 0) const {
-        return {data + record * by_record + group * by_group + head * by_head, by_place};
+    Head<T> head(Index place, Index record, Index group, Index head = 0) const {
+        return {data + place * by_place + record * by_record + group * by_group + head * by_head, by_place};
     }
 };
 
@@ -102,48 +103,68 @@ template <typename T> void store(const float *rows, Index places, Index width, f
 }
 
 struct Shape {
-    Index places, records, groups, each, width;  // each: heads of a group
+    Index longest, records, groups, each, width;  // tokens of the longest record; each: heads of a group
     bool causal;
+    const std::int32_t *bounds;  // of a packed row: where each record begins, then the row's end; else none
+};
+
+// One record of those of a Shape.
+struct Record {
+    Index places, width;
+    bool causal;
+    Index before;         // tokens of the records before it
+    Index first, column;  // where it begins, in a packed row and among records side by side
+    Record(const Shape &shape, Index number)
+        : places(shape.bounds ? shape.bounds[number + 1] - shape.bounds[number] : shape.longest), width(shape.width),
+          causal(shape.causal), before(shape.bounds ? shape.bounds[number] : number * shape.longest),
+          first(shape.bounds ? before : 0), column(shape.bounds ? 0 : number) {}
     Index lanes() const { return whole_lanes(width); }
     Index columns() const { return whole_lanes(places); }
     // how many keys the rows up to `end` see
     Index seen(Index end) const { return causal ? end : places; }
+    template <typename T> Head<T> of(const States<T> &states, Index group, Index head = 0) const {
+        return states.head(first, column, group, head);
+    }
 };
 
 // Rows [start, end) of a head's scores, from queries that carry the scale already.
-void scores(const Shape &shape, Index start, Index end, const float *queries, const float *keys_transposed, float *rows) {
-    const Index lanes = shape.lanes(), columns = shape.columns();
+void scores(const Record &record, Index start, Index end, const float *queries, const float *keys_transposed,
+            float *rows) {
+    const Index lanes = record.lanes(), columns = record.columns();
     std::fill(rows + start * columns, rows + end * columns, 0.0f);
-    add_product(end - start, whole_lanes(shape.seen(end)), shape.width, queries + start * lanes, lanes, 1, keys_transposed,
-                columns, rows + start * columns, columns);
+    add_product(end - start, whole_lanes(record.seen(end)), record.width, queries + start * lanes, lanes, 1,
+                keys_transposed, columns, rows + start * columns, columns);
 }
 
 template <typename T>
 void attend(const Shape &shape, States<const T> q, States<const T> k, States<const T> v, Rotation<T> rotation,
             float scale, States<T> found, float *logarithms) {
-    const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
+    const Index most = shape.longest, width = shape.width, lanes = whole_lanes(width), most_columns = whole_lanes(most);
+    const Index heads = shape.groups * shape.each;
 #pragma omp parallel
     {
-        std::vector<float> keys(places * lanes), keys_transposed(width * columns), values(places * lanes);
-        std::vector<float> queries(places * lanes), weights(places * columns), sums(places * lanes);
-#pragma omp for collapse(2) schedule(static)
-        for (Index record = 0; record < shape.records; ++record)
+        std::vector<float> keys(most * lanes), keys_transposed(width * most_columns), values(most * lanes);
+        std::vector<float> queries(most * lanes), weights(most * most_columns), sums(most * lanes);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (Index number = 0; number < shape.records; ++number)
             for (Index group = 0; group < shape.groups; ++group) {
-                load(k.head(record, group), places, width, 1, keys.data());
+                const Record record(shape, number);
+                const Index places = record.places, columns = record.columns();
+                load(record.of(k, group), places, width, 1, keys.data());
                 rotation.turn(keys.data(), places, width, 1);
                 transpose(keys.data(), places, width, keys_transposed.data());
-                load(v.head(record, group), places, width, 1, values.data());
+                load(record.of(v, group), places, width, 1, values.data());
                 for (Index head = 0; head < shape.each; ++head) {
-                    load(q.head(record, group, head), places, width, scale, queries.data());
+                    load(record.of(q, group, head), places, width, scale, queries.data());
                     rotation.turn(queries.data(), places, width, 1);
-                    std::fill(sums.begin(), sums.end(), 0.0f);
-                    float *logarithm = logarithms + ((record * shape.groups + group) * shape.each + head) * places;
+                    std::fill_n(sums.begin(), places * lanes, 0.0f);
+                    float *logarithm = logarithms + record.before * heads + (group * shape.each + head) * places;
                     for (Index start = 0; start < places; start += TILE) {
                         const Index end = std::min(start + TILE, places);
-                        scores(shape, start, end, queries.data(), keys_transposed.data(), weights.data());
+                        scores(record, start, end, queries.data(), keys_transposed.data(), weights.data());
                         for (Index row = start; row < end; ++row) {
                             float *of_row = weights.data() + row * columns;
-                            const Index seen = shape.seen(row + 1);
+                            const Index seen = record.seen(row + 1);
                             float largest = -std::numeric_limits<float>::infinity(), total = 0;
 #pragma omp simd reduction(max : largest)
                             for (Index i = 0; i < seen; ++i) largest = std::max(largest, of_row[i]);
@@ -155,10 +176,10 @@ void attend(const Shape &shape, States<const T> q, States<const T> k, States<con
                             std::fill(of_row + seen, of_row + columns, 0.0f);
                             logarithm[row] = largest + std::log(total);
                         }
-                        add_product(end - start, lanes, shape.seen(end), weights.data() + start * columns, columns, 1,
+                        add_product(end - start, lanes, record.seen(end), weights.data() + start * columns, columns, 1,
                                     values.data(), lanes, sums.data() + start * lanes, lanes);
                     }
-                    store(sums.data(), places, width, 1, found.head(record, group, head));
+                    store(sums.data(), places, width, 1, record.of(found, group, head));
                 }
             }
     }
@@ -168,37 +189,40 @@ template <typename T>
 void attend_backward(const Shape &shape, States<const T> q, States<const T> k, States<const T> v, Rotation<T> rotation,
                      float scale, const float *logarithms, States<const T> gradient, States<T> of_q, States<T> of_k,
                      States<T> of_v) {
-    const Index places = shape.places, width = shape.width, lanes = shape.lanes(), columns = shape.columns();
+    const Index most = shape.longest, width = shape.width, lanes = whole_lanes(width), most_columns = whole_lanes(most);
+    const Index heads = shape.groups * shape.each;
 #pragma omp parallel
     {
-        std::vector<float> keys(places * lanes), keys_transposed(width * columns), values(places * lanes);
-        std::vector<float> values_transposed(width * columns), queries(places * lanes), gradients(places * lanes);
-        std::vector<float> weights(places * columns), of_weights(places * columns);
-        std::vector<float> of_queries(places * lanes), of_keys(places * lanes), of_values(places * lanes);
-#pragma omp for collapse(2) schedule(static)
-        for (Index record = 0; record < shape.records; ++record)
+        std::vector<float> keys(most * lanes), keys_transposed(width * most_columns), values(most * lanes);
+        std::vector<float> values_transposed(width * most_columns), queries(most * lanes), gradients(most * lanes);
+        std::vector<float> weights(most * most_columns), of_weights(most * most_columns);
+        std::vector<float> of_queries(most * lanes), of_keys(most * lanes), of_values(most * lanes);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (Index number = 0; number < shape.records; ++number)
             for (Index group = 0; group < shape.groups; ++group) {
-                load(k.head(record, group), places, width, 1, keys.data());
+                const Record record(shape, number);
+                const Index places = record.places, columns = record.columns();
+                load(record.of(k, group), places, width, 1, keys.data());
                 rotation.turn(keys.data(), places, width, 1);
                 transpose(keys.data(), places, width, keys_transposed.data());
-                load(v.head(record, group), places, width, 1, values.data());
+                load(record.of(v, group), places, width, 1, values.data());
                 transpose(values.data(), places, width, values_transposed.data());
-                std::fill(of_keys.begin(), of_keys.end(), 0.0f);
-                std::fill(of_values.begin(), of_values.end(), 0.0f);
+                std::fill_n(of_keys.begin(), places * lanes, 0.0f);
+                std::fill_n(of_values.begin(), places * lanes, 0.0f);
                 for (Index head = 0; head < shape.each; ++head) {
-                    load(q.head(record, group, head), places, width, scale, queries.data());
+                    load(record.of(q, group, head), places, width, scale, queries.data());
                     rotation.turn(queries.data(), places, width, 1);
-                    load(gradient.head(record, group, head), places, width, 1, gradients.data());
-                    std::fill(of_queries.begin(), of_queries.end(), 0.0f);
-                    const float *logarithm = logarithms + ((record * shape.groups + group) * shape.each + head) * places;
+                    load(record.of(gradient, group, head), places, width, 1, gradients.data());
+                    std::fill_n(of_queries.begin(), places * lanes, 0.0f);
+                    const float *logarithm = logarithms + record.before * heads + (group * shape.each + head) * places;
                     for (Index start = 0; start < places; start += TILE) {
                         const Index end = std::min(start + TILE, places);
-                        scores(shape, start, end, queries.data(), keys_transposed.data(), weights.data());
-                        scores(shape, start, end, gradients.data(), values_transposed.data(), of_weights.data());
+                        scores(record, start, end, queries.data(), keys_transposed.data(), weights.data());
+                        scores(record, start, end, gradients.data(), values_transposed.data(), of_weights.data());
                         for (Index row = start; row < end; ++row) {
                             float *of_row = weights.data() + row * columns;
                             float *of_score = of_weights.data() + row * columns;
-                            const Index seen = shape.seen(row + 1);
+                            const Index seen = record.seen(row + 1);
                             float along = 0;
 #pragma omp simd reduction(+ : along)
                             for (Index i = 0; i < seen; ++i) {
@@ -210,11 +234,11 @@ void attend_backward(const Shape &shape, States<const T> q, States<const T> k, S
                             std::fill(of_row + seen, of_row + columns, 0.0f);
                             std::fill(of_score + seen, of_score + columns, 0.0f);
                         }
-                        add_product(end - start, lanes, shape.seen(end), of_weights.data() + start * columns, columns,
+                        add_product(end - start, lanes, record.seen(end), of_weights.data() + start * columns, columns,
                                     1, keys.data(), lanes, of_queries.data() + start * lanes, lanes);
                     }
                     for (Index start = 0; start < places; start += TILE) {  // of keys, which later rows see
-                        const Index count = std::min(TILE, places - start), from = shape.causal ? start : 0;
+                        const Index count = std::min(TILE, places - start), from = record.causal ? start : 0;
                         const Index at = from * columns + start;
                         add_product(count, lanes, places - from, weights.data() + at, 1, columns,
                                     gradients.data() + from * lanes, lanes, of_values.data() + start * lanes, lanes);
@@ -222,11 +246,11 @@ void attend_backward(const Shape &shape, States<const T> q, States<const T> k, S
                                     queries.data() + from * lanes, lanes, of_keys.data() + start * lanes, lanes);
                     }
                     rotation.turn(of_queries.data(), places, width, -1);
-                    store(of_queries.data(), places, width, scale, of_q.head(record, group, head));
+                    store(of_queries.data(), places, width, scale, record.of(of_q, group, head));
                 }
                 rotation.turn(of_keys.data(), places, width, -1);
-                store(of_keys.data(), places, width, 1, of_k.head(record, group));
-                store(of_values.data(), places, width, 1, of_v.head(record, group));
+                store(of_keys.data(), places, width, 1, record.of(of_k, group));
+                store(of_values.data(), places, width, 1, record.of(of_v, group));
             }
     }
 }
@@ -237,22 +261,23 @@ void attend_backward(const Shape &shape, States<const T> q, States<const T> k, S
 #define OF_STATES(T, NAME) T *NAME, Index NAME##_place, Index NAME##_record, Index NAME##_group, Index NAME##_head
 #define STATES(NAME) {NAME, NAME##_place, NAME##_record, NAME##_group, NAME##_head}
 
-#define BOTH(T, SUFFIX)                                                                                               \
-    extern "C" void attention##SUFFIX(Index places, Index records, Index groups, Index each, Index width, Index causal, \
-                                      OF_STATES(const T, q), OF_STATES(const T, k), OF_STATES(const T, v),             \
+// The same of a Shape.
+#define OF_SHAPE                                                                                                       \
+    Index longest, Index records, const std::int32_t *bounds, Index groups, Index each, Index width, Index causal
+#define SHAPE {longest, records, groups, each, width, causal != 0, bounds}
+
+#define BOTH(T, SUFFIX)                                                                                                \
+    extern "C" void attention##SUFFIX(OF_SHAPE, OF_STATES(const T, q), OF_STATES(const T, k), OF_STATES(const T, v),   \
                                       const T *cosine, const T *sine, float scale, OF_STATES(T, found),                \
                                       float *logarithms) {                                                             \
-        attend<T>({places, records, groups, each, width, causal != 0}, STATES(q), STATES(k), STATES(v),                \
-                  {cosine, sine}, scale, STATES(found), logarithms);                                                   \
+        attend<T>(SHAPE, STATES(q), STATES(k), STATES(v), {cosine, sine}, scale, STATES(found), logarithms);           \
     }                                                                                                                  \
     extern "C" void attention_backward##SUFFIX(                                                                        \
-        Index places, Index records, Index groups, Index each, Index width, Index causal, OF_STATES(const T, q),       \
-        OF_STATES(const T, k), OF_STATES(const T, v), const T *cosine, const T *sine, float scale,                     \
-        const float *logarithms, OF_STATES(const T, gradient), OF_STATES(T, of_q), OF_STATES(T, of_k),                 \
+        OF_SHAPE, OF_STATES(const T, q), OF_STATES(const T, k), OF_STATES(const T, v), const T *cosine, const T *sine, \
+        float scale, const float *logarithms, OF_STATES(const T, gradient), OF_STATES(T, of_q), OF_STATES(T, of_k),    \
         OF_STATES(T, of_v)) {                                                                                          \
-        attend_backward<T>({places, records, groups, each, width, causal != 0}, STATES(q), STATES(k), STATES(v),       \
-                           {cosine, sine}, scale, logarithms, STATES(gradient), STATES(of_q), STATES(of_k),            \
-                           STATES(of_v));                                                                              \
+        attend_backward<T>(SHAPE, STATES(q), STATES(k), STATES(v), {cosine, sine}, scale, logarithms,                  \
+                           STATES(gradient), STATES(of_q), STATES(of_k), STATES(of_v));                                \
     }
 
 BOTH(float, _fp32)

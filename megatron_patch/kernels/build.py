@@ -29,7 +29,7 @@ CPUINFO = Path("/proc/cpuinfo")
 _POINTER, _INDEX, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _HEADS = [_POINTER, *[_INDEX] * 3]  # a tensor [S, B, heads, d]: its place, and strides in elements
 _GROUPS = [_POINTER, *[_INDEX] * 4]  # a tensor [S, B, groups, heads, d] likewise
-_ATTENTION = [*[_INDEX] * 6, *_GROUPS * 3, _POINTER, _POINTER, _REAL]
+_ATTENTION = [_INDEX, _INDEX, _POINTER, *[_INDEX] * 4, *_GROUPS * 3, _POINTER, _POINTER, _REAL]
 _SIGNATURES = {
     "rms_norm": [_INDEX, _INDEX, _POINTER, _POINTER, _REAL, _POINTER, _POINTER],
     "rms_norm_backward": [_INDEX, _INDEX, *[_POINTER] * 6],

@@ -5,6 +5,7 @@ cpu_attention.py the same on a CPU, for all but long records
 key_value_cache.py  keys and values of a batch whose answers are generated
 self_attention.py  Megatron's self-attention in few passes on a CPU, for the local layers
 linear.py       linear layers of one tensor-parallel rank, without what several need
+last_layer.py   the decoder's last layer, behind its attention at labelled positions alone
 layer_specs.py  transformer layers of decoder, tower and projector, with and without Transformer Engine
 llava.py        the model: tower -> projector -> scatter into the text -> decoder -> loss at labelled positions
 

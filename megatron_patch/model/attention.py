@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_patch.model.cpu_attention import cpu_attention
+from megatron_patch.model.cpu_attention import cpu_attention, packed_attention
 from megatron_patch.model.key_value_cache import KeyValueCache
 
 SHORT_RECORD = 512  # tokens; with four records of 725 tokens both ways of _packed() take the same time, on a CPU
@@ -129,9 +129,14 @@ class ScaledDotProductAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Block-diagonal attention: causal attention over each record of a packed row.
 
-        Long records go one by one, so that nothing is computed that would be masked.  Short ones go side by side,
-        padded for this product alone: there the calls would take longer than the products.
+        A compiled kernel takes all of them at once.  Without one long records go one by one, so that nothing is
+        computed that would be masked.  Short ones go side by side, padded for this product alone: there the calls
+        would take longer than the products.
         """
+        if query.is_cpu and self.attends_whole_records():
+            context = packed_attention(query, key, value, self.scale(query.shape[-1]), cu_seqlens)
+            if context is not None:
+                return context
         size = 1 if self.context_group is None else self.context_group.size()
         bounds = (cu_seqlens // size).tolist()  # each rank holds an equal part of every record
         lengths = tuple(end - start for start, end in itertools.pairwise(bounds))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch import kernels
+from megatron_patch.kernels import PackedRow
 
 # Tokens of a record.  The kernel holds two tables of S x S floats in each thread, 8 MiB at its most.
 LONGEST_COMPILED = 1024
@@ -26,10 +27,22 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causa
     length = query.shape[0]
     if takes_compiled(length, query.dtype):
         grouped = query.unflatten(2, (key.shape[2], -1))
-        return _CompiledAttention.apply(grouped, key, value, scale, causal).flatten(2)
+        return _CompiledAttention.apply(grouped, key, value, scale, causal, None).flatten(2)
     if length <= LONGEST_MULTIPLIED:
         return _MultipliedAttention.apply(query, key, value, scale, causal)
     return None
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cu_seqlens: Tensor) -> Tensor | None:
+    """The same of a packed row's records, causal; None where the kernel does not attend them.
+
+    query [T, heads, d], key and value [T, groups, d], cu_seqlens [records + 1] -> [T, heads * d].
+    """
+    packed = kernels.packed_row(cu_seqlens)
+    if not takes_compiled(packed.longest, query.dtype):
+        return None
+    grouped = query.unflatten(1, (key.shape[1], -1))[:, None]
+    return _CompiledAttention.apply(grouped, key[:, None], value[:, None], scale, True, packed)[:, 0].flatten(1)
 
 
 def takes_compiled(length: int, dtype: torch.dtype) -> bool:
@@ -38,7 +51,13 @@ def takes_compiled(length: int, dtype: torch.dtype) -> bool:
 
 
 def attention_of_mixed(
-    mixed: Tensor, groups: int, width: int, scale: float, causal: bool, angles: Tensor | None
+    mixed: Tensor,
+    groups: int,
+    width: int,
+    scale: float,
+    causal: bool,
+    angles: Tensor | None,
+    packed: PackedRow | None = None,
 ) -> Tensor:
     """attention() straight from the projection to queries, keys and values, and its gradient straight back to it.
 
@@ -49,31 +68,40 @@ def attention_of_mixed(
         groups, width: of keys and values; of a head.
         scale, causal: as kernels.attention() says.
         angles: [S, 1, 1, width] of rotary positions, both halves alike; None: queries and keys are not turned.
+        packed: the records of a packed row, whose mixed is [T, 1, ...] and whose S is the longest one's.
 
     Returns:
         [S, B, heads * width].
     """
     rotation = None if angles is None else kernels.rotation_tables(angles, mixed.dtype)
     mixed = mixed.view(*mixed.shape[:2], groups, -1, width)
-    return _MixedAttention.apply(mixed, scale, causal, rotation).flatten(2)
+    return _MixedAttention.apply(mixed, scale, causal, rotation, packed).flatten(2)
 
 
 class _MixedAttention(torch.autograd.Function):
     """mixed [S, B, groups, heads of a group + 2, d]."""
 
     @staticmethod
-    def forward(ctx, mixed: Tensor, scale: float, causal: bool, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        found, logarithms = kernels.attention(*_parts(mixed), scale, causal, rotation)
+    def forward(
+        ctx,
+        mixed: Tensor,
+        scale: float,
+        causal: bool,
+        rotation: tuple[Tensor, Tensor] | None,
+        packed: PackedRow | None,
+    ) -> Tensor:
+        found, logarithms = kernels.attention(*_parts(mixed), scale, causal, rotation, packed)
         ctx.save_for_backward(mixed, logarithms)
         ctx.asked = scale, causal, rotation  # its tables are those of all layers, and no part of the graph
+        ctx.packed = packed
         return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mixed, logarithms = ctx.saved_tensors
         found = torch.empty_like(mixed)
-        kernels.attention_backward(*_parts(mixed), *ctx.asked, logarithms, gradient, _parts(found))
-        return found, None, None, None
+        kernels.attention_backward(*_parts(mixed), *ctx.asked, logarithms, gradient, _parts(found), ctx.packed)
+        return found, None, None, None, None
 
 
 def _parts(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,19 +113,21 @@ class _CompiledAttention(torch.autograd.Function):
     """query [S, B, groups, heads of a group, d], key and value [S, B, groups, d]."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, packed: PackedRow | None
+    ) -> Tensor:
         value = value.contiguous()  # a part of what holds the queries and keys as well, which nobody else keeps
-        found, logarithms = kernels.attention(query, key, value, scale, causal)
+        found, logarithms = kernels.attention(query, key, value, scale, causal, None, packed)
         ctx.save_for_backward(query, key, value, logarithms)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.packed = scale, causal, packed
         return found
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *states, logarithms = ctx.saved_tensors
         found = [torch.empty(state.shape, dtype=state.dtype) for state in states]
-        kernels.attention_backward(*states, ctx.scale, ctx.causal, None, logarithms, gradient, found)
-        return *found, None, None
+        kernels.attention_backward(*states, ctx.scale, ctx.causal, None, logarithms, gradient, found, ctx.packed)
+        return *found, None, None, None
 
 
 class _MultipliedAttention(torch.autograd.Function):

@@ -29,12 +29,13 @@ from torch.distributed.tensor import DTensor
 
 from megatron_patch import device
 from megatron_patch.errors import UserError
-from megatron_patch.geometry import IGNORE_LABEL, LlavaGeometry, TowerGeometry
+from megatron_patch.geometry import LlavaGeometry, TowerGeometry
 from megatron_patch.lora import ADAPTERS, PARTS, LoraConfig
 from megatron_patch.model.adapters import Adapters
 from megatron_patch.model.attention import packed_zigzag_positions, zigzag_positions
 from megatron_patch.model.fully_sharded import local_part, of_this_rank
 from megatron_patch.model.key_value_cache import KeyValueCache
+from megatron_patch.model.last_layer import LastLayer, can_narrow, chosen, labelled_positions
 from megatron_patch.model.layer_specs import (
     decoder_block,
     norm_builder,
@@ -42,7 +43,7 @@ from megatron_patch.model.layer_specs import (
     tower_block,
 )
 from megatron_patch.model.linear import multiply_alone
-from megatron_patch.model.loss import head_losses
+from megatron_patch.model.loss import head_losses, sum_and_number
 from megatron_patch.step_flop import Frozen
 from megatron_patch.tile_plan import TILES_AT_ONCE
 from megatron_patch.weight_names import NORM_KEYS_AS_TRANSFORMER_ENGINE, check_nothing_differs, differences
@@ -303,6 +304,9 @@ class LlavaModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.share_embeddings_and_output_weights = language.tied_embeddings
+        self._last_layer: LastLayer | None = None
+        if post_process and can_narrow(config):
+            self._last_layer = LastLayer(self.language_model.decoder.layers[-1])
         if post_process:
             # the hidden states are gathered before positions are chosen, so the head never sees a cut sequence
             self.language_model.output_layer.sequence_parallel = False
@@ -460,15 +464,7 @@ class LlavaModel(MegatronModule):
             decoder_input = self._embed(tokens, pixels, features, cu_seqlens, prompt_lengths, plans)
         if labels is not None:
             labels = self._on_this_context_rank(labels, cu_seqlens)
-        return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,  # causal; padding stands at the end, where no real token looks
-            decoder_input=decoder_input,
-            packed_seq_params=None if cu_seqlens is None else self._packed_seq_params(cu_seqlens),
-            labels=labels,
-            output_processor=functools.partial(self._loss_or_logits, logits_at=logits_at),
-        )
+        return self._decode(decoder_input, labels, cu_seqlens, logits_at)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels uint8 [N, 3, side, side] -> [N, P, tower.hidden], for forward(); first stage only."""
@@ -510,7 +506,27 @@ class LlavaModel(MegatronModule):
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self._loss_or_logits(hidden_states[-1:], self.language_model.output_layer, weight, None)[:, 0]
+        return self._logits(hidden_states[-1:], self.language_model.output_layer, weight)[:, 0]
+
+    def _decode(
+        self, decoder_input: Tensor | None, labels: Tensor | None, cu_seqlens: Tensor | None, logits_at: Tensor | None
+    ) -> Tensor:
+        """This stage's layers and, on the last one, what forward() returns; labels of this context-parallel rank."""
+        behind, narrowed = functools.partial(self._logits, logits_at=logits_at), contextlib.nullcontext()
+        if labels is not None:
+            places, targets, count = labelled_positions(labels)
+            if self._last_layer is not None:
+                narrowed = self._last_layer.at(places)
+            behind = functools.partial(self._loss, places=places, targets=targets, count=count)
+        with narrowed:
+            return self.language_model(
+                input_ids=None,
+                position_ids=None,
+                attention_mask=None,  # causal; padding stands at the end, where no real token looks
+                decoder_input=decoder_input,
+                packed_seq_params=None if cu_seqlens is None else self._packed_seq_params(cu_seqlens),
+                output_processor=behind,
+            )
 
     def _packed_seq_params(self, cu_seqlens: Tensor) -> PackedSeqParams:
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
@@ -594,42 +610,52 @@ class LlavaModel(MegatronModule):
             mine = packed_zigzag_positions(cu_seqlens, rank, size)
         return states.index_select(1, mine)
 
-    def _loss_or_logits(
+    def _whole(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [S / TP or S, B, H] -> [S, B, H]."""
+        if not self.config.sequence_parallel:
+            return hidden_states
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+        )
+
+    def _logits(
         self,
         hidden_states: Tensor,
         output_layer: torch.nn.Module,
         output_weight: Tensor | None,
-        labels: Tensor | None,
         logits_at: Tensor | None = None,
         **_: object,
     ) -> Tensor:
-        """hidden_states [S, B, H] -> [2] (sum of losses, number of labels) with labels [B, S], else logits [B, S, V].
+        """hidden_states [S, B, H] -> logits [B, S, V]; with logits_at [B] those [B, V] of one position of each row."""
+        hidden_states = self._whole(hidden_states).transpose(0, 1)  # [B, S, H]
+        if logits_at is not None:
+            hidden_states = hidden_states[torch.arange(len(logits_at), device=logits_at.device), logits_at]
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
+        return logits[..., : self.geometry.language.vocabulary]
 
-        With logits_at [B] the logits [B, V] of one position of each row.
+    def _loss(
+        self,
+        hidden_states: Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: Tensor | None,
+        places: Tensor,
+        targets: Tensor,
+        count: int,
+        **_: object,
+    ) -> Tensor:
+        """hidden_states [S, B, H], or where the last layer is narrowed [L, 1, H] -> [2], the sum of losses and `count`.
 
         Only labelled positions meet the head: with 576 image tokens and 40 of text it would otherwise work 15 times
         as much, and hold [B, S, V] logits.
+
+        Args:
+            places, targets, count: as labelled_positions() returns them.
         """
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        hidden_states = hidden_states.transpose(0, 1)  # [B, S, H]
-        if labels is None:
-            if logits_at is not None:
-                hidden_states = hidden_states[torch.arange(len(logits_at), device=logits_at.device), logits_at]
-            logits, _ = output_layer(hidden_states, weight=output_weight)
-            logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
-            return logits[..., : self.geometry.language.vocabulary]
-        trained = labels != IGNORE_LABEL
-        count = trained.sum()
-        if count == 0:
-            # Every rank's backward must run, so one position takes part with weight 0.
-            trained = torch.zeros_like(trained)
-            trained[0, 0] = True
+        if self._last_layer is None:
+            hidden_states = chosen(self._whole(hidden_states), places)
         weight = output_layer.weight if output_weight is None else output_weight
-        targets = labels[trained].clamp(min=0)
         losses = head_losses(
-            hidden_states[trained], weight, targets, self.geometry.language.vocabulary, self.pg_collection.tp
+            hidden_states[:, 0], weight, targets, self.geometry.language.vocabulary, self.pg_collection.tp
         )
-        return torch.stack([losses.sum() * (count > 0), count.to(losses.dtype)])
+        return sum_and_number(losses, count)

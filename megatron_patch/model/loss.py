@@ -35,6 +35,11 @@ def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int
     return _HeadLosses.apply(hidden, weight, targets, vocabulary, group)
 
 
+def sum_and_number(losses: Tensor, count: int) -> Tensor:
+    """losses [L] of `count` labelled positions -> [2]; without one, that of the position which stands in weighs 0."""
+    return torch.stack([losses.sum() * (count > 0), losses.new_full((), count)])
+
+
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, group: ProcessGroup) -> Tensor:

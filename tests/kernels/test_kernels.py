@@ -170,6 +170,34 @@ def test_attention(
     check(formula, list(parts), gradient, [found, *of_parts])
 
 
+@DTYPES
+@pytest.mark.parametrize("turned", [True, False], ids=["turned", "as they are"])
+def test_records_of_a_packed_row_are_as_if_each_were_alone(turned: bool, dtype: torch.dtype) -> None:
+    """To the last bit, a long record before a short one among them; positions begin anew in each."""
+    lengths = [3, 40, 1, 17]
+    row = kernels.packed_row(torch.tensor([0, 3, 43, 44, 61]))
+    assert (row.longest, row.tokens) == (40, 61)
+    mixed, gradient = states(61, 1, 2, 5, 20, dtype=dtype), states(61, 1, 2, 3, 20, dtype=dtype)
+    rotation = tables(40, 10, dtype) if turned else None
+    found, logarithms = kernels.attention(*query_key_value(mixed), 0.3, True, rotation, row)
+    of_mixed = torch.full_like(mixed, float("nan"))
+    asked = 0.3, True, rotation, logarithms, gradient, query_key_value(of_mixed), row
+    kernels.attention_backward(*query_key_value(mixed), *asked)
+    records = (state.split(lengths) for state in (mixed, gradient, found, of_mixed))
+    for own, of_own, found_there, of_own_there in zip(*records, strict=True):
+        alone = None if rotation is None else tuple(table[: len(own)].contiguous() for table in rotation)
+        expected, sums = kernels.attention(*query_key_value(own), 0.3, True, alone)
+        of_expected = torch.full_like(own, float("nan"))
+        kernels.attention_backward(*query_key_value(own), 0.3, True, alone, sums, of_own, query_key_value(of_expected))
+        assert torch.equal(found_there, expected) and torch.equal(of_own_there, of_expected)
+
+
+def test_a_packed_row_of_other_bounds_is_no_row() -> None:
+    parts = query_key_value(states(11, 1, 1, 3, 8, dtype=torch.float32))
+    with pytest.raises(AssertionError, match="bounds of 12"):
+        kernels.attention(*parts, 1.0, True, None, kernels.packed_row(torch.tensor([0, 12])))
+
+
 def test_attention_of_scores_far_apart_stays_finite() -> None:
     query = torch.full((9, 1, 1, 1, 16), 50.0)
     key = torch.linspace(-60, 60, 9)[:, None, None, None].expand(9, 1, 1, 16).contiguous()

@@ -7,8 +7,9 @@ CASES.json: {"tensor": TP, "pipeline": PP, "context": CP, "sequence_parallel": b
              "cases": [{"checkpoint": CKPT, "batch": FILE.pt, "result": FILE.pt, "adapters": FILE.pt or absent}]}
 A batch holds tokens, labels, pixels and, of a model for images of any resolution, plans, and the same records packed
 into one row with cu_seqlens.  A result holds logits [B, S, V], loss, and of the named weights on this stage the
-gradients [TP, ...] of the mean loss, those of all tensor-parallel ranks behind each other; all of it once more of the
-packed row, under names that begin with `packed_`.
+gradients [TP, ...] of the mean loss, those of all tensor-parallel ranks behind each other, and the rows that the last
+layer's MLP was given, of all context-parallel ranks; all of it once more of the packed row, under names that begin with
+`packed_`.
 adapters holds the whole matrices of the checkpoint's lora.json by their names; their gradients are in the result too.
 """
 
@@ -150,13 +151,21 @@ def everything(model: LlavaModel, names, tokens, labels, pixels, cu_seqlens, pla
         bounds = [0, tokens.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
         result["logits"] = whole_sequence(logits, bounds)
     model.zero_grad()
+    rows = torch.zeros(1)
+
+    def note(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        rows.fill_(inputs[0].shape[:2].numel())
+
+    watching = model.language_model.decoder.layers[-1].mlp.register_forward_pre_hook(note)
     output, received = through_stages(model, tokens, labels, pixels, cu_seqlens, plans)
+    watching.remove()
+    torch.distributed.all_reduce(rows, group=mpu.get_context_parallel_group())
     total = output.detach().clone() if mpu.is_pipeline_last_stage() else torch.zeros(2)
     torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
     count = float((labels != -100).sum())
     if mpu.is_pipeline_last_stage():
         assert total[1] == count, (total, count)
-        result["loss"] = total[0] / total[1]
+        result["loss"], result["rows"] = total[0] / total[1], rows
     backward(output, received, count)
     return result | gradients(model, names)
 

@@ -140,7 +140,7 @@ def whole(parts: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def compare(result: dict[str, torch.Tensor], case: dict, whose: str) -> None:
     expected = case["expected"]
     logits = expected["logits"][case["batch"]["tokens"] != 0]
-    assert result.keys() == {f"{kind}{name}" for kind in ("", "packed_") for name in expected}
+    assert result.keys() == {f"{kind}{name}" for kind in ("", "packed_") for name in (*expected, "rows")}
     for kind, tokens in (("", case["batch"]["tokens"]), ("packed_", case["packed"]["tokens"])):
         difference = (result[f"{kind}logits"][tokens != 0] - logits).abs().max().item()
         assert difference <= 1e-4, f"{whose}: {kind}logits differ by {difference:.2e}"

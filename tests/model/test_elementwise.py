@@ -135,7 +135,8 @@ model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduc
 tokens = torch.arange(8)[None]
 starts = torch.tensor([0, 3, 8], dtype=torch.int32)
 packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=5, max_seqlen_kv=5)
-hidden = (model(tokens, tokens, None) + model(tokens, tokens, None, packed_seq_params=packed)).float()
+masked = model(tokens, tokens, torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1))  # turned apart from attention
+hidden = (model(tokens, tokens, None) + masked + model(tokens, tokens, None, packed_seq_params=packed)).float()
 # Logits, taken for hidden states of a head.
 head_losses(hidden[0], torch.randn(40, 32), tokens[0], 40, mpu.get_tensor_model_parallel_group()).sum().backward()
 print(*sorted(done))

@@ -235,14 +235,17 @@ def compare(result: dict[str, torch.Tensor], case: dict, plan: dict, whose: str)
     ):  # first and last stage have their shares of one weight
         for kind in ("", "packed_"):
             result[f"{kind}{EMBEDDING}"] += result.pop(f"{kind}language_model.output_layer.weight")
-    wanted = {"logits", "loss"} | {name for name in WEIGHTS if name.replace(".0.", ".") in rows}
+    wanted = {"logits", "loss", "rows"} | {name for name in WEIGHTS if name.replace(".0.", ".") in rows}
     assert result.keys() == {f"{kind}{name}" for kind in ("", "packed_") for name in wanted}
     for kind, tokens in (("", case["batch"]["tokens"]), ("packed_", case["packed"]["tokens"])):
         difference = (result[f"{kind}logits"][tokens != 0] - logits).abs().max().item()
         assert difference <= 1e-4, f"{whose}: {kind}logits differ by {difference:.2e}"
         loss = result[f"{kind}loss"].item()
         assert abs(loss / expected["loss"].item() - 1) <= 1e-5, f"{whose}: {kind}loss {loss}, {expected['loss']}"
-        for name in wanted - {"logits", "loss"}:
+        # behind the last layer's attention labelled positions alone, but for ranks that hold a part of each record
+        whole, labelled = tokens.numel() // plan["tensor"], int((case["batch"]["labels"] != -100).sum())
+        assert result[f"{kind}rows"].item() == (whole if plan["sequence_parallel"] else labelled)
+        for name in wanted - {"logits", "loss", "rows"}:
             row = rows[name.replace(".0.", ".")]
             hub = [expected[part.name.format(layer=0)] for part in row.parts]
             right = gradient_parts(row, hub, plan["tensor"])

@@ -18,6 +18,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch.kernels import packed_row
 from megatron_patch.model import self_attention
 from megatron_patch.model.layer_specs import transformer_layer
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -43,6 +44,11 @@ def layer(mask="causal", **changes):
 
 def angles(length, width=8):
     return torch.rand(length, 1, 1, width // 2).mul(6).repeat(1, 1, 1, 2)
+
+def packed(longest=18):
+    starts = torch.tensor([0, 4, 4 + longest], dtype=torch.int32)
+    group = mpu.get_context_parallel_group()
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, cp_group=group)
 
 def both(layer, x, mask=None, **asked):
     \"\"\"Whether the kernel did it; outputs and gradients here and by Megatron's own forward pass.\"\"\"
@@ -70,6 +76,11 @@ for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
         for one, other in zip(ours, megatrons, strict=True):
             scale = other.abs().max().item()
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
+    x = torch.randn(22, 1, 48).to(dtype).requires_grad_()
+    count, (ours, megatrons) = both(layer().to(dtype), x, rotary_pos_emb=angles(18), packed_seq_params=packed())
+    assert count == 1
+    for one, other in zip(ours, megatrons, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * other.abs().max().item())
 print("same")
 """
 CHOSEN = """
@@ -100,25 +111,27 @@ x = torch.randn(22, 1, 48, requires_grad=True)
 for name in ("apply_rope_fusion", "mrope_section", "attention_output_gate", "fine_grained_activation_offloading"):
     of_others = layer()
     setattr(of_others.config, name, True)
-    print(name, int(of_others._in_few_passes(x, angles(22))))
+    print(name, int(of_others._in_few_passes(x, angles(22), None)))
 of_yarn = layer()
 of_yarn._yarn_concentration_factor = 1.2
-print("longer_than_trained", int(of_yarn._in_few_passes(x, angles(22))))
-starts = torch.tensor([0, 4, 22], dtype=torch.int32)
-packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
-print("packed", both(layer(), x, rotary_pos_emb=angles(22), packed_seq_params=packed)[0])
+print("longer_than_trained", int(of_yarn._in_few_passes(x, angles(22), None)))
+print("packed", both(layer(), x, rotary_pos_emb=angles(18), packed_seq_params=packed())[0])
+of_all = torch.randn(1029, 1, 48, requires_grad=True)
+print("packed_longer", both(layer(), of_all, rotary_pos_emb=angles(1025), packed_seq_params=packed(1025))[0])
 ranks = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
 of_two = layer()
 of_two.core_attention.context_group = ranks
-print("context_ranks", int(of_two._in_few_passes(x, angles(22))))
+print("context_ranks", int(of_two._in_few_passes(x, angles(22), None)))
 answering = layer()
 answering.core_attention.cache = object()
-print("cached", int(answering._in_few_passes(x, angles(22))))
+print("cached", int(answering._in_few_passes(x, angles(22), None)))
+seeing_all = layer("no_mask")
+print("packed_not_causal", int(seeing_all._in_few_passes(x, angles(18), packed_row(packed().cu_seqlens_q))))
 shared = layer()
 shared.world_size = 4
-print("groups_of_several_ranks", int(shared._in_few_passes(x, angles(22))))
+print("groups_of_several_ranks", int(shared._in_few_passes(x, angles(22), None)))
 """
-IN_FEW_PASSES = {"plain", "longest", "no_dropout_now"}
+IN_FEW_PASSES = {"plain", "longest", "no_dropout_now", "packed"}
 needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 
 
@@ -131,7 +144,7 @@ def test_values_and_gradients_are_those_of_megatrons_own_steps() -> None:
 def test_what_the_kernel_does_not_do_is_megatrons() -> None:
     lines = [line.split() for line in in_warm_process(LAYERS + CHOSEN).splitlines()]
     assert {name for name, count, *_ in lines if count == "1"} == IN_FEW_PASSES
-    assert len(lines) == 22 and all(same == "True" for _, _, same in lines[:13])
+    assert len(lines) == 24 and all(same == "True" for _, _, same in lines[:13])
 
 
 def test_without_a_compiler_it_is_megatrons() -> None:
