@@ -13,37 +13,55 @@ namespace {
 typedef float Lane __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr Index LANE = 16;
 constexpr Index TILE = 6;  // rows whose sums stay in registers: 12 of AVX2's 16
+#ifdef __AVX512F__
+constexpr int BESIDE = 2;  // registers of a row: 12 of 32, so that no sum waits for its own last addition
+#else
+constexpr int BESIDE = 1;
+#endif
 
 inline Index whole_lanes(Index width) { return (width + LANE - 1) / LANE * LANE; }
 
-// c [ROWS, 16] += a b, with a(i, k) = a[i * by_row + k * by_depth] and b [depth, 16] in rows of `b_width`.
-template <int ROWS>
+// c [ROWS, 16 LANES] += a b, with a(i, k) = a[i * by_row + k * by_depth] and b [depth, 16 LANES] in rows of `b_width`.
+template <int ROWS, int LANES>
 inline void add_tile(Index depth, const float *a, Index by_row, Index by_depth, const float *b, Index b_width, float *c,
                      Index c_width) {
-    Lane sums[ROWS];
-    for (int row = 0; row < ROWS; ++row) sums[row] = *reinterpret_cast<const Lane *>(c + row * c_width);
+    Lane sums[ROWS][LANES];
+    for (int row = 0; row < ROWS; ++row)
+        for (int lane = 0; lane < LANES; ++lane)
+            sums[row][lane] = *reinterpret_cast<const Lane *>(c + row * c_width + lane * LANE);
     for (Index k = 0; k < depth; ++k) {
-        const Lane of_b = *reinterpret_cast<const Lane *>(b + k * b_width);
-        for (int row = 0; row < ROWS; ++row) sums[row] += a[row * by_row + k * by_depth] * of_b;
+        Lane of_b[LANES];
+        for (int lane = 0; lane < LANES; ++lane)
+            of_b[lane] = *reinterpret_cast<const Lane *>(b + k * b_width + lane * LANE);
+        for (int row = 0; row < ROWS; ++row)
+            for (int lane = 0; lane < LANES; ++lane) sums[row][lane] += a[row * by_row + k * by_depth] * of_b[lane];
     }
-    for (int row = 0; row < ROWS; ++row) *reinterpret_cast<Lane *>(c + row * c_width) = sums[row];
+    for (int row = 0; row < ROWS; ++row)
+        for (int lane = 0; lane < LANES; ++lane)
+            *reinterpret_cast<Lane *>(c + row * c_width + lane * LANE) = sums[row][lane];
+}
+
+template <int LANES>
+inline void add_columns(Index rows, Index depth, const float *a, Index by_row, Index by_depth, const float *b,
+                        Index b_width, float *c, Index c_width) {
+    switch (rows) {
+        case 6: add_tile<6, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width); break;
+        case 5: add_tile<5, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width); break;
+        case 4: add_tile<4, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width); break;
+        case 3: add_tile<3, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width); break;
+        case 2: add_tile<2, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width); break;
+        default: add_tile<1, LANES>(depth, a, by_row, by_depth, b, b_width, c, c_width);
+    }
 }
 
 // c [rows, columns] += a b for up to TILE rows; columns are whole lanes.
 inline void add_product(Index rows, Index columns, Index depth, const float *a, Index by_row, Index by_depth,
                         const float *b, Index b_width, float *c, Index c_width) {
-    for (Index column = 0; column < columns; column += LANE) {
-        const float *of_b = b + column;
-        float *of_c = c + column;
-        switch (rows) {
-            case 6: add_tile<6>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
-            case 5: add_tile<5>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
-            case 4: add_tile<4>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
-            case 3: add_tile<3>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
-            case 2: add_tile<2>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width); break;
-            default: add_tile<1>(depth, a, by_row, by_depth, of_b, b_width, of_c, c_width);
-        }
-    }
+    Index column = 0;
+    for (; column + BESIDE * LANE <= columns; column += BESIDE * LANE)
+        add_columns<BESIDE>(rows, depth, a, by_row, by_depth, b + column, b_width, c + column, c_width);
+    for (; column < columns; column += LANE)
+        add_columns<1>(rows, depth, a, by_row, by_depth, b + column, b_width, c + column, c_width);
 }
 
 // The states of one record and head: S places, `stride` elements apart.
