@@ -30,6 +30,7 @@ LOSS, OF_LOSS = "megatron_patch/model/loss.py", "tests/model/test_loss.py"
 OF_LAST_LAYER = "tests/model/test_last_layer.py"
 OF_ZEROS = "tests/patches/test_gradients_without_zeros.py"
 OF_CPU_ATTENTION = "tests/model/test_attention.py::test_torchs_attention_is_for_longer_records"
+OF_PACKED_ATTENTION = "tests/model/test_attention.py::test_packed_records_are_attended_each_by_itself"
 OF_LINEAR = "tests/model/test_linear.py"
 OF_KERNELS = "tests/kernels/test_kernels.py"
 OF_SELF_ATTENTION = "tests/model/test_self_attention.py"
@@ -487,8 +488,8 @@ MODEL = [
         ("the compiled attention is never used", "length <= LONGEST_COMPILED and", "False and"),
         (
             "the compiled attention lets all see all",
-            "kernels.attention(query, key, value, scale, causal)",
-            "kernels.attention(query, key, value, scale, False)",
+            "kernels.attention(query, key, value, scale, causal, None",
+            "kernels.attention(query, key, value, scale, False, None",
         ),
         ("the compiled gradient lets all see all", "ctx.scale, ctx.causal, None, log", "ctx.scale, False, None, log"),
     ),
@@ -510,6 +511,44 @@ MODEL = [
     ),
     *of(
         ATTENTION,
+        OF_PACKED_ATTENTION,
+        ("packed records are not the kernel's", "if query.is_cpu and self.attends_whole_records():", "if False:"),
+    ),
+    *of(
+        ATTENTION,
+        CP2,
+        (
+            "the kernel attends a rank's part of each record",
+            "query.is_cpu and self.attends_whole_records()",
+            "query.is_cpu",
+        ),
+    ),
+    *of(
+        "megatron_patch/model/cpu_attention.py",
+        OF_PACKED_ATTENTION,
+        (
+            "packed records of any length are the kernel's",
+            "if not takes_compiled(packed.longest, query.dtype):",
+            "if False:",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/attention.cpp",
+        f"{OF_KERNELS}::test_records_of_a_packed_row_are_as_if_each_were_alone",
+        ("every record is the first of its row", "first(shape.bounds ? before : 0)", "first(0)"),
+        (
+            "sums of two records lie in one place",
+            "before(shape.bounds ? shape.bounds[number] :",
+            "before(shape.bounds ? 0 :",
+        ),
+    ),
+    *of(
+        "megatron_patch/kernels/__init__.py",
+        f"{OF_KERNELS}::test_a_packed_row_of_other_bounds_is_no_row",
+        ("bounds of another row are read", "assert query.shape[:2] == (packed.tokens, 1)", "assert True"),
+    ),
+    *of(
+        ATTENTION,
         OF_SELF_ATTENTION,
         ("a tower's tokens see the past alone", "return self.attn_mask_type == AttnMaskType.causal", "return True"),
         ("what other ranks hold is left out", "self.context_group is None and self.cache", "self.cache"),
@@ -519,9 +558,12 @@ MODEL = [
     *of(
         "megatron_patch/model/self_attention.py",
         OF_SELF_ATTENTION,
-        ("a mask is left out", "plain = attention_mask is None and all(", "plain = all("),
-        ("packed records are one", "and all(value is None for value in asked.values())", ""),
-        ("the compiled kernel attends any length and dtype", "and takes_compiled(length, hidden_states.dtype)", ""),
+        ("a mask is left out", "hidden_states.is_cpu and attention_mask is None and", "hidden_states.is_cpu and"),
+        ("what else is asked is left out", "and all(value is None for value in asked.values())", ""),
+        ("packed records are one", "if plain and packed_seq_params is not None else None", "if False else None"),
+        ("the row is taken for its longest record", "length = packed.longest", "pass"),
+        ("packed tokens see what follows", "and (packed is None or self.core_attention.is_causal)", ""),
+        ("the compiled kernel attends any length and dtype", "takes_compiled(length, hidden_states.dtype)", "True"),
         ("what the attention itself does is not asked", "and self.core_attention.attends_whole_records()", ""),
         ("angles are not looked at", "and (angles is None or self._turns_halves(angles, length))", ""),
         ("a rank takes all of its group", "and config.num_query_groups >= self.world_size", ""),

@@ -94,3 +94,50 @@ for length in (3, longest, longest + 1):
 """
     lengths = ["3", str(longest), str(longest + 1)]
     assert in_warm_process(program, longest, **environment).split() == lengths
+
+
+@pytest.mark.parametrize(
+    ("environment", "calls"),
+    [
+        pytest.param({}, ["1", "1", "0"], marks=pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")),
+        (WITHOUT_COMPILER, ["0", "0", "0"]),
+    ],
+    ids=["compiled", "torch"],
+)
+def test_packed_records_are_attended_each_by_itself(environment: dict[str, str], calls: list[str]) -> None:
+    """Values and gradients are those of each record alone; by one call of the kernel where it takes the longest."""
+    program = """
+from types import SimpleNamespace
+from megatron_patch import device
+device.install()
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_patch import kernels
+from megatron_patch.model.attention import ScaledDotProductAttention
+config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+attention = ScaledDotProductAttention(
+    config, 1, AttnMaskType.causal, "self", 0.0, pg_collection=SimpleNamespace(tp=None, cp=None)
+)
+kernel, called = kernels.attention, []
+def watched(*given):
+    found = kernel(*given)
+    called.extend([1] if given[-1] is not None and found is not None else [])
+    return found
+kernels.attention = watched
+for lengths in ([7, 30, 2], [1024, 9], [1025, 9]):
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    states = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(sum(lengths), 32)
+    called.clear()
+    found = attention(*states, None, packed_seq_params=packed)
+    print(len(called))
+    records = zip(*(state.split(lengths) for state in states))
+    expected = torch.cat([attention(*(part[:, None] for part in record), None)[:, 0] for record in records])
+    ours, theirs = ([made, *torch.autograd.grad(made, states, weights)] for made in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+"""
+    assert in_warm_process(program, **environment).split() == calls
