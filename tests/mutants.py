@@ -466,12 +466,12 @@ MODEL = [
     *of(
         ATTENTION,
         ONE_PROCESS,
-        ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
         ("scores are scaled otherwise on a CPU", "return width**-0.5 if", "return 0.2 if"),
     ),
     *of(
         ATTENTION,
         OF_CPU_ATTENTION,
+        ("tokens see what follows them", "value, is_causal=True)", "value, is_causal=False)"),
         ("scores are scaled otherwise", "scale=self.softmax_scale,", "scale=0.2,"),
         ("a scale that was asked for is left out", "is None else self.softmax_scale", "is None else 0.2"),
     ),
@@ -1820,7 +1820,7 @@ PATCHES = [
     ),
     *of(
         ATTENTION,
-        "tests/training/test_parallelism.py::test_padding_is_left_out_without_a_trace",
+        OF_PACKED_ATTENTION,
         (
             "short records see their neighbours",
             "torch.arange(length) * records + record",
