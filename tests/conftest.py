@@ -1,6 +1,7 @@
 """For all tests: no GPU is seen; what takes long begins first; how many programs were started warm, why others not."""
 
 import os
+import signal
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,9 @@ from tests.warm import interpreter
 
 # The tests are the CPU's: on a machine with GPUs their gloo processes would get CUDA tensors.  Set before torch looks.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell's background job ignores Ctrl-C, and so would every program that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 STARTS = "starts"
