@@ -11,6 +11,18 @@ from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_COMPILER = {"CXX": "none"}  # torch's operators in place of the compiled kernels
+# How a program begins that builds Megatron's layers: patched, on the CPU, as the only rank.
+ONLY_RANK = """
+from megatron_patch import device
+device.install()
+import torch
+from megatron_patch import patches
+patches.apply_all("cpu")
+from megatron.core import mpu, tensor_parallel
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+"""
 WITH_AND_WITHOUT_COMPILER = pytest.mark.parametrize("environment", [{}, WITHOUT_COMPILER], ids=["compiled", "torch"])
 
 

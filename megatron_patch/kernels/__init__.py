@@ -179,16 +179,10 @@ def attention(
     query, key, value = _with_whole_heads(query, key, value)
     found = torch.empty(query.shape, dtype=query.dtype)
     logarithms = (
-        torch.empty(*query.shape[1:4], query.shape[0]) if packed is None else torch.empty(query[..., 0].numel())
+        torch.empty(*query.shape[1:4], query.shape[0]) if packed is None else torch.empty(found[..., 0].numel())
     )
-    kernel(
-        *_shape(query, packed),
-        causal,
-        *_inputs(query, key, value, rotation),
-        scale,
-        *_groups(found),
-        logarithms.data_ptr(),
-    )
+    shape = _shape(query, packed)
+    kernel(*shape, causal, *_inputs(query, key, value, rotation), scale, *_groups(found), logarithms.data_ptr())
     return found, logarithms
 
 

@@ -1,22 +1,15 @@
 """The last layer at labelled positions: the same states there, and the same gradients of everything."""
 
-from tests.programs import in_warm_process
+from tests.programs import ONLY_RANK, in_warm_process
 
-LAYERS = """
-from megatron_patch import device
-device.install()
-import torch
-from megatron_patch import patches
-patches.apply_all("cpu")
-from megatron.core import mpu, tensor_parallel
+LAYERS = (
+    ONLY_RANK
+    + """
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_patch.model.last_layer import LastLayer, chosen
 from megatron_patch.model.layer_specs import decoder_block
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-mpu.initialize_model_parallel()
-tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 def layers(**changes):
     common = dict(num_layers=2, hidden_size=48, num_attention_heads=6, hidden_dropout=0.0, attention_dropout=0.0)
@@ -64,6 +57,7 @@ starts = torch.tensor([0, 9, 26], dtype=torch.int32)
 packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
 same("packed", *both(26, 1, places, packed))
 """
+)
 
 POSITIONS = """
 from megatron_patch import device

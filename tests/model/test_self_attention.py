@@ -3,16 +3,12 @@
 import pytest
 
 from megatron_patch.cpp_compiler import cpp_compiler
-from tests.programs import WITHOUT_COMPILER, in_warm_process
+from tests.programs import ONLY_RANK, WITHOUT_COMPILER, in_warm_process
 
-LAYERS = """
+LAYERS = (
+    ONLY_RANK
+    + """
 from types import SimpleNamespace
-from megatron_patch import device
-device.install()
-import torch
-from megatron_patch import patches
-patches.apply_all("cpu")
-from megatron.core import mpu, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,9 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_patch.kernels import packed_row
 from megatron_patch.model import self_attention
 from megatron_patch.model.layer_specs import transformer_layer
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-mpu.initialize_model_parallel()
-tensor_parallel.model_parallel_cuda_manual_seed(1)
 torch.manual_seed(0)
 
 in_one = self_attention.attention_of_mixed
@@ -64,23 +57,22 @@ def both(layer, x, mask=None, **asked):
     return len(taken), results
 
 """
+)
 SAME = """
+def compare(dtype, tolerance, attention, *shape, **asked):
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    count, (ours, megatrons) = both(attention.to(dtype), x, **asked)
+    assert count == 1 and ours[0].dtype == dtype
+    for one, other in zip(ours, megatrons, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * other.abs().max().item())
+
 for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
     for mask, changes, turned in (
         ("causal", {}, True), ("no_mask", dict(num_query_groups=6), False), ("causal", dict(softmax_scale=0.7), True)
     ):
-        attention = layer(mask, **changes).to(dtype)
-        x = torch.randn(11, 3, 48).to(dtype).requires_grad_()
-        count, (ours, megatrons) = both(attention, x, rotary_pos_emb=angles(11) if turned else None)
-        assert count == 1 and ours[0].dtype == dtype
-        for one, other in zip(ours, megatrons, strict=True):
-            scale = other.abs().max().item()
-            torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
-    x = torch.randn(22, 1, 48).to(dtype).requires_grad_()
-    count, (ours, megatrons) = both(layer().to(dtype), x, rotary_pos_emb=angles(18), packed_seq_params=packed())
-    assert count == 1
-    for one, other in zip(ours, megatrons, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * other.abs().max().item())
+        turning = angles(11) if turned else None
+        compare(dtype, tolerance, layer(mask, **changes), 11, 3, 48, rotary_pos_emb=turning)
+    compare(dtype, tolerance, layer(), 22, 1, 48, rotary_pos_emb=angles(18), packed_seq_params=packed())
 print("same")
 """
 CHOSEN = """
