@@ -322,6 +322,22 @@ def content(descriptor: int, record: ArchiveEntry) -> bytes:
     return os.pread(descriptor, record.nbytes, record.position)
 
 
+def fill(tensor: torch.Tensor, descriptor: int, position: int) -> None:
+    """Overwrite a contiguous tensor in a CPU's memory with the bytes of a file from `position` on.
+
+    Raises:
+        OSError: the file ends before the tensor does.
+    """
+    if tensor.numel() == 0:  # Python makes no bytes of nothing
+        return
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while view:
+        count = os.preadv(descriptor, [view], position)
+        if count == 0:
+            raise OSError(f"file ended {len(view)} bytes early")
+        view, position = view[count:], position + count
+
+
 class _StateDict(dict):
     """A state dict, which may carry attributes (`_metadata`)."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint_files import STRANGE, PlacedTensor, TensorArchive
+from megatron_patch.checkpoint_files import STRANGE, PlacedTensor, TensorArchive, fill
 from megatron_patch.conversion.output import ahead, start_writing_back
 from megatron_patch.conversion.table import HubTensor
 from megatron_patch.conversion.transforms import Shape
@@ -50,14 +50,7 @@ def pread_into(descriptor: int, offset: int, shape: Sequence[int], dtype: torch.
         OSError: the file ends before the tensor does.
     """
     tensor = torch.empty(tuple(shape), dtype=dtype)
-    if tensor.numel() == 0:
-        return tensor
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise OSError(f"file ended {len(view)} bytes early")
-        view, offset = view[count:], offset + count
+    fill(tensor, descriptor, offset)
     return tensor
 
 

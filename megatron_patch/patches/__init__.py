@@ -9,12 +9,14 @@ cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 embedding_gradient.py           an embedding's gradient is that of its tokens' rows
 exchanged_in_place.py           gloo exchanges gradients and weights without copies
+forked_writer.py                the process that writes asynchronous saves imports nothing anew
 fused_adamw.py                  torch's AdamW in one pass over memory
 gradient_norm.py                the norm of large gradients, exact on a CPU
 gradients_in_parts.py           gradients in 16 bits are added to the buffer without a whole copy in 32
 gradients_without_zeros.py      the first gradient of a step is written, not added to zeros
 hooks_without_gradients.py      parameters say whether a gradient may go to the buffer past torch
 interleaved_loader_state.py     the loader's state of an interleaved pipeline
+loaded_in_place.py              a load on a CPU reads tensors to where they belong
 missing_extra_states.py         a checkpoint of the local layers loads into those of Transformer Engine
 own_optimizer_state.py          each rank saves and loads its own part of the distributed optimizer's state
 parameter_group_keys.py         a resume with another learning rate

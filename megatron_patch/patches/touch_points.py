@@ -79,6 +79,18 @@ ONE_PASS = Layer(
     "the step of benchmark_training.py's 135M shape in bf16 takes as long without it",
     backend="cpu",
 )
+FORKED_WRITER = Layer(
+    "patches.forked_writer",
+    "the process that writes asynchronous saves takes seconds to import everything again while the trainer starts",
+    "a run with ASYNC_SAVE=true reaches its first iteration as fast without it",
+    backend="cpu",
+)
+LOADED_IN_PLACE = Layer(
+    "patches.loaded_in_place",
+    "a load reads every tensor into memory of its own, copies it, and joins the halves of gated MLPs in a third",
+    "test_tensors_are_loaded_without_copies passes without it",
+    backend="cpu",
+)
 GROUP_KEYS = Layer(
     "patches.parameter_group_keys",
     "saved parameter groups are found by their learning rates, so no run resumes with another one",
@@ -198,6 +210,16 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller._get_process",
+        (FORKED_WRITER,),
+    ),
+    TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.async_loop",
+        (FORKED_WRITER,),
+    ),
+    TouchPoint(
         "megatron.core.tensor_parallel.layers",
         "VocabParallelEmbedding.forward",
         (
@@ -233,6 +255,8 @@ TOUCH_POINTS = (
             ),
         ),
     ),
+    TouchPoint("megatron.core.dist_checkpointing.strategies.torch", "_get_filesystem_reader", (LOADED_IN_PLACE,)),
+    TouchPoint("megatron.core.transformer.mlp", "cat_with_oom_fallback", (LOADED_IN_PLACE,)),
     TouchPoint(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "get_write_results_queue",
