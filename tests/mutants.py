@@ -88,6 +88,8 @@ OF_RUN, OF_SERVER = f"{OF_INFERENCE}/test_run.py", f"{OF_INFERENCE}/test_server.
 OF_REQUESTS = f"{OF_INFERENCE}/test_prompt.py"
 CACHED_KEYS = f"{OF_INFERENCE}/test_megatron_engine.py::test_one_process"
 OF_PATCHES = "tests/patches/test_patches.py"
+OF_ASYNC_SAVES = "tests/patches/test_async_saves.py"
+OF_LOADS = "tests/patches/test_loaded_in_place.py"
 OF_ENGINE = "tests/transformer_engine/test_training.py"
 OF_IMAGE = "tests/data/test_image.py"
 OF_METRICS, OF_READERS = "tests/evaluation/test_metrics.py", "tests/evaluation/test_benchmarks.py"
@@ -2802,13 +2804,88 @@ LAUNCHERS = [
     ),
     *of(
         "megatron_patch/patches/async_save_copies.py",
-        f"{OF_PATCHES}::test_the_writer_of_an_asynchronous_save_gets_copies",
-        ("a checkpoint of nothing cannot be mapped", "self._file.write(bytes(1))", "pass"),
-        ("the trainer's tensors are sent as well", "(rank, None, queue)", "(rank, buckets, queue)"),
-        ("the last bytes stay behind", "self._file.flush()", "pass"),
-        ("one thread makes all copies", "parts[int(begun / share)]", "parts[0]"),
-        ("copies lie over each other", "self._file.seek(begin)", "self._file.seek(0)"),
-        ("a copy begins where the former one ends", "/ ALIGNMENT) * ALIGNMENT", "/ 1) * 1"),
+        f"{OF_ASYNC_SAVES}::test_the_writer_of_an_asynchronous_save_gets_copies",
+        ("one thread makes all copies", "threads = ThreadPoolExecutor(count)", "threads = ThreadPoolExecutor(1)"),
+        ("all copies are one part", "parts[int(begun / share)]", "parts[0]"),
+        ("copies are made after the planning", "[_Copies(own_tensors(state))]", "[_Copies([])]"),
+        ("synchronous saves copy", "if PersistentAsyncCaller._persistent_process is not None:", "if True:"),
+        (
+            "the trainer's tensors are sent as well",
+            "(rank, buckets, queue), preload_fn",
+            "(rank, request.async_fn_args[1], queue), preload_fn",
+        ),
+        ("a call takes too many buffers", "buffers[:BUFFERS]", "buffers"),
+        ("copies lie over each other", "[:BUFFERS], self._end)", "[:BUFFERS], ALIGNMENT)"),
+        ("a copy begins where the former one ends", "-len(as_bytes) % ALIGNMENT", "0"),
+        ("what is no run is taken for its memory", "None if tensor.is_contiguous() else tensor.stride()", "None"),
+        (
+            "what is no run is copied in the order of its memory",
+            "tensor.is_cpu and tensor.is_contiguous()",
+            "tensor.is_cpu",
+        ),
+        ("a tensor of nothing is sought in memory", "    if count == 0:", "    if False:"),
+    ),
+    *of(
+        "megatron_patch/patches/forked_writer.py",
+        f"{OF_ASYNC_SAVES}::test_the_writer_is_forked_and_ends_with_its_trainer",
+        (
+            "the writer imports everything again",
+            'get_process(rank, "fork", *priorities',
+            "get_process(rank, mp_mode, *priorities",
+        ),
+        ("the writer outlives its trainer", "        end_with_parent()", "        pass"),
+        ("the writer waits for threads that it has not", "torch.set_num_threads(1)", "pass"),
+    ),
+    *of(
+        "megatron_patch/patches/synchronous_save_queue.py",
+        f"{OF_ASYNC_SAVES}::test_the_writer_is_forked_and_ends_with_its_trainer",
+        ("the manager of results outlives its trainer", "manager.start(end_with_parent)", "manager.start()"),
+    ),
+    *of(
+        "megatron_patch/patches/ended_writer.py",
+        f"{OF_ASYNC_SAVES}::test_a_killed_writer_ends_the_run",
+        ("a killed writer is waited for", "not self.process.is_alive():", "False:"),
+        ("a writer that works is called dead", "not self.process.is_alive():", "True:"),
+        ("nobody waits for a save", "            if not blocking:", "            if True:"),
+        ("the exit waits for a killed writer", "queue.cancel_join_thread()", "pass"),
+    ),
+    *of(
+        "megatron_patch/patches/loaded_in_place.py",
+        f"{OF_LOADS}::test_tensors_are_loaded_without_copies",
+        ("torch's reader reads all", "return Reader(found.path) if", "return found if"),
+        ("every dtype is read as it is", "saved.dtype != target.dtype or", ""),
+        ("the target's memory is taken for a run", "or not target.is_contiguous():", "or False:"),
+        ("every part is read from the beginning", "saved.position + first * saved.dtype.itemsize", "saved.position"),
+        ("bytes are counted as elements", "first * saved.dtype.itemsize", "first"),
+        ("halves are joined in memory of their own", "whole = beside_each_other(parts)", "whole = None"),
+        ("of two halves in two places the first is loaded", "torch.cat(list(parts))", "parts[0]"),
+        ("what was read twice is read once", "replace(plan, items=left)", "replace(plan, items=[])"),
+    ),
+    *of(
+        "megatron_patch/patches/loaded_in_place.py",
+        f"{OF_LOADS}::test_a_box_of_elements_that_follow_each_other",
+        ("columns are taken for a run", "if inside and length != size:", "if False:"),
+        ("a single row of a matrix is no run", "inside |= length > 1", "inside = True"),
+    ),
+    *of(
+        "megatron_patch/patches/loaded_in_place.py",
+        f"{OF_LOADS}::test_tensors_beside_each_other_are_joined_without_a_copy",
+        (
+            "parts of one tensor are joined over a gap",
+            "(first.untyped_storage().data_ptr(), end):",
+            "(first.untyped_storage().data_ptr(), part.storage_offset()):",
+        ),
+        (
+            "parts of two tensors are joined",
+            "begins = part.untyped_storage().data_ptr(), ",
+            "begins = first.untyped_storage().data_ptr(), ",
+        ),
+        ("columns are joined as rows", " and part.is_contiguous()", ""),
+        (
+            "parts of other widths are joined",
+            "(part.dtype, part.shape[1:]) == (first.dtype, first.shape[1:])",
+            "part.dtype == first.dtype",
+        ),
     ),
     *of(
         "megatron_patch/patches/embedding_gradient.py",
@@ -2845,12 +2922,17 @@ LAUNCHERS = [
     *of(
         "megatron_patch/patches/synchronous_save_queue.py",
         f"{OF_PATCHES}::test_a_synchronous_save_starts_no_process",
-        ("every first save starts a process", "usual(mp_mode) if asynchronous else own", "usual(mp_mode)"),
+        (
+            "every first save starts a process",
+            'if not getattr(global_vars._GLOBAL_ARGS, "async_save", False):',
+            "if False:",
+        ),
         (
             "the writer of asynchronous saves has a queue of its own",
-            "usual(mp_mode) if asynchronous else own",
-            "own",
+            'if not getattr(global_vars._GLOBAL_ARGS, "async_save", False):',
+            "if True:",
         ),
+        ("every save starts a process", "        if not managed:", "        if True:"),
     ),
     *of(
         "megatron_patch/launch/processes.py",
@@ -3706,7 +3788,6 @@ ANY_RESOLUTION = [
         "megatron_patch/patches/own_optimizer_state.py",
         "tests/training/test_optimizer_state.py::test_each_rank_saves_its_own_and_a_run_goes_on",
         ("both halves of a gated MLP are the first", "piece.data.storage_offset() - parameter.storage_offset()", "0"),
-        ("of several parts the first is loaded", "if len(loaded) == 1 else", "if loaded else"),
         (
             "a second rank's state is a copy of the first's",
             "replica = (*whole.replica_id[:2], self.distributed_optimizer_instance_id)",

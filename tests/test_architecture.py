@@ -29,6 +29,7 @@ FREE = {
         "tile_plan",
         "device_cards",
         "memory",
+        "parent_process",
     ),
 }
 LOADING = {"data.loading", "data"}

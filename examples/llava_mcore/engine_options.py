@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from megatron_patch import device
+from megatron_patch import device, parent_process
 from megatron_patch.errors import UserError
 from megatron_patch.inference import Engine, Sampling, open_engine
 from megatron_patch.inference.ray_engines import Model
@@ -30,7 +30,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     if tensor * pipeline > 1 and "LOCAL_RANK" not in os.environ:
         _become_launcher(tensor * pipeline)
     if "LOCAL_RANK" in os.environ:
-        device.end_with_parent()
+        parent_process.end_with_parent()
     return open_engine(arguments.model, arguments.engine, arguments.dtype, arguments.template, tensor, pipeline)
 
 

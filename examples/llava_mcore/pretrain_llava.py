@@ -12,11 +12,11 @@ if __name__ == "__main__":
     graceful_stop.listen()  # before torch is imported: a signal in these seconds counts
     gc.disable()  # looking for garbage takes an eighth of the time of imports, which make none; train_llava enables it
 
-from megatron_patch import device
+from megatron_patch import device, parent_process
 from megatron_patch.launch import processes
 
 # At import, since asynchronous saves start a process, which imports this file again and must not outlive its parent.
-device.end_with_parent()
+parent_process.end_with_parent()
 
 
 def main() -> None:

@@ -67,20 +67,6 @@ def current_device() -> torch.device:
     return backend().current_device()
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when its parent, processes.py, dies: nobody else would after a `kill -9` of it.
-
-    Else the same command, typed again, would meet the old processes still writing to its folder.  Linux only.
-    """
-    import contextlib
-    import ctypes
-    import signal
-
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def install() -> None:
     """Prepare torch on this machine.  Must run before the first import of megatron; later calls do nothing."""
     backend().install()

@@ -8,6 +8,7 @@ async_save_copies.py            asynchronous saves on a CPU write copies
 cpu_rng_state.py                random states without CUDA
 distributed_optimizer_state.py  Adam's step in the distributed optimizer
 embedding_gradient.py           an embedding's gradient is that of its tokens' rows
+ended_writer.py                 a run ends when the process that writes its asynchronous saves was killed
 exchanged_in_place.py           gloo exchanges gradients and weights without copies
 forked_writer.py                the process that writes asynchronous saves imports nothing anew
 fused_adamw.py                  torch's AdamW in one pass over memory

@@ -8,7 +8,7 @@ loader, and what it has imported is there.
 from collections.abc import Callable
 from typing import Any
 
-from megatron_patch import device
+from megatron_patch.parent_process import end_with_parent
 from megatron_patch.patches import touch_points
 
 WHO = "patches.forked_writer"
@@ -32,7 +32,7 @@ def _as_own_process(loop: Callable[..., None]) -> Callable[..., None]:
     import torch
 
     def own_loop(*args: Any, **kwargs: Any) -> None:
-        device.end_with_parent()  # a fork does not inherit it
+        end_with_parent()  # a fork does not inherit it
         torch.set_num_threads(1)  # nor the other threads, for which OpenMP would wait
         loop(*args, **kwargs)
 

@@ -45,6 +45,14 @@ def beside_each_other(parts: Sequence["Tensor"]) -> "Tensor | None":
     return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
+def joined(parts: Sequence["Tensor"]) -> "Tensor":
+    """Tensors joined along their first axis, without a copy where they were read into one."""
+    import torch
+
+    whole = beside_each_other(parts)
+    return torch.cat(list(parts)) if whole is None else whole
+
+
 def apply() -> None:
     """Read to where the tensors are, and join nothing that is joined."""
     import torch
@@ -92,12 +100,5 @@ def apply() -> None:
 
         return reader
 
-    def joined(cat: Callable[..., Any]) -> Callable[..., Any]:
-        def join(parts: list[torch.Tensor]) -> torch.Tensor:
-            whole = beside_each_other(parts)
-            return cat(parts) if whole is None else whole
-
-        return join
-
     touch_points.wrap("megatron.core.dist_checkpointing.strategies.torch", "_get_filesystem_reader", WHO, of_this_kind)
-    touch_points.wrap("megatron.core.transformer.mlp", "cat_with_oom_fallback", WHO, joined)
+    touch_points.replace("megatron.core.transformer.mlp", "cat_with_oom_fallback", WHO, torch.no_grad()(joined))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.patches import touch_points
+from megatron_patch.patches.loaded_in_place import joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,14 +125,13 @@ def apply() -> None:
 
         return sharded
 
-    def joined(loaded: list[torch.Tensor]) -> torch.Tensor:
-        return loaded[0].flatten() if len(loaded) == 1 else torch.cat([part.flatten() for part in loaded])
-
     def load_state(_: Any):
         @torch.no_grad()
         def load(self: Any, state: dict) -> None:
             for number, (parameter, _) in enumerate(owned(self)):
-                own = {name: joined(list(loaded.values())) for name, loaded in state[number].items()}
+                own = {
+                    name: joined([part.flatten() for part in loaded.values()]) for name, loaded in state[number].items()
+                }
                 self._set_main_param_and_optimizer_states(parameter, own)
             if hasattr(self.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # that steps on the host
                 self.optimizer._sync_hdo_state_to_sub_optimizers()

@@ -79,6 +79,12 @@ ONE_PASS = Layer(
     "the step of benchmark_training.py's 135M shape in bf16 takes as long without it",
     backend="cpu",
 )
+COPIES = Layer(
+    "patches.async_save_copies",
+    "an asynchronous save on a CPU writes the very tensors that training goes on with",
+    "test_kill_and_resume passes without it for asynchronous saves",
+    backend="cpu",
+)
 FORKED_WRITER = Layer(
     "patches.forked_writer",
     "the process that writes asynchronous saves takes seconds to import everything again while the trainer starts",
@@ -198,14 +204,21 @@ TOUCH_POINTS = (
         ),
     ),
     TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.torch", "TorchDistSaveShardedStrategy.async_save", (COPIES,)
+    ),
+    TouchPoint(
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.schedule_async_call",
+        (COPIES,),
+    ),
+    TouchPoint(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.is_current_async_call_done",
         (
             Layer(
-                "patches.async_save_copies",
-                "an asynchronous save on a CPU writes the very tensors that training goes on with",
-                "test_kill_and_resume passes without it for asynchronous saves",
-                backend="cpu",
+                "patches.ended_writer",
+                "a run whose process for asynchronous saves was killed goes on unsaved, and hangs at its end",
+                "test_a_killed_writer_ends_the_run passes without it",
             ),
         ),
     ),

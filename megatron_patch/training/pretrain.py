@@ -112,6 +112,7 @@ def train_llava() -> None:
     from megatron.training.global_vars import get_args
 
     from megatron_patch.data.loading.loader import TrainLoader
+    from megatron_patch.patches.ended_writer import WriterEndedError
     from megatron_patch.training.benchmark_scores import BenchmarkScores
     from megatron_patch.training.callbacks import install_safeguards, reporting
     from megatron_patch.training.data_provider import build_loaders
@@ -172,7 +173,7 @@ def train_llava() -> None:
             )
     except UserError as error:  # another model's checkpoint; a resume on other data, too many unusable records
         refuse(error)
-    except StorageError as error:  # after all patience; every rank speaks, for others may read well
+    except (StorageError, WriterEndedError) as error:  # after all patience; every rank speaks, others may do well
         sys.exit(f"error: rank {args.rank}: {error}; the same command goes on from the last checkpoint")
     finally:
         settle()

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +89,10 @@ def losses(printed: str) -> dict[int, float]:
     return {int(number): float(loss) for number, loss in LOSS.findall(printed)}
 
 
-def run_and_kill(workspace: Workspace, output: Path, at_iteration: int, **changes: object) -> dict[int, float]:
-    """Start a run, SIGKILL all its processes once it has printed `at_iteration`; returns its losses."""
+def run_until(
+    workspace: Workspace, output: Path, at_iteration: int, act: Callable[[], object], **changes: object
+) -> tuple[int, str]:
+    """Start a run and act once it has printed `at_iteration`; its exit code, and all that it printed."""
     words, environment = command(workspace, output, **changes)
     printed = output.parent / f"{output.name}.printed"
     with printed.open("w") as stream:
@@ -99,7 +102,16 @@ def run_and_kill(workspace: Workspace, output: Path, at_iteration: int, **change
             assert process.poll() is None, printed.read_text()[-4000:]
             assert time.monotonic() < deadline, printed.read_text()[-4000:]
             time.sleep(0.02)
+        act()
+        process.wait(timeout=240)
+    return process.returncode, printed.read_text()
+
+
+def run_and_kill(workspace: Workspace, output: Path, at_iteration: int, **changes: object) -> dict[int, float]:
+    """Start a run, SIGKILL all its processes once it has printed `at_iteration`; returns its losses."""
+
+    def kill() -> None:
         # processes.py, its processes and theirs, all by the path in their words: nobody gets a chance to save
         subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)
-        process.wait()
-    return losses(printed.read_text())
+
+    return losses(run_until(workspace, output, at_iteration, kill, **changes)[1])

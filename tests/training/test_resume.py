@@ -2,6 +2,8 @@
 end the same checkpoint: weights, optimizer, random state, schedule and counters.
 """
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import write_dataset
-from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill
+from tests.training.launching import ROOT, Workspace, losses, run, run_and_kill, run_until
 from tests.training.stored_checkpoint import assert_same_run
 
 ITERATIONS = 20
@@ -53,6 +55,26 @@ def test_kill_and_resume(parallelism: str, workspace: Workspace, tmp_path: Path)
     different = {i: (again[i], whole[i]) for i in again if again[i] != whole[i]}
     assert not different, f"resumed and uninterrupted losses differ: {different}"
     assert_same_run(tmp_path / "killed", tmp_path / "whole", iterations)
+
+
+@pytest.mark.slow  # tests/patches/test_async_saves.py has the process alone
+def test_a_killed_writer_of_asynchronous_saves_ends_the_run(workspace: Workspace, tmp_path: Path) -> None:
+    """It would train to its end without a checkpoint, and hang there; the same command goes on from the last one."""
+
+    def kill_writer() -> None:
+        found = subprocess.run(
+            ["pgrep", "-f", str(tmp_path / "out")], capture_output=True, text=True, check=True
+        ).stdout
+        (writer,) = [int(pid) for pid in found.split() if os.getpriority(os.PRIO_PROCESS, int(pid)) == 10]
+        os.kill(writer, signal.SIGKILL)
+
+    settings = {"ASYNC_SAVE": "true", "SAVE_INTERVAL": SAVE_INTERVAL}
+    code, printed = run_until(workspace, tmp_path / "out", 8, kill_writer, TRAIN_ITERS=200, **settings)
+    assert code == 1
+    assert "asynchronous saves ended with signal 9" in printed and "goes on from the last checkpoint" in printed
+    last = (tmp_path / "out/checkpoint/latest_checkpointed_iteration.txt").read_text()
+    again = losses(run(workspace, tmp_path / "out", TRAIN_ITERS=int(last) + 10, **settings))
+    assert int(last) == min(again) - 1 == SAVE_INTERVAL * (min(again) // SAVE_INTERVAL) and len(again) == 10
 
 
 def test_another_dataset_is_refused_on_resume(workspace: Workspace, tmp_path: Path) -> None:

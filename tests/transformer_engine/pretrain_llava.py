@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_patch import device
+from megatron_patch import parent_process
 
-device.end_with_parent()
+parent_process.end_with_parent()
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def is_worth_it(words: list[str]) -> bool:
 
 
 def end_with_parent() -> None:
-    """As megatron_patch.device.end_with_parent, which the warm process calls in vain: its parent is the server."""
+    """As parent_process.end_with_parent, which the warm process calls in vain: its parent is the server."""
     import ctypes
 
     parent = os.getppid()

@@ -8,7 +8,8 @@ saves and loads, with the optimizer's state, beside ROUNDS copies.  The seconds 
 the slowest process.  Copied is the checkpoint that has just been saved, its bytes still in memory, as they are for the
 load.  With --async-save training waits for a copy in memory only, and that is what the save's timer shows: a copy of as
 many bytes from memory to memory is measured beside it.  With --lora-rank the base is copied too: what every save would
-write at least if it held all weights.
+write at least if it held all weights; else, as a load begins with memory for the optimizer's state, the time until
+another process has as much, which a virtual machine may have to get back from its host.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from workload import SHAPES, Shape, write_model, write_records
 
 from megatron_patch.conversion import convert_to_megatron
 
+START = 8  # seconds from a trainer's start to its load
 ITERATIONS = 3  # of a run: by then the process that writes asynchronous saves has started
 TIMER = re.compile(r"(load|save)-checkpoint \.*: \([\d.]+, ([\d.]+)\)")
 STAGE = 2
@@ -80,17 +82,35 @@ def copy_in_memory(size: int) -> float:
     return time.perf_counter() - began
 
 
+def fresh_memory(size: int) -> float:
+    """Seconds until a process has `size` bytes more, after as many and as long a wait as a trainer's start."""
+    program = f"""
+import time, torch
+torch.set_num_threads({torch.get_num_threads()})
+time.sleep({START})
+before = torch.ones({size}, dtype=torch.uint8)
+began = time.perf_counter()
+torch.ones({size}, dtype=torch.uint8)
+print(time.perf_counter() - began)
+"""
+    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all files below."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _range(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
 def row(name: str, size: int, seconds: Sequence[float], copies: Sequence[float], of_what: str) -> str:
     """Of the table."""
     ratios = [copy / found for copy, found in zip(copies, seconds, strict=True)]
-    median, ratio = statistics.median(seconds), statistics.median(ratios)
+    ratio = statistics.median(ratios)
     return (
-        f"{name:14s} {median:7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}) {size / 1e9 / median:6.2f} GB/s  "
+        f"{name:14s} {_range(seconds)} {size / 1e9 / statistics.median(seconds):6.2f} GB/s  "
         f"{ratio:5.2f}x the speed of {of_what} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
 
@@ -103,13 +123,14 @@ def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict
     train(shape, work, ITERATIONS, processes, options)
     base = work / "checkpoint/release"
     names = ["copy", *(["memory"] if options["ASYNC_SAVE"] == "true" else []), "save", "load"]
-    found: dict[str, list[float]] = {name: [] for name in (*names, "base")}
+    found: dict[str, list[float]] = {name: [] for name in (*names, "base", "fresh")}
     for number in tqdm(range(rounds), leave=False):
         timers = train(shape, work, ITERATIONS * (number + 2), processes, options)
         (saved,) = (work / "run/checkpoint").glob("iter_*")
         size = size_of(saved)
         timers["copy"] = copy_and_sync(saved, work / "copied")
         timers["base"] = copy_and_sync(base, work / "copied") if "LORA_RANK" in options else 0.0
+        timers["fresh"] = 0.0 if "LORA_RANK" in options else fresh_memory(size - size_of(base))
         timers["memory"] = copy_in_memory(size) if "memory" in names else 0.0
         for name in found:
             found[name].append(timers[name])
@@ -122,6 +143,8 @@ def measure(shape: Shape, work: Path, rounds: int, processes: int, options: dict
     if "LORA_RANK" in options:
         of_base = f"{size_of(base) / 1e9:.2f} GB, cp + sync {statistics.median(found['base']):.2f} s"
         print(f"the base, weights alone: {of_base}; the checkpoint is {size / size_of(base):.1%} of it")
+    else:
+        print(f"memory for the optimizer's state, {(size - size_of(base)) / 1e9:.2f} GB: {_range(found['fresh'])}")
 
 
 def main() -> None:
